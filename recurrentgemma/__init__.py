@@ -1,0 +1,53 @@
+"""The Griffin family in JAX: the public names, and nothing else.
+
+They are imported when first used, so that `recurrentgemma.kernels` costs no more than
+jax.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from recurrentgemma.checkpoints import load, save
+    from recurrentgemma.config import PRESETS, GriffinConfig, Runtime
+    from recurrentgemma.griffin import Griffin
+    from recurrentgemma.sampler import Sampler
+    from recurrentgemma.sampling import Sampling
+    from recurrentgemma.tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "Griffin",
+    "GriffinConfig",
+    "Runtime",
+    "Sampler",
+    "Sampling",
+    "Tokenizer",
+    "load",
+    "save",
+]
+
+_MODULE_OF = {
+    "PRESETS": "config",
+    "Griffin": "griffin",
+    "GriffinConfig": "config",
+    "Runtime": "config",
+    "Sampler": "sampler",
+    "Sampling": "sampling",
+    "Tokenizer": "tokenizer",
+    "load": "checkpoints",
+    "save": "checkpoints",
+}
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_MODULE_OF[name]}")
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,33 @@
+"""Strict settings for every test: set before jax starts, no exceptions hidden."""
+
+import os
+
+# Read when the libraries are first imported, so they come before any other import.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+import socket
+
+import jax
+import pytest
+
+VIRTUAL_DEVICES = 8
+
+jax.config.update("jax_num_cpu_devices", VIRTUAL_DEVICES)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+LOCAL_HOSTS = {"127.0.0.1", "::1", "localhost"}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """A test that reaches for another machine fails at once, and says so."""
+    connect = socket.socket.connect
+
+    def connect_locally(self, address):
+        if self.family != socket.AF_UNIX and address[0] not in LOCAL_HOSTS:
+            raise RuntimeError(f"a test tried to connect to {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect_locally)

@@ -1,0 +1,63 @@
+"""Every tolerance of the tests, by quantity and dtype, each with its reason.
+
+`assert_close` compares |actual - expected| with `absolute + relative * |expected|` for
+every entry, or, where `of_largest` is given, with that share of the largest entry of
+the expected array. Its message reports the largest and the relative RMS error.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Tolerance(NamedTuple):
+    absolute: float = 0.0
+    relative: float = 0.0
+    of_largest: float = 0.0
+
+
+TOLERANCES: dict[tuple[str, str], Tolerance] = {
+    # Two evaluations of the same float32 model in another order differ by up to 6e-6
+    # in logits of up to 24; a wrong norm epsilon changes them by 1e-4 at least.
+    ("logits", "float32"): Tolerance(absolute=1e-4),
+    # bfloat16 has 8 bits: the original's own bfloat16 logits are 0.11 to 0.29 away
+    # from its float32 ones.
+    ("logits", "bfloat16"): Tolerance(absolute=0.5),
+    # Activations of order one after a few float32 layers.
+    ("cache", "float32"): Tolerance(absolute=2e-5, relative=2e-5),
+    ("layer", "float32"): Tolerance(absolute=2e-5, relative=2e-5),
+    # Mean over some hundred float32 cross-entropies, stored to 4e-6 of float64.
+    ("loss", "float32"): Tolerance(absolute=1e-5),
+    # Sums over all positions: rounding scales with the largest entry, not with each.
+    ("gradient", "float32"): Tolerance(of_largest=1e-4),
+}
+
+
+def assert_close(actual, expected, quantity: str, dtype: str = "float32") -> None:
+    """Raises AssertionError unless `actual` is within the table's tolerance.
+
+    Args:
+        actual, expected: arrays of one shape, any dtype that casts to float64.
+        quantity: the row of `TOLERANCES`, such as "logits".
+        dtype: the precision that `actual` was computed in.
+    """
+    actual = np.asarray(actual).astype(np.float64)
+    expected = np.asarray(expected).astype(np.float64)
+    assert actual.shape == expected.shape, f"{actual.shape} is not {expected.shape}"
+    tolerance = TOLERANCES[quantity, dtype]
+    if actual.size == 0:
+        return
+    error = np.abs(actual - expected)
+    allowed = (
+        tolerance.absolute
+        + tolerance.relative * np.abs(expected)
+        + tolerance.of_largest * np.abs(expected).max()
+    )
+    rms = np.sqrt(np.mean(error**2)) / max(np.sqrt(np.mean(expected**2)), 1e-30)
+    # `not (<=)` also catches NaN.
+    wrong = ~(error <= allowed)
+    assert not wrong.any(), (
+        f"{quantity} ({dtype}): {wrong.sum()} of {wrong.size} entries off by up to "
+        f"{np.nanmax(error):.3g} ({tolerance}); relative RMS error {rms:.3g}; "
+        f"{np.sum(~np.isfinite(actual))} entries are not finite"
+    )
