@@ -1,0 +1,152 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from recurrentgemma import sampling as sampling_lib
+from recurrentgemma.sampling import Sampling
+
+VOCAB = 50
+sample = jax.jit(sampling_lib.sample)
+
+
+def _logits(rows=4, seed=0, scale=3.0):
+    return scale * jax.random.normal(jax.random.key(seed), (rows, VOCAB))
+
+
+def _keys(rows, step=0):
+    return sampling_lib.row_keys(
+        jnp.arange(rows, dtype=jnp.uint32), jnp.full(rows, step, jnp.int32)
+    )
+
+
+def _kept(logits, **kwargs):
+    return np.isfinite(sampling_lib.filter_logits(logits, Sampling(**kwargs)))
+
+
+def test_greedy_takes_the_maximum_whatever_the_filters():
+    logits = _logits()
+    for kwargs in ({}, {"top_k": 3}, {"top_p": 0.5}):
+        tokens = sample(logits, _keys(4), Sampling(temperature=0, **kwargs))
+        np.testing.assert_array_equal(tokens, np.argmax(logits, -1))
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, VOCAB, 10 * VOCAB])
+def test_top_k_keeps_the_k_largest(k):
+    logits = _logits()
+    rank = np.argsort(np.argsort(-np.asarray(logits), -1), -1)
+    np.testing.assert_array_equal(_kept(logits, top_k=k), rank < k)
+
+
+@pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.9, 0.999, 1.0])
+def test_top_p_keeps_the_smallest_sufficient_set(p):
+    logits = np.asarray(_logits(scale=1.0), np.float64)
+    probability = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    for row, kept in zip(
+        probability, _kept(jnp.asarray(logits, jnp.float32), top_p=p), strict=True
+    ):
+        order = np.argsort(-row)
+        # A token is kept if those before it do not reach p yet.
+        before = np.cumsum(row[order]) - row[order]
+        np.testing.assert_array_equal(kept[order], before < p)
+
+
+def test_top_p_counts_what_top_k_left():
+    logits = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1]]))
+    # After top-k = 2 the first token alone has 4/7 of the probability.
+    np.testing.assert_array_equal(
+        _kept(logits, top_k=2, top_p=0.5), [[True, False, False, False]]
+    )
+
+
+def test_ties_with_the_last_one_kept_are_kept():
+    logits = jnp.array([[1.0, 0.0, 0.0, -1.0, -2.0]])
+    np.testing.assert_array_equal(_kept(logits, top_k=2), [[1, 1, 1, 0, 0]])
+
+
+def test_filters_leave_the_kept_logits_and_masked_rows_alone():
+    logits = _logits().at[:, 10:].set(-jnp.inf)
+    filtered = sampling_lib.filter_logits(logits, Sampling(top_k=20, top_p=1.0))
+    np.testing.assert_array_equal(filtered, logits)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [Sampling(), Sampling(temperature=0.5), Sampling(top_k=5), Sampling(top_p=0.8)],
+    ids=str,
+)
+def test_draws_follow_the_filtered_distribution(settings):
+    draws = 20000
+    logits = jnp.broadcast_to(_logits(rows=1, scale=1.5), (draws, VOCAB))
+    tokens = sample(logits, _keys(draws), settings)
+    expected = jax.nn.softmax(
+        sampling_lib.filter_logits(logits[:1] / settings.temperature, settings)
+    )[0]
+    observed = np.bincount(tokens, minlength=VOCAB) / draws
+    # Five standard deviations of a binomial share.
+    bound = 5 * np.sqrt(expected * (1 - expected) / draws) + 1e-12
+    assert np.all(np.abs(observed - expected) <= bound)
+
+
+def test_a_row_depends_on_its_own_seed_and_step_only():
+    logits, keys = _logits(), _keys(4)
+    together = sample(logits, keys, Sampling())
+    for i in range(4):
+        alone = sample(logits[i : i + 1], keys[i : i + 1], Sampling())
+        assert alone[0] == together[i]
+    flat = jnp.zeros((64, VOCAB))
+    assert np.any(
+        np.asarray(sample(flat, _keys(64), Sampling()))
+        != np.asarray(sample(flat, _keys(64, step=1), Sampling()))
+    )
+
+
+def test_a_new_setting_compiles_nothing():
+    logits, keys = _logits(), _keys(4)
+    sample(logits, keys, Sampling(top_k=3, top_p=0.5))
+    before = sample._cache_size()
+    for settings in (
+        Sampling(temperature=0, top_k=4, top_p=1),
+        Sampling(temperature=2, top_k=40, top_p=0.25),
+    ):
+        sample(logits, keys, settings)
+    assert sample._cache_size() == before
+
+
+def test_tiny_temperature_is_finite_and_greedy():
+    tokens = sample(_logits(), _keys(4), Sampling(temperature=1e-38))
+    np.testing.assert_array_equal(tokens, np.argmax(_logits(), -1))
+
+
+def test_log_prob_is_the_log_softmax():
+    logits, tokens = _logits(), jnp.array([0, 3, 7, 49])
+    expected = jax.nn.log_softmax(logits)[jnp.arange(4), tokens]
+    np.testing.assert_allclose(
+        sampling_lib.log_prob(logits, tokens), expected, rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "name"),
+    [
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_k": 2.5}, "top_k"),
+        ({"top_k": True}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.01}, "top_p"),
+        ({"top_p": float("nan")}, "top_p"),
+    ],
+)
+def test_a_bad_number_is_named(kwargs, name):
+    with pytest.raises(ValueError, match=f"{name}: expected .*got"):
+        Sampling(**kwargs)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 0.5, True, "1"])
+def test_a_bad_seed_is_named(seed):
+    with pytest.raises(ValueError, match="seed: expected"):
+        sampling_lib.check_seed(seed)
