@@ -1,0 +1,1 @@
+"""Training: documents, packed rows, loss, optimizer, the loop and its checkpoints."""
