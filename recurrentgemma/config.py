@@ -219,7 +219,7 @@ def _recurrentgemma(*, width: int, num_layers: int, num_heads: int) -> GriffinCo
         head_dim=width // num_heads,
         lru_width=width,
         num_gate_blocks=num_heads,
-        embedding_scale=float(jnp.bfloat16(math.sqrt(width))),
+        embedding_scale=float(jnp.dtype("bfloat16").type(math.sqrt(width))),
         logits_soft_cap=30.0,
     )
 

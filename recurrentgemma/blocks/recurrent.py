@@ -1,0 +1,49 @@
+"""The recurrent block (Griffin, section 2.3 and figure 2c).
+
+y = W_out (gelu(W_y x + b_y) * RGLRU(conv1d(W_x x + b_x))) + b_out
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from recurrentgemma.cache import Chunk, RecurrentState
+from recurrentgemma.config import GriffinConfig, Runtime
+from recurrentgemma.layers import RGLRU, CausalConv1D, Linear
+
+
+class RecurrentBlock(nnx.Module):
+    """A convolution and an RG-LRU beside a gelu branch."""
+
+    def __init__(self, config: GriffinConfig, runtime: Runtime, *, rngs: nnx.Rngs):
+        width, lru_width = config.width, config.lru_width
+        self.linear_x = Linear(width, lru_width, rngs=rngs)
+        self.linear_y = Linear(width, lru_width, rngs=rngs)
+        self.conv_1d = CausalConv1D(lru_width, config.conv_width, rngs=rngs)
+        self.rg_lru = RGLRU(lru_width, config.num_gate_blocks, runtime, rngs=rngs)
+        self.linear_out = Linear(
+            lru_width, width, init_variance=2 / config.num_layers, rngs=rngs
+        )
+        self.config = config
+        self.runtime = runtime
+
+    def __call__(
+        self, x: jax.Array, chunk: Chunk, state: RecurrentState | None
+    ) -> tuple[jax.Array, RecurrentState]:
+        """x [B, T, D] -> y [B, T, D] in x's dtype, and the state after the chunk."""
+        h0, conv = self.init_state(x.shape[0]) if state is None else state
+        with jax.named_scope("recurrent_block"):
+            gate = jax.nn.gelu(self.linear_y(x), approximate=True)
+            u, conv = self.conv_1d(self.linear_x(x), chunk, conv)
+            with jax.named_scope("rg_lru"):
+                y, h = self.rg_lru(u, chunk, h0)
+            return self.linear_out(y * gate), RecurrentState(h, conv)
+
+    def init_state(self, batch_size: int, capacity: int | None = None):
+        """The state before any token; capacity is not used."""
+        config = self.config
+        conv_shape = (batch_size, config.conv_width - 1, config.lru_width)
+        return RecurrentState(
+            h=jnp.zeros((batch_size, config.lru_width), jnp.float32),
+            conv=jnp.zeros(conv_shape, self.runtime.dtype),
+        )

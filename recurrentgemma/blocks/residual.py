@@ -1,0 +1,44 @@
+"""The residual block (Griffin, section 2.1): x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from recurrentgemma.blocks import TEMPORAL_MIXERS
+from recurrentgemma.blocks.mlp import GatedMLP
+from recurrentgemma.cache import Chunk
+from recurrentgemma.config import GriffinConfig, Runtime
+from recurrentgemma.layers import RMSNorm
+
+
+class ResidualBlock(nnx.Module):
+    """A temporal-mixing block and an MLP, each normalised and added to the stream."""
+
+    def __init__(
+        self,
+        config: GriffinConfig,
+        runtime: Runtime,
+        block_type: str,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        width = config.width
+        self.temporal_pre_norm = RMSNorm(width)
+        self.mixer = TEMPORAL_MIXERS[block_type](config, runtime, rngs=rngs)
+        self.channel_pre_norm = RMSNorm(width)
+        self.mlp = GatedMLP(config, rngs=rngs)
+        self.temporal_post_norm = RMSNorm(width) if config.post_norms else None
+        self.channel_post_norm = RMSNorm(width) if config.post_norms else None
+
+    def __call__(self, x: jax.Array, chunk: Chunk, state: Any) -> tuple[jax.Array, Any]:
+        """x [B, T, D] -> [B, T, D], and the mixer's state after the chunk."""
+        y, state = self.mixer(self.temporal_pre_norm(x), chunk, state)
+        if self.temporal_post_norm is not None:
+            y = self.temporal_post_norm(y)
+        x = x + y
+        with jax.named_scope("mlp_block"):
+            y = self.mlp(self.channel_pre_norm(x))
+            if self.channel_post_norm is not None:
+                y = self.channel_post_norm(y)
+            return x + y, state

@@ -1,0 +1,244 @@
+"""Leaf layers: the maths as pure functions, and modules that hold their parameters.
+
+Layout is [B, T, channels]. Matrix products run in the dtype of the activations with
+float32 accumulation; norms and the RG-LRU compute in float32. Equations: Griffin, arXiv
+2402.19427, section 2.4 and appendix A.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from recurrentgemma.cache import Chunk
+from recurrentgemma.config import Runtime
+from recurrentgemma.kernels import rg_lru
+
+NORM_EPSILON = 1e-6
+RG_LRU_DECAY_FACTOR = 8.0
+"""c of the Griffin paper: log a = -c softplus(a_param) r."""
+RG_LRU_MIN_RADIUS, RG_LRU_MAX_RADIUS = 0.9, 0.999
+"""Range of a ** c at initialisation and an open recurrence gate."""
+CONV_INIT_VARIANCE = 0.01
+
+
+def einsum(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """A matrix product of two operands in x's dtype, accumulated in float32.
+
+    Args:
+      subscripts: as for `jnp.einsum`.
+      x: activations, in the compute dtype.
+      w: parameters or activations of any floating-point dtype.
+
+    Returns:
+      The product, float32. (Callers cast it where it leaves the layer.)
+    """
+
+    def native(x, w):
+        return jnp.einsum(subscripts, x, w, preferred_element_type=jnp.float32)
+
+    def in_float32(x, w):
+        return native(x.astype(jnp.float32), w.astype(jnp.float32))
+
+    w = w.astype(x.dtype)
+    if x.dtype == jnp.float32:
+        return native(x, w)
+    # XLA for CPU has no batched products of 16-bit floats with float32 results.
+    return jax.lax.platform_dependent(x, w, cpu=in_float32, default=native)
+
+
+def _add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    return x + jnp.expand_dims(bias.astype(x.dtype), range(x.ndim - bias.ndim))
+
+
+def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """x / rms(x) * (1 + scale) over the last axis, computed in float32.
+
+    Args:
+      x: [..., D].
+      scale: [D].
+
+    Returns:
+      [..., D] in x's dtype.
+    """
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + NORM_EPSILON)
+    scale = jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))
+    return (y * (1 + scale)).astype(x.dtype)
+
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(x / cap), or x if cap is None."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def causal_conv1d(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, chunk: Chunk, state: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Depthwise causal convolution that does not reach across documents.
+
+    Args:
+      x: [B, T, E].
+      kernel: [taps, E]; the last row multiplies the current token.
+      bias: [E].
+      chunk: positions of the tokens.
+      state: [B, taps - 1, E], the inputs before the chunk, oldest first.
+
+    Returns:
+      y [B, T, E] and the state after the chunk [B, taps - 1, E], both in x's dtype.
+    """
+    reach = kernel.shape[0] - 1
+    length = x.shape[1]
+    inputs = jnp.concatenate([state.astype(x.dtype), x], axis=1)
+    kernel = kernel.astype(jnp.float32)[:, None, None, :]
+    y = _add_bias(x.astype(jnp.float32) * kernel[reach], bias)
+    for back in range(1, reach + 1):
+        tap = inputs[:, reach - back : reach - back + length].astype(jnp.float32)
+        same_document = (chunk.positions >= back)[..., None]
+        y = y + jnp.where(same_document, tap * kernel[reach - back], 0)
+
+    steps = jnp.arange(reach, dtype=jnp.int32)[None]
+    index = chunk.lengths[:, None] + steps
+    new_state = jnp.take_along_axis(inputs, index[..., None], axis=1)
+    position = chunk.next_position[:, None] - reach + steps
+    new_state = jnp.where((position >= 0)[..., None], new_state, 0)
+    return y.astype(x.dtype), new_state
+
+
+def block_diagonal_linear(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array
+) -> jax.Array:
+    """x times a block-diagonal matrix, plus a bias.
+
+    Args:
+      x: [B, T, G * in].
+      kernel: [G, in, out], the diagonal blocks.
+      bias: [G, out].
+
+    Returns:
+      [B, T, G * out] in x's dtype.
+    """
+    blocks = x.reshape(*x.shape[:-1], *kernel.shape[:2])
+    y = _add_bias(einsum("btgi,gio->btgo", blocks, kernel), bias)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+class RMSNorm(nnx.Module):
+    """`rms_norm` with its scale, initialised to zero."""
+
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.zeros([width]))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D] in x's dtype."""
+        return rms_norm(x, self.scale[...])
+
+
+class Linear(nnx.Module):
+    """x @ kernel + bias."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        init_variance: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        """Kernel normal with variance init_variance / in_features, bias zero."""
+        init = jax.nn.initializers.variance_scaling(init_variance, "fan_in", "normal")
+        self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features)))
+        self.bias = nnx.Param(jnp.zeros([out_features])) if use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, in] -> [B, T, out] in x's dtype."""
+        y = einsum("bti,io->bto", x, self.kernel[...])
+        if self.bias is not None:
+            y = _add_bias(y, self.bias[...])
+        return y.astype(x.dtype)
+
+
+class BlockDiagonalLinear(nnx.Module):
+    """A linear layer whose matrix is block-diagonal: G blocks of E / G channels."""
+
+    def __init__(self, width: int, num_blocks: int, *, rngs: nnx.Rngs):
+        block = width // num_blocks
+        init = jax.nn.initializers.variance_scaling(
+            1.0, "fan_in", "normal", in_axis=1, out_axis=2, batch_axis=(0,)
+        )
+        self.kernel = nnx.Param(init(rngs.params(), (num_blocks, block, block)))
+        self.bias = nnx.Param(jnp.zeros([num_blocks, block]))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, E] -> [B, T, E] in x's dtype."""
+        return block_diagonal_linear(x, self.kernel[...], self.bias[...])
+
+
+class CausalConv1D(nnx.Module):
+    """`causal_conv1d` with its parameters."""
+
+    def __init__(self, width: int, taps: int, *, rngs: nnx.Rngs):
+        init = jax.nn.initializers.normal((CONV_INIT_VARIANCE / taps) ** 0.5)
+        self.kernel = nnx.Param(init(rngs.params(), (taps, width)))
+        self.bias = nnx.Param(jnp.zeros([width]))
+
+    def __call__(
+        self, x: jax.Array, chunk: Chunk, state: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """[B, T, E], state [B, taps - 1, E] -> the same shapes."""
+        return causal_conv1d(x, self.kernel[...], self.bias[...], chunk, state)
+
+
+class RGLRU(nnx.Module):
+    """The real-gated linear recurrent unit (Griffin, section 2.4)."""
+
+    def __init__(
+        self, width: int, num_gate_blocks: int, runtime: Runtime, *, rngs: nnx.Rngs
+    ):
+        self.recurrence_gate = BlockDiagonalLinear(width, num_gate_blocks, rngs=rngs)
+        self.input_gate = BlockDiagonalLinear(width, num_gate_blocks, rngs=rngs)
+        self.a_param = nnx.Param(_init_a_param(rngs.params(), width))
+        self.runtime = runtime
+
+    def __call__(
+        self, x: jax.Array, chunk: Chunk, h0: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """x [B, T, E], h0 float32 [B, E] -> y [B, T, E], h_last float32 [B, E]."""
+        return rg_lru(
+            x,
+            self.recurrence_gate(x),
+            self.input_gate(x),
+            self.a_param[...],
+            chunk.positions,
+            h0,
+            implementation=self.runtime.rg_lru,
+        )
+
+
+def _init_a_param(key: jax.Array, width: int) -> jax.Array:
+    """a ** c uniform in area on the ring between the two radii, for r = 1."""
+    low, high = RG_LRU_MIN_RADIUS**2, RG_LRU_MAX_RADIUS**2
+    log_decay = 0.5 * jnp.log(
+        jax.random.uniform(key, (width,), minval=low, maxval=high)
+    )
+    return jnp.log(jnp.expm1(-log_decay / RG_LRU_DECAY_FACTOR))
+
+
+class Embedder(nnx.Module):
+    """Token embedding, tied with the output projection."""
+
+    def __init__(self, vocab_size: int, width: int, scale: float, *, rngs: nnx.Rngs):
+        init = jax.nn.initializers.variance_scaling(
+            1.0, "fan_in", "normal", in_axis=1, out_axis=0
+        )
+        self.embedding = nnx.Param(init(rngs.params(), (vocab_size, width)))
+        self.scale = scale
+
+    def encode(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """int32 [B, T] -> scaled embeddings [B, T, D] in dtype."""
+        x = self.embedding[...][tokens].astype(dtype)
+        return x * jnp.asarray(self.scale, dtype)
+
+    def decode(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] -> logits before the soft cap, float32 [B, T, V]."""
+        return einsum("btd,vd->btv", x, self.embedding[...])
