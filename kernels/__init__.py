@@ -1,0 +1,12 @@
+"""Recurrence and attention ops: pure functions of arrays that depend on jax alone.
+
+Each op is a folder: the public function and its table of implementations in
+`__init__.py`, the definition in `reference.py`, one file per further implementation.
+`dispatch.py` decides which implementation runs.
+"""
+
+from recurrentgemma.kernels.linear_scan import linear_scan
+from recurrentgemma.kernels.local_attention import KVCache, local_attention
+from recurrentgemma.kernels.rg_lru import rg_lru
+
+__all__ = ["KVCache", "linear_scan", "local_attention", "rg_lru"]

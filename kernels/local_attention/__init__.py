@@ -1,0 +1,131 @@
+"""Sliding-window and global attention of a chunk to [cache, chunk], then the write.
+
+Implementations compute the output; the ring is written here, once for all of them.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from recurrentgemma.kernels.dispatch import dispatch
+from recurrentgemma.kernels.local_attention import blocked, reference, ring
+from recurrentgemma.kernels.local_attention.ring import KVCache
+
+IMPLEMENTATIONS = {"reference": reference.attend, "blocked": blocked.attend}
+PLATFORM_DEFAULTS = {"default": "blocked"}
+
+
+def local_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    positions: jax.Array,
+    cache: KVCache | None,
+    window: int | None,
+    scale: float,
+    soft_cap: float | None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, KVCache]:
+    """Attention of a chunk to its own document: in the cache and in the chunk.
+
+    A query at position p sees the keys at positions p - window to p of its document,
+    window + 1 keys. Softmax and soft cap are float32; matrix products take the inputs'
+    dtype and accumulate in float32. Differentiable in q, k, v and the cache, through
+    both results. The result does not depend on how a sequence is split into chunks.
+
+    Args:
+      q: queries [B, T, N, H], after the rotary embedding.
+      k: keys [B, T, K, H], K divides N; query head n uses key head n // (N / K).
+      v: values [B, T, K, H].
+      positions: int32 [B, T]. 0 starts a document, otherwise previous + 1, where the
+        previous of the first token is the newest in the cache (an empty row may begin
+        anywhere). -1 is padding, at the end of a row only; its output is finite.
+      cache: the tokens before the chunk, `window` slots (for global attention any
+        number, which the row's positions must stay below); None if there are none.
+      window: how many past keys a query sees; None is all of its document.
+      scale: factor of the scores.
+      soft_cap: scores become soft_cap * tanh(scores / soft_cap); None is no cap.
+      implementation: a name of `IMPLEMENTATIONS`; None picks by platform.
+
+    Returns:
+      out: [B, T, N, H] in q's dtype.
+      cache: the cache after the chunk, in the dtype of the one given. Without one:
+        `window` slots (T if that is None) in the dtypes of k and v.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit.
+      NotImplementedError: there is no such implementation.
+
+    Source: Griffin, arXiv 2402.19427, section 2.3.
+    """
+    _validate(q, k, v, positions, cache, window)
+
+    def attend(function):
+        def run(q, k, v, positions, cache):
+            return function(q, k, v, positions, cache, window, scale, soft_cap)
+
+        return run
+
+    implementations = {
+        name: attend(function) for name, function in IMPLEMENTATIONS.items()
+    }
+    out = dispatch(
+        "local_attention",
+        implementations,
+        PLATFORM_DEFAULTS,
+        implementation,
+        q,
+        k,
+        v,
+        positions,
+        cache,
+    )
+    if cache is None:
+        slots = k.shape[1] if window is None else window
+    else:
+        slots = cache.positions.shape[1]
+    return out, ring.write(cache, k, v, positions, slots)
+
+
+def _validate(q, k, v, positions, cache, window):
+    if q.ndim != 4 or q.shape[1] < 1:
+        raise ValueError(
+            f"q must have shape [B, T, N, H] with T >= 1; got {q.shape}. "
+            "Add the missing axis, or skip the call for an empty chunk."
+        )
+    batch, length, heads, head_dim = q.shape
+    if k.ndim != 4 or k.shape[2] < 1 or heads % k.shape[2]:
+        raise ValueError(
+            f"k must have shape [B, T, K, H] with K a divisor of the {heads} query "
+            f"heads; got {k.shape}."
+        )
+    expected = (batch, length, k.shape[2], head_dim)
+    for name, array in (("k", k), ("v", v)):
+        if array.shape != expected:
+            raise ValueError(
+                f"{name} must have shape {expected} beside q {q.shape}; "
+                f"got {array.shape}."
+            )
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating point; got {array.dtype}.")
+    if positions.shape != (batch, length) or positions.dtype != jnp.int32:
+        raise ValueError(
+            f"positions must be int32 {(batch, length)}; "
+            f"got {positions.dtype} {positions.shape}."
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 or None; got {window}.")
+    if cache is None:
+        return
+    slots = cache.positions.shape[-1] if window is None else window
+    for name, array, shape in (
+        ("cache.keys", cache.keys, (batch, slots, *k.shape[2:])),
+        ("cache.values", cache.values, (batch, slots, *k.shape[2:])),
+        ("cache.positions", cache.positions, (batch, slots)),
+    ):
+        if array.shape != shape:
+            raise ValueError(
+                f"{name} must have shape {shape} beside k {k.shape} and window "
+                f"{window}; got {array.shape}."
+            )

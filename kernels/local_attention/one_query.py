@@ -1,0 +1,55 @@
+"""Local attention of a single token to the ring and itself: the decode step.
+
+The ring is read where it lies, in slot order; the token's own key and value are joined
+in the softmax instead of being written first, because their slot still holds the oldest
+key that the query may see.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from recurrentgemma.kernels.dispatch import einsum_float32
+from recurrentgemma.kernels.local_attention.ring import KVCache
+
+NO_SCORE = -1e30
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    cache: KVCache,
+    window: int | None,
+    scale: float,
+    soft_cap: float | None,
+) -> jax.Array:
+    """See `local_attention`, with T = 1."""
+    batch, _, heads, head_dim = q.shape
+    groups = q.reshape(batch, k.shape[2], -1, head_dim)
+    distance = positions - cache.positions
+    visible = (cache.positions >= 0) & (positions > 0) & (distance > 0)
+    if window is not None:
+        visible &= distance <= window
+
+    def score(keys):
+        scores = scale * einsum_float32("bkrh,bskh->bkrs", groups, keys)
+        if soft_cap is not None:
+            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        return scores
+
+    cached_scores = score(cache.keys.astype(k.dtype))
+    cached_scores = jnp.where(visible[:, None, None], cached_scores, NO_SCORE)
+    own_score = score(k)
+    largest = jnp.maximum(jnp.max(cached_scores, axis=-1, keepdims=True), own_score)
+    largest = jax.lax.stop_gradient(largest)
+    cached_weights = jnp.exp(cached_scores - largest)
+    own_weight = jnp.exp(own_score - largest)
+    total = jnp.sum(cached_weights, axis=-1, keepdims=True) + own_weight
+    out = einsum_float32(
+        "bkrs,bskh->bkrh",
+        cached_weights.astype(v.dtype),
+        cache.values.astype(v.dtype),
+    )
+    out = out + own_weight * jnp.moveaxis(v, 1, 2).astype(jnp.float32)
+    return (out / total).reshape(q.shape).astype(q.dtype)

@@ -1,0 +1,93 @@
+"""RG-LRU: gates, decay, normalised input and linear scan as one op."""
+
+import jax
+import jax.numpy as jnp
+
+from recurrentgemma.kernels.dispatch import dispatch
+from recurrentgemma.kernels.rg_lru import reference
+
+IMPLEMENTATIONS = {"reference": reference.recurrence}
+PLATFORM_DEFAULTS = {"default": "reference"}
+
+
+def rg_lru(
+    x: jax.Array,
+    recurrence_logits: jax.Array,
+    input_logits: jax.Array,
+    a_param: jax.Array,
+    positions: jax.Array,
+    h0: jax.Array | None = None,
+    *,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Real-gated linear recurrent unit after its gates' matrix products.
+
+    With r = sigmoid(recurrence_logits), i = sigmoid(input_logits) and
+    a_t = exp(-8 softplus(a_param) r_t):  y_t = a_t y_{t-1} + sqrt(1 - a_t^2) i_t x_t.
+    Arithmetic and carry are float32. The derivative of the square root is bounded by
+    1000. Differentiable in every floating-point argument, through both results.
+
+    Args:
+      x: inputs [B, T, E], floating point.
+      recurrence_logits: the recurrence gate before its sigmoid [B, T, E].
+      input_logits: the input gate before its sigmoid [B, T, E].
+      a_param: Lambda of the paper [E], float32.
+      positions: int32 [B, T]. At 0 a document starts: the state before it is forgotten
+        and the input enters with factor 1. At a negative position the state is held
+        (padding) and y is finite.
+      h0: state before the first step [B, E], float32; None is zero.
+      implementation: a name of `IMPLEMENTATIONS`; None picks by platform.
+
+    Returns:
+      y: [B, T, E] in x's dtype.
+      h_last: the state after the last step [B, E], float32.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit.
+      NotImplementedError: there is no such implementation.
+
+    Source: Griffin, arXiv 2402.19427, section 2.4; RecurrentGemma, arXiv 2404.07839.
+    """
+    _validate(x, recurrence_logits, input_logits, a_param, positions, h0)
+    if h0 is None:
+        h0 = jnp.zeros((x.shape[0], x.shape[2]), jnp.float32)
+    return dispatch(
+        "rg_lru",
+        IMPLEMENTATIONS,
+        PLATFORM_DEFAULTS,
+        implementation,
+        x,
+        recurrence_logits,
+        input_logits,
+        a_param,
+        positions,
+        h0,
+    )
+
+
+def _validate(x, recurrence_logits, input_logits, a_param, positions, h0):
+    if x.ndim != 3 or x.shape[1] < 1:
+        raise ValueError(
+            f"x must have shape [B, T, E] with T >= 1; got {x.shape}. "
+            "Add the missing axis, or skip the call for an empty chunk."
+        )
+    batch, length, width = x.shape
+    expected = {
+        "recurrence_logits": (recurrence_logits, x.shape),
+        "input_logits": (input_logits, x.shape),
+        "a_param": (a_param, (width,)),
+        "positions": (positions, (batch, length)),
+    }
+    for name, (array, shape) in expected.items():
+        if array.shape != shape:
+            raise ValueError(
+                f"{name} must have shape {shape} beside x {x.shape}; got {array.shape}."
+            )
+        kind = jnp.integer if name == "positions" else jnp.floating
+        if not jnp.issubdtype(array.dtype, kind):
+            raise ValueError(f"{name} must be {kind.__name__}; got {array.dtype}.")
+    if h0 is not None and (h0.shape != (batch, width) or h0.dtype != jnp.float32):
+        raise ValueError(
+            f"h0 must be float32 {(batch, width)} (the state is kept in float32); "
+            f"got {h0.dtype} {h0.shape}."
+        )
