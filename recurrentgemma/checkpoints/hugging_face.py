@@ -1,0 +1,130 @@
+"""The layout of transformers: config.json, safetensors (one file, or shards with an
+index) and tokenizer.model.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from recurrentgemma.checkpoints.recurrent_gemma import (
+    CONVOLUTION,
+    IGNORED,
+    config_from_json,
+    config_to_json,
+    to_native_name,
+    to_stored_name,
+)
+from recurrentgemma.checkpoints.safetensors_file import (
+    read_safetensors,
+    tensor_bytes,
+    write_safetensors,
+)
+from recurrentgemma.checkpoints.stored import (
+    CONFIG_FILE,
+    Stored,
+    find_tokenizer,
+    read_config_json,
+    write_json,
+    write_tokenizer,
+)
+from recurrentgemma.checkpoints.tensors import TensorSource
+from recurrentgemma.config import GriffinConfig
+from recurrentgemma.tokenizer import Tokenizer
+
+MODEL_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+def detect(path: Path) -> bool:
+    """Whether config.json names a model type."""
+    return "model_type" in (read_config_json(path) or {})
+
+
+def read(path: Path) -> Stored:
+    """The checkpoint; raises ValueError if it is damaged or not supported."""
+    try:
+        config = config_from_json(read_config_json(path) or {})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
+    tensors = {}
+    for name, source in _read_files(path).items():
+        if IGNORED.fullmatch(name):
+            continue
+        native, orientation = to_native_name(name)
+        fits = orientation is not CONVOLUTION or len(source.shape) == 3
+        tensors[native] = orientation.to_native(source) if fits else source
+    return Stored(
+        config=config,
+        tensors=tensors,
+        tokenizer_path=find_tokenizer(path),
+        stored_name=lambda name: to_stored_name(name)[0],
+    )
+
+
+def _read_files(path: Path) -> dict[str, TensorSource]:
+    index_file = path / INDEX_FILE
+    if not index_file.exists():
+        return read_safetensors(path / MODEL_FILE)
+    try:
+        index = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(index.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index_file} is not an index of shards.") from error
+    sources = {}
+    for file in files:
+        if Path(file).name != file:
+            raise ValueError(f"{index_file} names a file elsewhere: {file!r}.")
+        sources.update(read_safetensors(path / file))
+    absent = sorted(set(index) - set(sources))
+    if absent:
+        raise ValueError(f"{index_file} names tensors that no shard has: {absent}.")
+    return sources
+
+
+def write(
+    path: Path,
+    config: GriffinConfig,
+    tensors: Mapping[str, TensorSource],
+    tokenizer: Tokenizer | None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes into an empty directory; raises ValueError if transformers has no such
+    model."""
+    content = config_to_json(config)
+    if tokenizer is not None:
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            content[key] = getattr(tokenizer, key.replace("_token", ""))
+    content["dtype"] = tensors["embedder.embedding"].dtype.name
+    write_json(path / CONFIG_FILE, content)
+    stored = {}
+    for name, source in tensors.items():
+        stored_name, orientation = to_stored_name(name)
+        stored[stored_name] = orientation.from_native(source)
+    _write_files(path, stored, max_shard_bytes)
+    write_tokenizer(path, tokenizer)
+
+
+def _write_files(
+    path: Path, tensors: Mapping[str, TensorSource], max_shard_bytes: int
+) -> None:
+    metadata = {"format": "pt"}
+    shards: list[dict[str, TensorSource]] = [{}]
+    size = 0
+    for name, source in tensors.items():
+        if shards[-1] and size + tensor_bytes(source) > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = source
+        size += tensor_bytes(source)
+    if len(shards) == 1:
+        write_safetensors(path / MODEL_FILE, tensors, metadata)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(path / file, shard, metadata)
+        weight_map.update(dict.fromkeys(shard, file))
+    total = sum(tensor_bytes(source) for source in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(path / INDEX_FILE, index)

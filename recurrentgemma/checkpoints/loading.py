@@ -1,0 +1,186 @@
+"""`load`: from a checkpoint directory to a model."""
+
+import difflib
+import importlib.resources
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from recurrentgemma.checkpoints.formats import FORMATS, detect_format
+from recurrentgemma.checkpoints.parameters import (
+    check_tokenizer,
+    named_parameters,
+    parameter_dtype,
+)
+from recurrentgemma.checkpoints.stored import Stored
+from recurrentgemma.checkpoints.tensors import place
+from recurrentgemma.config import PRESETS, GriffinConfig, Runtime
+from recurrentgemma.griffin import Griffin
+from recurrentgemma.tokenizer import Tokenizer
+
+Sharding = (
+    jax.sharding.Sharding
+    | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+    | Mapping[str, Any]
+)
+
+
+def load(
+    path_or_preset: str | os.PathLike[str],
+    *,
+    config: GriffinConfig | None = None,
+    tokenizer: Tokenizer | str | os.PathLike[str] | bytes | None = None,
+    runtime: Runtime | None = None,
+    param_dtype: Any = None,
+    sharding: Sharding | None = None,
+) -> tuple[Griffin, Tokenizer | None]:
+    """The model and the tokenizer of a checkpoint, whatever its layout.
+
+    Example::
+
+      model, tokenizer = load("nano")
+
+    Args:
+      path_or_preset: the directory of a checkpoint, or the name of a bundled one (which
+        wins over a directory: write "./nano" for that).
+      config: the architecture, instead of the one that the checkpoint states.
+      tokenizer: the tokenizer, its path or its bytes, instead of the checkpoint's own.
+      runtime: how the model is to run.
+      param_dtype: the dtype of all parameters; None is what inference needs, see
+        `parameter_dtype`. Training wants float32.
+      sharding: where parameters go: one sharding for all, a function of a parameter's
+        name and shape, or shardings by name (nested or joined by dots). None is the
+        default device.
+
+    Returns:
+      The model, and the tokenizer or None.
+
+    Raises:
+      ValueError: there is no such checkpoint or bundled model; it is damaged; its
+        tensors do not fit the config (all of them are listed); or the tokenizer does
+        not fit the vocabulary.
+    """
+    path = find_checkpoint(path_or_preset)
+    stored = FORMATS[detect_format(path)].read(path)
+    tokenizer = tokenizer if tokenizer is not None else stored.tokenizer_path
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        tokenizer = Tokenizer(tokenizer)
+    runtime = runtime or Runtime()
+    config = config or stored.config
+    check_tokenizer(config, tokenizer)
+    described = nnx.eval_shape(
+        lambda: Griffin(config, rngs=nnx.Rngs(0), runtime=runtime)
+    )
+    shapes = {name: leaf.shape for name, leaf in named_parameters(described).items()}
+    _check_tensors(path, stored, config, shapes)
+    choose = _sharding_by_name(sharding)
+    parameters = {}
+    # The largest first: what one needs besides its own memory then adds to little.
+    for name in sorted(shapes, key=lambda name: -np.prod(shapes[name])):
+        dtype = parameter_dtype(name, runtime, param_dtype)
+        parameters[name] = place(
+            stored.tensors[name], dtype, choose(name, shapes[name])
+        )
+    leaves = [parameters[name] for name in shapes]
+    return jax.tree.unflatten(jax.tree.structure(described), leaves), tokenizer
+
+
+def read_config(path_or_preset: str | os.PathLike[str]) -> GriffinConfig:
+    """The architecture of a checkpoint; no parameter is read.
+
+    Raises:
+      ValueError: as for `load`.
+    """
+    path = find_checkpoint(path_or_preset)
+    return FORMATS[detect_format(path)].read(path).config
+
+
+def find_checkpoint(path_or_preset: str | os.PathLike[str]) -> Path:
+    """The directory of a checkpoint, or of the bundled one of this name.
+
+    Raises:
+      ValueError: there is none.
+    """
+    name = os.fspath(path_or_preset)
+    bundled = _bundled()
+    if name in bundled:
+        return bundled[name]
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"{path} is a file; expected the directory of a checkpoint.")
+    if name in PRESETS:
+        raise ValueError(
+            f"No weights of {name!r} are bundled (only of {', '.join(bundled)}): pass "
+            "the directory of a downloaded checkpoint, or make a random model with "
+            f"Griffin(PRESETS[{name!r}], rngs=nnx.Rngs(0))."
+        )
+    close = difflib.get_close_matches(name, [*bundled, *PRESETS])
+    hint = f" Did you mean {', '.join(close)}?" if close else ""
+    raise ValueError(f"There is no directory and no preset {name!r}.{hint}")
+
+
+def _bundled() -> dict[str, Path]:
+    assets = Path(str(importlib.resources.files("recurrentgemma"))) / "assets"
+    return {file.parent.name: file.parent for file in assets.glob("*/config.json")}
+
+
+def _check_tensors(
+    path: Path,
+    stored: Stored,
+    config: GriffinConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    def named(name: str) -> str:
+        other = stored.stored_name(name)
+        return name if other == name else f"{name} ({other})"
+
+    found = stored.tensors
+    problems = [
+        *(f"missing: {named(name)}" for name in shapes if name not in found),
+        *(f"unexpected: {name}" for name in found if name not in shapes),
+        *(
+            f"wrong shape: {named(name)} is {list(found[name].shape)}, expected "
+            f"{list(shape)}"
+            for name, shape in shapes.items()
+            if name in found and found[name].shape != shape
+        ),
+    ]
+    if not problems:
+        return
+    theirs = stored.config.to_dict()
+    problems += [
+        f"config= says {name} is {value!r}, the checkpoint {theirs[name]!r}"
+        for name, value in config.to_dict().items()
+        if value != theirs[name]
+    ]
+    raise ValueError(
+        f"The tensors of {path} do not fit its config:\n  " + "\n  ".join(problems)
+    )
+
+
+def _sharding_by_name(
+    sharding: Sharding | None,
+) -> Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]:
+    if sharding is None or isinstance(sharding, jax.sharding.Sharding):
+        return lambda name, shape: sharding
+    if callable(sharding):
+        return sharding
+    leaves, _ = jax.tree_util.tree_flatten_with_path(sharding)
+    by_name = {}
+    for path, leaf in leaves:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        by_name[name.removesuffix(".value")] = leaf
+
+    def choose(name: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+        if name not in by_name:
+            raise ValueError(f"sharding has no entry for {name}.")
+        return by_name[name]
+
+    return choose

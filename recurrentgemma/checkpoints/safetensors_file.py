@@ -1,0 +1,149 @@
+"""Safetensors files, read and written a slice at a time.
+
+Layout: the size of the header (8 bytes, little-endian), the header (JSON: dtype, shape
+and data offsets of each tensor by name, and "__metadata__"), the data. The library of
+that name maps files into memory, where pages count as the process's own, and writes
+only what is in memory as a whole.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax.numpy as jnp
+import numpy as np
+
+from recurrentgemma.checkpoints.tensors import BLOCK_BYTES, TensorSource
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the format."""
+
+
+def read_safetensors(path: Path) -> dict[str, TensorSource]:
+    """The tensors of a file; only its header is read now.
+
+    Raises:
+      ValueError: the file is missing, truncated, damaged, or holds a dtype that no
+        parameter has.
+    """
+    header, data_start = _read_header(path)
+    header.pop("__metadata__", None)
+    sources = {}
+    for name, entry in header.items():
+        try:
+            dtype_name, shape = entry["dtype"], tuple(entry["shape"])
+            begin, end = entry["data_offsets"]
+            if dtype_name not in DTYPES:
+                raise ValueError(
+                    f"{path}: {name} is stored as {dtype_name}; expected one of "
+                    f"{', '.join(DTYPES)}."
+                )
+            dtype = DTYPES[dtype_name]
+            sound = end - begin == math.prod(shape) * dtype.itemsize and begin >= 0
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{path} is damaged: {name} has no place.") from error
+        if not sound:
+            raise ValueError(f"{path} is damaged: {name} has no place.")
+        sources[name] = _file_source(path, data_start + begin, shape, dtype)
+    data_end = max((e["data_offsets"][1] for e in header.values()), default=0)
+    _check_size(path, data_start + data_end)
+    return sources
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if not 2 <= size <= MAX_HEADER_BYTES:
+                raise ValueError(f"{path} is not a safetensors file.")
+            _check_size(path, 8 + size)
+            return dict(json.loads(file.read(size))), 8 + size
+    except OSError as error:
+        raise ValueError(f"Cannot read {path}: {error.strerror}.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise ValueError(f"{path} is not a safetensors file.") from error
+
+
+def _check_size(path: Path, expected: int) -> None:
+    size = path.stat().st_size
+    if size < expected:
+        raise ValueError(
+            f"{path} is truncated: {expected} bytes expected, {size} found."
+        )
+
+
+def _file_source(
+    path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype
+) -> TensorSource:
+    """Rows are read, not mapped: mapped pages count as memory of the process."""
+    row_shape = shape[1:]
+    row_bytes = math.prod(row_shape) * dtype.itemsize
+
+    def read(start: int, stop: int) -> np.ndarray:
+        rows = np.empty((stop - start) * row_bytes, np.uint8)
+        view = rows.data
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset + start * row_bytes)
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise ValueError(f"{path} was truncated while it was read.")
+                view = view[count:]
+        return rows.view(dtype).reshape(stop - start, *row_shape)
+
+    return TensorSource(shape, dtype, 0, read)
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, TensorSource], metadata: Mapping[str, str]
+) -> None:
+    """Writes a file, one tensor at a time.
+
+    Args:
+      path: the file, which must not exist.
+      tensors: by name; larger dtypes come first, which aligns all of them.
+      metadata: text to keep in the header.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        begin, end = end, end + tensor_bytes(tensor)
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("xb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for name in names:
+            _write_array(file, tensors[name].load())
+
+
+def tensor_bytes(tensor: TensorSource) -> int:
+    """Size of the tensor's data in bytes."""
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def _write_array(file: BinaryIO, array: np.ndarray) -> None:
+    """Writes an array in blocks of rows: a transposed one is never copied whole."""
+    step = max(1, BLOCK_BYTES * len(array) // array.nbytes)
+    for start in range(0, len(array), step):
+        rows = np.ascontiguousarray(array[start : start + step])
+        file.write(rows.view(np.uint8).data)

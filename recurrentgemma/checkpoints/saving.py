@@ -1,0 +1,78 @@
+"""`save`: from a model to a checkpoint directory."""
+
+import os
+import re
+from pathlib import Path
+
+from recurrentgemma._atomic import replace_directory
+from recurrentgemma.checkpoints.formats import FORMATS
+from recurrentgemma.checkpoints.parameters import check_tokenizer, tensors_of
+from recurrentgemma.checkpoints.stored import WRITER, WRITER_KEY, read_config_json
+from recurrentgemma.griffin import Griffin
+from recurrentgemma.tokenizer import Tokenizer
+
+
+def save(
+    path: str | os.PathLike[str],
+    model: Griffin,
+    tokenizer: Tokenizer | None,
+    *,
+    format: str = "native",
+) -> None:
+    """Writes a checkpoint directory, whole or not at all.
+
+    Parameters keep their dtypes. An existing directory is replaced only if it is a
+    checkpoint that `save` wrote and holds nothing else.
+
+    Args:
+      path: the directory to make; missing parents are made.
+      model: the model; layers that are stacked for training are written one by one.
+      tokenizer: its tokenizer, or None to write none.
+      format: a name in `FORMATS`.
+
+    Raises:
+      ValueError: the format is unknown or cannot hold this model, the tokenizer does
+        not fit, the directory holds something else, or writing failed. What was there
+        is as it was.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"Unknown format {format!r}; expected {', '.join(FORMATS)}.")
+    check_tokenizer(model.config, tokenizer)
+    tensors = tensors_of(model)
+    target = Path(path).resolve()
+    try:
+        _check_replaceable(target)
+        with replace_directory(target) as partial:
+            FORMATS[format].write(partial, model.config, tensors, tokenizer)
+    except OSError as error:
+        raise ValueError(
+            f"Could not save to {path}: {error.strerror or error}. Nothing was written."
+        ) from error
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuses to replace anything but an earlier save."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file; expected a directory to save to.")
+    others = [
+        file.name
+        for file in path.iterdir()
+        if not re.fullmatch(
+            r"config\.json|tokenizer\.model|model(-\d+-of-\d+)?\.safetensors"
+            r"|model\.safetensors\.index\.json",
+            file.name,
+        )
+    ]
+    if others:
+        raise ValueError(
+            f"{path} holds other files ({', '.join(sorted(others)[:5])}): save to a "
+            "new directory."
+        )
+    writer = str((read_config_json(path) or {}).get(WRITER_KEY, ""))
+    if any(path.iterdir()) and writer.split(" ")[0] != WRITER.split(" ")[0]:
+        raise ValueError(
+            f"{path} holds files that this package did not write: save to a new "
+            "directory."
+        )
