@@ -18,6 +18,20 @@ import jax.numpy as jnp
 
 BLOCK_TYPES = ("recurrent", "local_attention", "global_attention")
 
+_SIZES = (
+    "vocab_size",
+    "width",
+    "mlp_width",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "attention_window",
+    "lru_width",
+    "num_gate_blocks",
+    "conv_width",
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GriffinConfig:
@@ -71,10 +85,7 @@ class GriffinConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "block_pattern", tuple(self.block_pattern))
-        for name in (
-            "vocab_size width mlp_width num_layers num_heads num_kv_heads head_dim "
-            "attention_window lru_width num_gate_blocks conv_width"
-        ).split():
+        for name in _SIZES:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}.")
@@ -265,48 +276,48 @@ def _paper(family: str, size: str) -> GriffinConfig:
 
 def _gemma(*, width: int, **fields: Any) -> GriffinConfig:
     """Gemma 1 and 2: no biases, whole-head rotary, unrounded embedding scale."""
-    defaults: dict[str, Any] = dict(
-        vocab_size=256_000,
-        width=width,
-        block_pattern=("global_attention",),
-        head_dim=256,
-        rope_fraction=1.0,
-        attention_bias=False,
-        mlp_bias=False,
-        lru_width=width,
-        num_gate_blocks=1,
-        embedding_scale=math.sqrt(width),
-    )
+    defaults: dict[str, Any] = {
+        "vocab_size": 256_000,
+        "width": width,
+        "block_pattern": ("global_attention",),
+        "head_dim": 256,
+        "rope_fraction": 1.0,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "lru_width": width,
+        "num_gate_blocks": 1,
+        "embedding_scale": math.sqrt(width),
+    }
     return GriffinConfig(**{**defaults, **fields})
 
 
 def _gemma2(**fields: Any) -> GriffinConfig:
     """Gemma 2: local layers see 4096 keys, which is a window of 4095 past ones."""
-    defaults: dict[str, Any] = dict(
-        block_pattern=("local_attention", "global_attention"),
-        attention_window=4095,
-        attention_soft_cap=50.0,
-        logits_soft_cap=30.0,
-        post_norms=True,
-    )
+    defaults: dict[str, Any] = {
+        "block_pattern": ("local_attention", "global_attention"),
+        "attention_window": 4095,
+        "attention_soft_cap": 50.0,
+        "logits_soft_cap": 30.0,
+        "post_norms": True,
+    }
     return _gemma(**{**defaults, **fields})
 
 
 def _nano(**fields: Any) -> GriffinConfig:
     """The bundled model, and its Transformer twin of the same parameter count."""
-    defaults: dict[str, Any] = dict(
-        vocab_size=4096,
-        width=256,
-        mlp_width=640,
-        num_layers=6,
-        num_heads=4,
-        head_dim=64,
-        attention_window=256,
-        lru_width=256,
-        num_gate_blocks=4,
-        embedding_scale=16.0,
-        logits_soft_cap=30.0,
-    )
+    defaults: dict[str, Any] = {
+        "vocab_size": 4096,
+        "width": 256,
+        "mlp_width": 640,
+        "num_layers": 6,
+        "num_heads": 4,
+        "head_dim": 64,
+        "attention_window": 256,
+        "lru_width": 256,
+        "num_gate_blocks": 4,
+        "embedding_scale": 16.0,
+        "logits_soft_cap": 30.0,
+    }
     return GriffinConfig(**{**defaults, **fields})
 
 

@@ -231,7 +231,11 @@ def _stack(trees: list[Any]) -> Any:
 
 
 def _unstack(tree: Any, count: int) -> list[Any]:
-    return [jax.tree.map(lambda leaf: leaf[i], tree) for i in range(count)]
+    leaves, structure = jax.tree.flatten(tree)
+    return [
+        jax.tree.unflatten(structure, [leaf[i] for leaf in leaves])
+        for i in range(count)
+    ]
 
 
 def _open_cache(config: GriffinConfig, cache: Cache | None) -> list[Any]:
