@@ -84,6 +84,8 @@ def local_attention(
         slots = k.shape[1] if window is None else window
     else:
         slots = cache.positions.shape[1]
+    if k.shape[1] == 1:
+        positions = ring.after(out, positions)
     return out, ring.write(cache, k, v, positions, slots)
 
 
