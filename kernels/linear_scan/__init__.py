@@ -10,13 +10,20 @@ import jax
 import jax.numpy as jnp
 
 from recurrentgemma.kernels.dispatch import dispatch
-from recurrentgemma.kernels.linear_scan import associative, reference
+from recurrentgemma.kernels.linear_scan import (
+    associative,
+    chunked,
+    reference,
+    sequential,
+)
 
 IMPLEMENTATIONS = {
     "reference": reference.scan,
     "associative": associative.scan,
+    "chunked": chunked.scan,
+    "sequential": sequential.scan,
 }
-PLATFORM_DEFAULTS = {"cpu": "reference", "default": "associative"}
+PLATFORM_DEFAULTS = {"cpu": "sequential", "tpu": "associative", "default": "chunked"}
 
 
 def linear_scan(

@@ -25,7 +25,7 @@ def attend(
     soft_cap: float | None,
 ) -> jax.Array:
     """See `local_attention`, with T = 1."""
-    batch, _, heads, head_dim = q.shape
+    batch, head_dim = q.shape[0], q.shape[3]
     groups = q.reshape(batch, k.shape[2], -1, head_dim)
     distance = positions - cache.positions
     visible = (cache.positions >= 0) & (positions > 0) & (distance > 0)
@@ -33,7 +33,9 @@ def attend(
         visible &= distance <= window
 
     def score(keys):
-        scores = scale * einsum_float32("bkrh,bskh->bkrs", groups, keys)
+        # Keys first: as the second operand XLA would transpose them, a copy a step.
+        scores = scale * einsum_float32("bskh,bkrh->bksr", keys, groups)
+        scores = jnp.swapaxes(scores, 2, 3)
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
         return scores

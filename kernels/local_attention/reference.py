@@ -17,7 +17,7 @@ def attend(
     soft_cap: float | None,
 ) -> jax.Array:
     """See `local_attention`; the written cache is not this function's business."""
-    batch, length, heads, head_dim = q.shape
+    batch, length, _, head_dim = q.shape
     # Cached keys are of segment 0, which the chunk's first start of a document ends.
     segments = jnp.cumsum(positions == 0, axis=1)
     key_positions, key_segments = positions, segments
