@@ -22,6 +22,8 @@ LAYERS = [
     {"inspect", "cost"},
     {"tokenizer"},
     {"sampling"},
+    {"decoding"},
+    {"decoding"},
     {"sampler"},
     {"prefix"},
     {"chat"},

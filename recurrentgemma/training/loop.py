@@ -1,0 +1,327 @@
+"""The training loop: from a config to a saved model, resumable at any step.
+
+    python -m recurrentgemma.training.loop --output runs/nano --steps 2000
+
+An output directory holds `train_config.json`, `metrics.jsonl` (one object a line),
+`checkpoints/` (training states) and, when the run is done, `model/` (what `load` reads).
+The same call with the same config resumes from the newest checkpoint, and ends with the
+same parameters, bit for bit, as a run that was never interrupted.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from flax import nnx
+
+from recurrentgemma.checkpoints import save
+from recurrentgemma.config import GriffinConfig, find_preset
+from recurrentgemma.griffin import Griffin
+from recurrentgemma.tokenizer import Tokenizer
+from recurrentgemma.training.corpus import (
+    PYTHON_STDLIB,
+    Document,
+    read_documents,
+    split_held_out,
+)
+from recurrentgemma.training.data import PackedTokens, encode_document
+from recurrentgemma.training.optimizer import (
+    OptimizerConfig,
+    is_decayed,
+    learning_rate_schedule,
+    make_optimizer,
+)
+from recurrentgemma.training.state import (
+    Checkpoints,
+    TrainState,
+    parameters,
+    with_parameters,
+)
+from recurrentgemma.training.step import make_evaluation_step, make_train_step
+
+BUNDLED_TOKENIZER = Path(__file__).parents[1] / "assets" / "nano" / "tokenizer.model"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole training run.
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    output: str
+    """Directory of the run."""
+    model: str = "nano"
+    """Name of a preset, trained from random parameters."""
+    data: str = PYTHON_STDLIB
+    """`python-stdlib`, a directory or a file; see `corpus.read_documents`."""
+    tokenizer: str | None = None
+    """Path of a SentencePiece model; None is the bundled one."""
+    steps: int = 2000
+    batch_size: int = 8
+    """Rows a step."""
+    sequence_length: int = 512
+    """Tokens a row."""
+    seed: int = 0
+    """Of the initial parameters, the order of rows and the places of cuts."""
+    held_out_share: float = 0.05
+    """About this share of the documents is never trained on."""
+    evaluate_every: int = 250
+    """Steps between evaluations on the first `evaluation_batches`."""
+    evaluation_batches: int = 8
+    checkpoint_every: int = 250
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+
+    def __post_init__(self):
+        for name in (
+            "steps",
+            "batch_size",
+            "sequence_length",
+            "evaluate_every",
+            "evaluation_batches",
+            "checkpoint_every",
+        ):
+            if not getattr(self, name) >= 1:
+                raise ValueError(
+                    f"{name} must be at least 1, got {getattr(self, name)}"
+                )
+        if not 0 <= self.held_out_share < 1:
+            raise ValueError(
+                f"held_out_share must be in [0, 1), got {self.held_out_share}"
+            )
+
+
+def train(config: TrainConfig) -> Path:
+    """Trains, or goes on training, and saves the model.
+
+    Returns:
+        The directory of the trained model, for `recurrentgemma.load`.
+
+    Raises:
+        ValueError: the config does not fit the data, the tokenizer or the run that the
+            output directory already holds.
+        OSError: nothing could be written; what was saved before is as it was.
+        KeyboardInterrupt: interrupted; the state has been saved.
+    """
+    output = Path(config.output)
+    model_config = find_preset(config.model)
+    tokenizer = Tokenizer(config.tokenizer or BUNDLED_TOKENIZER)
+    _check_vocabulary(tokenizer, model_config)
+    training, held_out = split_held_out(
+        read_documents(config.data), config.held_out_share
+    )
+    _claim(output, config)
+
+    model = Griffin(model_config, rngs=nnx.Rngs(config.seed))
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    params = parameters(model)
+    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    checkpoints = Checkpoints(output / "checkpoints")
+    if checkpoints.latest_step is not None:
+        state = checkpoints.restore(state)
+    # The state is used up by the first step, so the template may not share its arrays.
+    model = jax.eval_shape(lambda: model)
+
+    packed = _pack(training, tokenizer, config, cut_seed=config.seed)
+    evaluation = _pack(held_out, tokenizer, config) if held_out else None
+    try:
+        state = _run(config, model, optimizer, state, checkpoints, packed, evaluation)
+    finally:
+        checkpoints.close()
+    save(output / "model", export(model, state.params), tokenizer)
+    return output / "model"
+
+
+def _run(config, model, optimizer, state, checkpoints, packed, evaluation):
+    train_step = make_train_step(model, optimizer)
+    evaluation_step = make_evaluation_step(model)
+    learning_rate = learning_rate_schedule(config.optimizer, config.steps)
+    step = int(state.step)
+    log = MetricsLog(Path(config.output) / "metrics.jsonl", first_step=step)
+    bar = tqdm.tqdm(total=config.steps, initial=step, desc="train", unit="step")
+    with log, bar, _interruption() as interrupted:
+        while step < config.steps:
+            started = time.perf_counter()
+            batch = packed.shuffled_batch(step, config.batch_size, config.seed)
+            state, metrics = train_step(state, batch)
+            loss = float(metrics["loss"])
+            seconds = time.perf_counter() - started
+            row = {
+                "step": step + 1,
+                "loss": loss,
+                "gradient_norm": float(metrics["gradient_norm"]),
+                "learning_rate": float(learning_rate(step)),
+                "train_tokens_per_s": batch.tokens.size / seconds,
+            }
+            step += 1
+            last = step == config.steps
+            if evaluation and (last or step % config.evaluate_every == 0):
+                batches = evaluation.batches(
+                    config.batch_size, config.evaluation_batches
+                )
+                row["held_out_loss"] = _mean(
+                    evaluation_step(state.params, batch) for batch in batches
+                )
+                bar.write(f"step {step}: held-out loss {row['held_out_loss']:.4f}")
+            log.write(row)
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"the loss at step {step} is {loss}; the newest good state is that "
+                    f"of step {checkpoints.latest_step}. Try a lower learning rate."
+                )
+            if last or interrupted or step % config.checkpoint_every == 0:
+                checkpoints.save(state)
+            if interrupted:
+                raise KeyboardInterrupt(f"stopped after step {step}; state saved")
+    return state
+
+
+def export(model: Griffin, params: dict[str, jax.Array]) -> Griffin:
+    """The model with these parameters, its matrices rounded to bfloat16.
+
+    Norms, biases, the convolution, and the RG-LRU's `a_param` stay float32, as they do
+    when a model is loaded.
+    """
+
+    def rounded(name: str, value: jax.Array) -> jax.Array:
+        is_matrix = is_decayed(name) or name.endswith(
+            ("gate.kernel", "embedder.embedding")
+        )
+        return value.astype(jnp.bfloat16) if is_matrix else value
+
+    return with_parameters(model, {k: rounded(k, v) for k, v in params.items()})
+
+
+class MetricsLog:
+    """A JSON object a line; lines of steps that are about to be done again go.
+
+    Args:
+        path: the file; its directory exists.
+        first_step: steps done so far.
+    """
+
+    def __init__(self, path: Path, first_step: int):
+        kept = []
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            # A line that an interruption cut short has no newline.
+            whole = [line for line in lines if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["step"] <= first_step]
+        self._file = path.open("w", encoding="utf-8")
+        self._file.writelines(kept)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _mean(totals) -> float:
+    pairs = np.asarray([[float(nats), float(count)] for nats, count in totals])
+    return float(pairs[:, 0].sum() / max(pairs[:, 1].sum(), 1))
+
+
+def _pack(
+    documents: list[Document],
+    tokenizer: Tokenizer,
+    config: TrainConfig,
+    cut_seed: int | None = None,
+) -> PackedTokens:
+    ids = (encode_document(tokenizer, d, cut_seed=cut_seed) for d in documents)
+    return PackedTokens(ids, config.sequence_length)
+
+
+def _check_vocabulary(tokenizer: Tokenizer, config: GriffinConfig) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"tokenizer: its {tokenizer.vocab_size} pieces do not fit the model's "
+            f"vocabulary of {config.vocab_size}"
+        )
+
+
+def _claim(output: Path, config: TrainConfig) -> None:
+    """Records the config of a new run; refuses to go on with another run's."""
+    path = output / "train_config.json"
+    fields = dataclasses.asdict(config)
+    del fields["output"]
+    if not path.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        return
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    differing = sorted(
+        f"{name} is {stored.get(name)!r}, not {fields.get(name)!r}"
+        for name in stored.keys() | fields.keys()
+        if stored.get(name) != fields.get(name)
+    )
+    if differing:
+        raise ValueError(
+            f"output: {output} holds a run of another config ({'; '.join(differing)}); "
+            "choose another directory, or the same config to resume"
+        )
+
+
+@contextmanager
+def _interruption() -> Iterator[list[int]]:
+    """A list that is no longer empty once Ctrl-C was pressed; twice stops at once."""
+    pressed: list[int] = []
+
+    def note(number, frame):
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    try:
+        previous = signal.signal(signal.SIGINT, note)
+    except ValueError:
+        # Only the main thread may; elsewhere Ctrl-C does not arrive either.
+        yield pressed
+        return
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train a model.")
+    defaults = {
+        field.name: field.default
+        for kind in (TrainConfig, OptimizerConfig)
+        for field in dataclasses.fields(kind)
+        if field.name != "optimizer"
+    }
+    for name, default in defaults.items():
+        flag = "--" + name.replace("_", "-")
+        if default is dataclasses.MISSING:
+            parser.add_argument(flag, required=True)
+        else:
+            kind = str if default is None else type(default)
+            parser.add_argument(flag, type=kind, default=default)
+    given = vars(parser.parse_args())
+    names = [field.name for field in dataclasses.fields(OptimizerConfig)]
+    optimizer = OptimizerConfig(**{name: given.pop(name) for name in names})
+    print(train(TrainConfig(**given, optimizer=optimizer)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""AdamW with a warm-up, a cosine, a clip and a decay mask.
+
+Weight decay pulls matrices to zero, where a matrix does nothing. Norm scales, biases,
+the embedding, the convolution and the RG-LRU have other natural values and are left
+alone (RecurrentGemma report, section 3).
+"""
+
+import dataclasses
+
+import jax
+import optax
+
+NEVER_DECAYED = ("embedder", "conv_1d", "rg_lru")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule.
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    learning_rate: float = 3e-3
+    """The highest, reached after the warm-up."""
+    final_learning_rate_ratio: float = 0.05
+    """The last learning rate, as a share of the highest."""
+    warmup_steps: int = 100
+    """Steps over which the rate rises from 0; at most a tenth of all steps."""
+    b1: float = 0.9
+    b2: float = 0.98
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+
+    def __post_init__(self):
+        for name in ("learning_rate", "epsilon", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("b1", "b2", "final_learning_rate_ratio"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("weight_decay", "warmup_steps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+
+
+def is_decayed(name: str) -> bool:
+    """Whether weight decay applies to a parameter, by its native name."""
+    parts = name.split(".")
+    return parts[-1] == "kernel" and not set(parts) & set(NEVER_DECAYED)
+
+
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear to the highest, then a cosine to the last."""
+    warmup_steps = min(config.warmup_steps, max(1, steps // 10))
+    return optax.warmup_cosine_decay_schedule(
+        init_value=config.learning_rate / (warmup_steps + 1),
+        peak_value=config.learning_rate,
+        warmup_steps=warmup_steps,
+        decay_steps=steps,
+        end_value=config.learning_rate * config.final_learning_rate_ratio,
+    )
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """An optimizer of parameters given as {native name: array}."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate_schedule(config, steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            mask=_decay_mask,
+        ),
+    )
+
+
+def _decay_mask(params: dict[str, jax.Array]) -> dict[str, bool]:
+    return {name: is_decayed(name) for name in params}

@@ -1,0 +1,113 @@
+"""What a training run carries from step to step, and its checkpoints.
+
+Parameters are a flat {native name: array}: the optimizer's masks, the checkpoint and the
+logs then all speak of `blocks.0.mixer.linear_x.kernel`.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from recurrentgemma.griffin import Griffin
+
+KEEP_CHECKPOINTS = 2
+
+
+class TrainState(NamedTuple):
+    """A pytree of arrays."""
+
+    params: dict[str, jax.Array]
+    """float32, by native name."""
+    optimizer_state: Any
+    step: jax.Array
+    """int32 scalar, steps done."""
+
+
+def parameters(model: Griffin) -> dict[str, jax.Array]:
+    """The model's parameters by native name."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
+    return {_native_name(path): leaf for path, leaf in leaves}
+
+
+def with_parameters(model: Griffin, params: dict[str, jax.Array]) -> Griffin:
+    """A model like `model` with these parameters, given by native name."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(model)
+    return structure.unflatten([params[_native_name(path)] for path, _ in leaves])
+
+
+class Checkpoints:
+    """Training states in a directory, the newest few; each is written whole or not.
+
+    Args:
+        directory: created if it does not exist.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory.absolute()
+        # Orbax writes to a temporary name and renames.
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=KEEP_CHECKPOINTS, enable_async_checkpointing=False
+            ),
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """The step of the newest state, None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState) -> None:
+        """Saves a state under its step.
+
+        Raises:
+            OSError: it could not be written; earlier states are as they were.
+        """
+        step = int(state.step)
+        if step == self.latest_step:
+            return
+        try:
+            self._manager.save(step, args=ocp.args.StandardSave(state._asdict()))
+            self._manager.wait_until_finished()
+        except Exception as error:
+            # A full disk arrives as whatever the storage library makes of it.
+            raise OSError(
+                f"could not save the training state of step {step} in "
+                f"{self.directory}: {error}. The newest saved step is "
+                f"{self.latest_step}; the run resumes from there."
+            ) from error
+
+    def restore(self, like: TrainState) -> TrainState:
+        """The newest state.
+
+        Args:
+            like: a state of the same shapes; its values do not matter.
+
+        Raises:
+            ValueError: it cannot be read, or has other shapes.
+        """
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+        try:
+            restored = self._manager.restore(
+                self.latest_step, args=ocp.args.StandardRestore(target)
+            )
+        except Exception as error:
+            raise ValueError(
+                f"the training state of step {self.latest_step} in {self.directory} "
+                f"is damaged, or of another model: {error}"
+            ) from error
+        return TrainState(**restored)
+
+    def close(self) -> None:
+        """Releases Orbax's threads."""
+        self._manager.close()
+
+
+def _native_name(path: tuple[Any, ...]) -> str:
+    parts = [
+        str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path
+    ]
+    # The last part is the attribute of the variable that holds the array.
+    return ".".join(parts[:-1])
