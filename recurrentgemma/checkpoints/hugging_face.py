@@ -87,7 +87,6 @@ def write(
     config: GriffinConfig,
     tensors: Mapping[str, TensorSource],
     tokenizer: Tokenizer | None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes into an empty directory; raises ValueError if transformers has no such
     model."""
@@ -101,18 +100,16 @@ def write(
     for name, source in tensors.items():
         stored_name, orientation = to_stored_name(name)
         stored[stored_name] = orientation.from_native(source)
-    _write_files(path, stored, max_shard_bytes)
+    _write_files(path, stored)
     write_tokenizer(path, tokenizer)
 
 
-def _write_files(
-    path: Path, tensors: Mapping[str, TensorSource], max_shard_bytes: int
-) -> None:
+def _write_files(path: Path, tensors: Mapping[str, TensorSource]) -> None:
     metadata = {"format": "pt"}
     shards: list[dict[str, TensorSource]] = [{}]
     size = 0
     for name, source in tensors.items():
-        if shards[-1] and size + tensor_bytes(source) > max_shard_bytes:
+        if shards[-1] and size + tensor_bytes(source) > MAX_SHARD_BYTES:
             shards.append({})
             size = 0
         shards[-1][name] = source
