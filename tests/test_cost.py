@@ -1,0 +1,156 @@
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from recurrentgemma import cost
+from recurrentgemma.config import PRESETS, GriffinConfig, Runtime
+from recurrentgemma.griffin import Griffin
+
+TINY = GriffinConfig(
+    vocab_size=31,
+    width=12,
+    mlp_width=20,
+    num_layers=5,
+    block_pattern=("recurrent", "local_attention"),
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    rope_fraction=1.0,
+    attention_window=7,
+    lru_width=18,
+    num_gate_blocks=3,
+    conv_width=3,
+)
+VARIANTS = {
+    "mixed": TINY,
+    "recurrent": dataclasses.replace(TINY, block_pattern=("recurrent",)),
+    "local": dataclasses.replace(TINY, block_pattern=("local_attention",)),
+    "global": dataclasses.replace(TINY, block_pattern=("global_attention",)),
+    "all three": dataclasses.replace(
+        TINY, block_pattern=("recurrent", "local_attention", "global_attention")
+    ),
+    "no biases, post norms": dataclasses.replace(
+        TINY, attention_bias=False, mlp_bias=False, post_norms=True
+    ),
+}
+
+
+def _abstract(config, **runtime):
+    return nnx.eval_shape(
+        lambda: Griffin(config, rngs=nnx.Rngs(0), runtime=Runtime(**runtime))
+    )
+
+
+def _leaves(tree):
+    return [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape")]
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("recurrentgemma-2b", 2_682_862_080),
+        ("recurrentgemma-9b", 8_579_977_216),
+        ("gemma-2b", 2_506_172_416),
+        ("gemma-7b", 8_537_680_896),
+        ("gemma2-2b", 2_614_341_888),
+        ("gemma2-9b", 9_241_705_984),
+        ("gemma2-27b", 27_227_128_320),
+    ],
+)
+def test_parameters_of_the_released_models(preset, expected):
+    assert cost.num_parameters(PRESETS[preset]) == expected
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_parameters_are_those_of_the_module(name):
+    params = nnx.state(_abstract(VARIANTS[name]), nnx.Param)
+    actual = sum(math.prod(leaf.shape) for leaf in _leaves(params))
+    assert cost.num_parameters(VARIANTS[name]) == actual
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_matrices_are_the_parameters_called_kernel_or_embedding(name):
+    params = nnx.state(_abstract(VARIANTS[name]), nnx.Param)
+    expected = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        keys = jax.tree_util.keystr(path)
+        is_matrix = ("kernel" in keys and "conv_1d" not in keys) or "embedder" in keys
+        expected += math.prod(leaf.shape) * (2 if is_matrix else 4)
+    assert cost.parameter_bytes(VARIANTS[name], "bfloat16") == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_cache_bytes_are_those_of_the_cache(name, dtype):
+    model = _abstract(VARIANTS[name], compute_dtype=dtype)
+    cache = jax.eval_shape(lambda: model.init_cache(3, capacity=16))
+    actual = sum(
+        math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in _leaves(cache)
+    )
+    assert cost.cache_bytes(VARIANTS[name], 3, dtype=dtype, capacity=16) == actual
+
+
+def test_cache_of_the_released_models_is_as_published():
+    for preset, megabytes in (("recurrentgemma-2b", 17.2), ("recurrentgemma-9b", 26.2)):
+        assert round(cost.cache_bytes(PRESETS[preset]) / 1e6, 1) == megabytes
+
+
+def test_global_attention_needs_a_capacity():
+    with pytest.raises(ValueError, match="capacity: expected"):
+        cost.cache_bytes(PRESETS["gemma-2b"])
+
+
+@pytest.mark.parametrize("length", [1, 5, 8, 9, 40])
+def test_attention_flops_count_every_visible_key(length):
+    local, none = VARIANTS["local"], dataclasses.replace(TINY, attention_window=10**6)
+    position = np.arange(length)
+    keys = np.minimum(position, local.attention_window) + 1
+    matrices = 2 * (
+        cost.num_parameters(local)
+        - local.width * (1 + 2 * local.num_layers)  # norms
+        - local.num_layers * (2 * local.mlp_width + 2 * local.width)  # biases
+    )
+    attention = local.num_layers * 4 * local.num_heads * local.head_dim
+    expected = matrices + attention * keys.mean()
+    assert cost.forward_flops_per_token(local, length) == pytest.approx(expected)
+    # A window wider than the sequence is global attention.
+    wide = dataclasses.replace(none, block_pattern=("local_attention",))
+    assert cost.forward_flops_per_token(wide, length) == pytest.approx(
+        cost.forward_flops_per_token(VARIANTS["global"], length)
+    )
+
+
+def test_flops_against_a_count_by_hand():
+    config = dataclasses.replace(
+        VARIANTS["mixed"], width=128, mlp_width=384, lru_width=128, num_gate_blocks=1
+    )
+    matrices = cost.forward_flops_per_token(config, 1)
+    by_hand = 2 * (
+        31 * 128  # logits
+        + 3 * (3 * 128 * 128 + 2 * 128 * 128)  # recurrent: x, y, out and two gates
+        + 2 * 128 * 6 * (2 * 4 + 2 * 2)  # attention: q, out and k, v
+        + 5 * 3 * 128 * 384  # MLPs
+    )
+    assert matrices == pytest.approx(by_hand, rel=0.01)
+    assert cost.train_flops_per_token(config, 1) == 3 * matrices
+
+
+def test_a_recurrent_model_costs_the_same_at_any_length():
+    config = VARIANTS["recurrent"]
+    assert cost.forward_flops_per_token(config, 1) == cost.forward_flops_per_token(
+        config, 10**8
+    )
+    with pytest.raises(ValueError, match="length: expected"):
+        cost.forward_flops_per_token(config, 0)
+
+
+def test_decode_moves_parameters_and_cache_once():
+    config = PRESETS["recurrentgemma-2b"]
+    for batch_size in (1, 16):
+        assert cost.decode_bytes(config, batch_size) == cost.parameter_bytes(
+            config, "bfloat16"
+        ) + batch_size * cost.cache_bytes(config)

@@ -1,0 +1,358 @@
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from recurrentgemma import decoding
+from recurrentgemma.config import GriffinConfig
+from recurrentgemma.griffin import Griffin
+from recurrentgemma.sampler import Sampler
+from recurrentgemma.sampling import Sampling
+from recurrentgemma.tokenizer import Tokenizer
+from tests.golden_models import load_data, load_golden
+from tests.tolerances import assert_close
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "sampler"
+CASES = json.loads((GOLDEN / "cases.json").read_text())
+END = 1
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    tokenizer = Tokenizer(GOLDEN / "tokenizer.model")
+    return Sampler(load_golden(GOLDEN), tokenizer, compile_ahead=False)
+
+
+@pytest.fixture(scope="module")
+def golden_data():
+    return load_data(GOLDEN)
+
+
+def _model(**changes):
+    fields = {
+        "vocab_size": 60,
+        "width": 16,
+        "mlp_width": 24,
+        "num_layers": 2,
+        "block_pattern": ("recurrent", "local_attention"),
+        "num_heads": 2,
+        "head_dim": 8,
+        "attention_window": 9,
+        "lru_width": 16,
+        "num_gate_blocks": 2,
+        "logits_soft_cap": 30.0,
+    }
+    return Griffin(GriffinConfig(**{**fields, **changes}), rngs=nnx.Rngs(1))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """Without a tokenizer; end tokens are always given."""
+    return Sampler(_model(), compile_ahead=False)
+
+
+@jax.jit
+def _plain_logits(model, tokens):
+    return model.logits(model(tokens)[0])
+
+
+def _forward(model, tokens):
+    """Logits after each token, in one call without a cache."""
+    padded = np.zeros((1, -(-len(tokens) // 64) * 64), np.int32)
+    padded[0, : len(tokens)] = tokens
+    return _plain_logits(model, padded)[0, : len(tokens)]
+
+
+def _until_end(tokens):
+    tokens = list(tokens)
+    return tokens[: tokens.index(END) + 1] if END in tokens else tokens
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_golden_case(case, sampler, golden_data):
+    """Greedy tokens and the logits they were chosen from, up to the first end token.
+
+    `short_prompts_in_batch` holds what padding does to the original; the same prompts
+    alone are the truth.
+    """
+    tokenizer, steps = sampler.tokenizer, case["total_generation_steps"]
+    encode = tokenizer.encode
+    if case["instruction_tuned_format"]:
+        encode = tokenizer.format_turn
+    prompts = [encode(prompt) for prompt in case["prompts"]]
+    stops = case["end_sampling_at_eos_token"]
+    samples = [None] * len(prompts)
+    if steps:
+        samples = sampler.generate_tokens(
+            prompts,
+            max_new_tokens=steps,
+            sampling=GREEDY,
+            end_tokens=[END] if stops else [],
+            return_logits=True,
+        )
+    for i, (prompt, sample) in enumerate(zip(prompts, samples, strict=True)):
+        name = f"{case['name']}/row{i}/"
+        if case["name"] == "short_prompts_in_batch":
+            name = f"short_prompt_alone_{i}/row0/"
+        np.testing.assert_array_equal(prompt, golden_data[name + "prompt_tokens"])
+        tokens, skip = golden_data[name + "tokens"], 0
+        logits = golden_data[name + "logits"] if case["has_logits"] else None
+        if case["echo"]:
+            skip = len(prompt)
+            np.testing.assert_array_equal(tokens[:skip], prompt)
+            forward = _forward(sampler.model, prompt)
+            assert_close(forward, logits[:skip], "logits")
+        if sample is None:
+            continue
+        expected = tokens[skip:]
+        expected = _until_end(expected) if stops else list(expected)
+        assert sample.tokens == expected
+        assert sample.ended == (stops and expected[-1] == END)
+        if logits is not None:
+            assert_close(sample.logits, logits[skip : skip + len(expected)], "logits")
+
+
+def test_text_of_a_call(sampler):
+    """The text is the tokens' without the end token; echo puts the prompt before."""
+    case = next(case for case in CASES if case["name"] == "alone_0")
+    [prompt] = case["prompts"]
+    settings = {"max_new_tokens": 40, "sampling": GREEDY, "end_tokens": [END]}
+    [sample] = sampler([prompt], return_logits=True, **settings)
+    assert sample.ended and sample.tokens[-1] == END
+    assert sample.text == sampler.tokenizer.decode(sample.tokens[:-1])
+    assert case["text"][0].startswith(sample.text)
+    [echoed] = sampler([prompt], echo=True, return_logits=True, **settings)
+    assert echoed.text == prompt + sample.text
+    assert echoed.tokens == sample.tokens
+    probability = jax.nn.log_softmax(sample.logits)
+    np.testing.assert_allclose(
+        sample.log_probs,
+        np.take_along_axis(
+            np.asarray(probability), np.array(sample.tokens)[:, None], 1
+        )[:, 0],
+        atol=1e-5,
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("settings", [GREEDY, Sampling(), Sampling(top_p=0.7, top_k=9)])
+def test_stream_is_the_call_in_pieces(sampler, settings):
+    for seed in range(3):
+        request = {"max_new_tokens": 90, "sampling": settings, "seed": seed}
+        [sample] = sampler(["The ferry"], echo=True, **request)
+        pieces = list(sampler.stream("The ferry", echo=True, **request))
+        assert all(pieces) and pieces[0] == "The ferry"
+        assert "".join(pieces) == sample.text
+
+
+def test_stream_never_splits_a_character(sampler):
+    """The model speaks in byte tokens; a forced one makes a three-byte character."""
+    tokenizer = sampler.tokenizer
+    ids = tokenizer.encode("\u20ac", add_bos=False)
+    assert len(ids) == 3
+    decoder = tokenizer.stream_decoder()
+    assert [decoder.push([i]) for i in ids] == ["", "", "\u20ac"]
+
+
+def test_the_default_end_tokens_are_end_and_end_of_turn(sampler):
+    mask = sampler._end_mask(None)
+    assert np.flatnonzero(mask).tolist() == [1, 5]
+
+
+def test_empty_prompt_starts_from_the_begin_token(sampler):
+    [sample] = sampler([""], max_new_tokens=3, sampling=GREEDY, return_logits=True)
+    assert sample.prompt_tokens == [sampler.tokenizer.bos_id]
+    assert len(sample.tokens) >= 1
+
+
+def test_an_end_token_that_comes_first_ends_the_row(tiny):
+    free = tiny.generate_tokens(
+        [[2, 3, 4]], max_new_tokens=5, sampling=GREEDY, end_tokens=[]
+    )[0]
+    first = free.tokens[0]
+    assert len(free.tokens) == 5 and not free.ended
+    [sample] = tiny.generate_tokens(
+        [[2, 3, 4]], max_new_tokens=5, sampling=GREEDY, end_tokens=[first]
+    )
+    assert sample.tokens == [first] and sample.ended
+    assert sample.log_probs.shape == (1,)
+
+
+@pytest.mark.parametrize(
+    "settings", [GREEDY, Sampling(), Sampling(temperature=2, top_k=20, top_p=0.9)]
+)
+def test_a_row_in_a_batch_is_what_it_is_alone(tiny, settings):
+    """Other rows longer, shorter, of one token, ended early: nothing shows."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 60, n).tolist() for n in (1, 2, 23, 150)]
+    request = {"max_new_tokens": 70, "sampling": settings}
+    seeds = [5, 5, 7, 1]
+    free = tiny.generate_tokens(prompts, seed=seeds, end_tokens=[], **request)
+    # Ends the second row early, and others where they happen to draw it.
+    ends = [free[1].tokens[20]]
+    batch = tiny.generate_tokens(prompts, seed=seeds, end_tokens=ends, **request)
+    assert batch[1].ended and len(batch[1].tokens) <= 21
+    for prompt, seed, together in zip(prompts, seeds, batch, strict=True):
+        [alone] = tiny.generate_tokens([prompt], seed=seed, end_tokens=ends, **request)
+        assert together.tokens == alone.tokens
+        np.testing.assert_allclose(together.log_probs, alone.log_probs, atol=1e-5)
+
+
+def test_an_int_seed_counts_up_along_the_rows(tiny):
+    request = {"max_new_tokens": 20, "end_tokens": []}
+    counted = tiny.generate_tokens([[2]] * 4, seed=8, **request)
+    listed = tiny.generate_tokens([[2]] * 4, seed=[8, 9, 10, 11], **request)
+    assert [s.tokens for s in counted] == [s.tokens for s in listed]
+    assert len({tuple(s.tokens) for s in counted}) == 4
+
+
+@pytest.mark.parametrize("pattern", ["recurrent", "global_attention"])
+def test_decoding_equals_the_plain_forward(pattern):
+    """Teacher forcing over prefill and blocks; a global cache is large enough."""
+    model = _model(block_pattern=(pattern,), num_layers=1)
+    sampler = Sampler(model, compile_ahead=False)
+    prompt = np.random.default_rng(1).integers(0, 60, 180).tolist()
+    [sample] = sampler.generate_tokens(
+        [prompt], max_new_tokens=80, end_tokens=[], return_logits=True
+    )
+    expected = _forward(sampler.model, prompt + sample.tokens[:-1])
+    expected = expected[len(prompt) - 1 :]
+    assert_close(sample.logits, expected, "logits")
+
+
+@pytest.mark.parametrize("length", [*range(40), 127, 128, 129, 900, 1024, 5000])
+def test_plan_reads_everything_with_little_padding(length):
+    sizes = decoding.plan_chunks(length)
+    assert set(sizes) <= set(decoding.CHUNK_SIZES)
+    assert sizes == sorted(sizes, reverse=True)
+    # Only the last chunk is padded: by less than 16, or a quarter of itself.
+    assert sum(sizes[:-1]) < length or not length
+    assert 0 <= sum(sizes) - length <= max([15] + [size / 4 for size in sizes[-1:]])
+
+
+def test_a_new_prompt_length_compiles_nothing():
+    """After the first call of a batch size, whatever the lengths and settings."""
+    sampler = Sampler(_model(width=24))
+    rng = np.random.default_rng(2)
+
+    def generate(length, **settings):
+        prompt = rng.integers(0, 60, length).tolist()
+        sampler.generate_tokens(
+            [prompt], max_new_tokens=2, end_tokens=[length % 60], **settings
+        )
+
+    generate(3)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "compile" in event else None
+    )
+    try:
+        for length in rng.integers(1, 3000, 50):
+            generate(
+                length, sampling=Sampling(temperature=length / 1000), seed=int(length)
+            )
+        assert compiled == []
+        generate(3, sampling=Sampling(top_k=3))
+        assert compiled != []
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
+def test_calls_leave_no_memory_behind(tiny):
+    def generate(i):
+        tiny.generate_tokens([[2] * (i % 40 + 1)], max_new_tokens=3, end_tokens=[])
+
+    generate(0)
+    before = len(jax.live_arrays())
+    for i in range(100):
+        generate(i)
+    assert len(jax.live_arrays()) == before
+
+
+def test_an_abandoned_stream_leaves_no_memory_behind(sampler):
+    before = len(jax.live_arrays())
+    stream = sampler.stream("The", max_new_tokens=1000)
+    next(stream)
+    del stream
+    assert len(jax.live_arrays()) == before
+
+
+def test_arguments_are_not_invalidated_or_changed(tiny):
+    prompts, seeds, ends = [[2, 3]], [4], [5]
+    leaves = [np.array(leaf) for leaf in jax.tree.leaves(tiny.model)]
+    for _ in range(2):
+        tiny.generate_tokens(prompts, max_new_tokens=3, seed=seeds, end_tokens=ends)
+    assert (prompts, seeds, ends) == ([[2, 3]], [4], [5])
+    for leaf, now in zip(leaves, jax.tree.leaves(tiny.model), strict=True):
+        np.testing.assert_array_equal(leaf, now)
+
+
+def test_a_decode_step_copies_no_weights_and_no_cache():
+    """The parameters are read where they lie, the cache is updated in place."""
+    model = _model(vocab_size=3000, attention_window=2000)
+    cache = decoding.new_cache(model, batch_size=2, capacity=None)
+    state = decoding.DecodeState(
+        cache, jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.int32), jnp.zeros(2, bool)
+    )
+    program = decoding.decode_block.lower(
+        model,
+        state,
+        np.zeros(2, np.uint32),
+        GREEDY,
+        np.zeros(3000, bool),
+        np.int32(8),
+        keep_logits=False,
+    ).compile()
+    copies = [line for line in program.as_text().splitlines() if " copy(" in line]
+    large = [line for line in copies if "3000,16" in line or "2,2000,1,8]" in line]
+    assert large == []
+
+
+def test_progress_counts_the_prompt(tiny):
+    calls = []
+    tiny.generate_tokens(
+        [[2] * 300],
+        max_new_tokens=1,
+        end_tokens=[],
+        progress=lambda read, total: calls.append((read, total)),
+    )
+    assert calls[-1] == (299, 299)
+    assert [read for read, _ in calls] == sorted({read for read, _ in calls})
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"prompts": []}, "prompts: expected at least one"),
+        ({"prompts": [[2], []]}, r"prompts\[1\]: expected at least one token"),
+        ({"prompts": [[2, 60]]}, r"prompts\[0\]: expected tokens in \[0, 60\), got 60"),
+        ({"prompts": [[-1]]}, "got -1"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected .* at least 1, got 0"),
+        ({"max_new_tokens": -3}, "max_new_tokens: .*got -3"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens: .*got 1.5"),
+        ({"seed": [1, 2]}, "seed: expected one for each of the 1 rows, got 2"),
+        ({"seed": -1}, "seed: expected"),
+        ({"end_tokens": [60]}, "end_tokens: expected ids"),
+        ({"end_tokens": None}, "end_tokens: expected a list"),
+    ],
+)
+def test_a_bad_argument_is_named(tiny, kwargs, message):
+    good = {"prompts": [[2]], "max_new_tokens": 1, "end_tokens": []}
+    with pytest.raises(ValueError, match=message):
+        tiny.generate_tokens(**{**good, **kwargs})
+
+
+def test_text_needs_a_tokenizer_that_fits(tiny, sampler):
+    with pytest.raises(ValueError, match="tokenizer: expected one"):
+        tiny(["text"])
+    with pytest.raises(ValueError, match="tokenizer: expected at most the 60"):
+        Sampler(tiny.model, sampler.tokenizer)
+    with pytest.raises(ValueError, match="prompts: expected a list of texts"):
+        sampler("text")
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        sampler.stream("text", max_new_tokens=0)
