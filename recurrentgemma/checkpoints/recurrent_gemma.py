@@ -5,12 +5,12 @@ in which a query sees W keys besides its own; transformers shows it W - 1 of the
 the two agree for up to W tokens.
 """
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from recurrentgemma.checkpoints.stored import WRITER, WRITER_KEY
 from recurrentgemma.checkpoints.tensors import TensorSource
@@ -162,7 +162,7 @@ def config_from_json(content: Mapping[str, Any]) -> GriffinConfig:
         lru_width=content.get("lru_width") or width,
         num_gate_blocks=num_heads,
         conv_width=content.get("conv1d_width", 4),
-        embedding_scale=float(jnp.bfloat16(math.sqrt(width))),
+        embedding_scale=float(np.sqrt(width).astype(jnp.bfloat16)),
         logits_soft_cap=content.get("logits_soft_cap", 30.0),
     )
 

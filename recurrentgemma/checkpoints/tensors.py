@@ -74,12 +74,17 @@ def array_source(array: jax.Array, index: int | None = None) -> TensorSource:
 
 
 def _to_host(array: jax.Array) -> np.ndarray:
-    # An array keeps the host copy that it is asked for, which would add up to the
-    # whole model; a copy of the array takes it along. Memory of the CPU is only viewed.
-    devices = array.devices()
-    if len(devices) > 1 or next(iter(devices)).platform != "cpu":
-        array = jnp.copy(array)
-    return np.asarray(array)
+    on_cpu = next(iter(array.devices())).platform == "cpu"
+    if on_cpu and len(array.devices()) == 1:
+        return np.asarray(array)  # A view.
+    whole = np.empty(array.shape, array.dtype)
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            # An array keeps the host copy that it is asked for, which would add up to
+            # the whole model; a copy of the array takes it along.
+            data = shard.data if on_cpu else jnp.copy(shard.data)
+            whole[shard.index] = np.asarray(data)
+    return whole
 
 
 def place(

@@ -1,9 +1,12 @@
 """Prints, as JSON, how far the memory of a process grows while it loads and saves.
 
-Run as `python memory_probe.py make|load|save FORMAT DIRECTORY LAYERS [DTYPE TARGET]`.
+    python memory_probe.py make FORMAT DIRECTORY LAYERS
+    python memory_probe.py measure FORMAT DIRECTORY DTYPE TARGET
+
 The peak is that of the resident set, mapped files included.
 """
 
+import gc
 import json
 import sys
 import time
@@ -11,8 +14,10 @@ from pathlib import Path
 
 import jax
 
-jax.config.update("jax_num_cpu_devices", 8)
+VIRTUAL_DEVICES = 8
+jax.config.update("jax_num_cpu_devices", VIRTUAL_DEVICES)
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -24,53 +29,55 @@ from recurrentgemma.griffin import Griffin
 
 
 def config(layers: int) -> GriffinConfig:
+    """54 MB a layer and 67 MB of embedding in float32; no layers are a tiny model."""
+    width = 1024 if layers else 64
     return GriffinConfig(
-        vocab_size=16384,
-        width=1024,
-        mlp_width=3072,
-        num_layers=layers,
+        vocab_size=16 * width,
+        width=width,
+        mlp_width=3 * width,
+        num_layers=layers or 3,
         num_heads=8,
-        head_dim=128,
-        lru_width=1024,
+        head_dim=width // 8,
+        lru_width=width,
         num_gate_blocks=8,
-        embedding_scale=32.0,
+        embedding_scale=float(jnp.bfloat16(width**0.5)),
         logits_soft_cap=30.0,
     )
 
 
-def make(layout: str, directory: Path, layers: int, dtype: str) -> dict:
-    """Writes a random checkpoint without ever having the model."""
-    described = nnx.eval_shape(lambda: Griffin(config(layers), rngs=nnx.Rngs(0)))
+def make(layout: str, directory: Path, layers: int) -> None:
+    """Writes a random float32 checkpoint without ever having the model."""
+    made = config(layers)
+    described = nnx.eval_shape(lambda: Griffin(made, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
 
     def source(shape: tuple[int, ...]) -> TensorSource:
         def read(start: int, stop: int) -> np.ndarray:
-            values = rng.standard_normal((stop - start, *shape[1:]), np.float32)
-            return (0.02 * values).astype(dtype)
+            return rng.random((stop - start, *shape[1:]), np.float32)
 
-        return TensorSource(shape, np.dtype(dtype), 0, read)
+        return TensorSource(shape, np.dtype(np.float32), 0, read)
 
     parameters = named_parameters(described)
     tensors = {name: source(leaf.shape) for name, leaf in parameters.items()}
     directory.mkdir(parents=True)
-    FORMATS[layout].write(directory, config(layers), tensors, None)
-    return {"bytes": sum(f.stat().st_size for f in directory.iterdir())}
+    FORMATS[layout].write(directory, made, tensors, None)
 
 
 def shardings(target: str):
-    mesh = jax.make_mesh((8,), ("model",))
+    mesh = jax.make_mesh((VIRTUAL_DEVICES,), ("model",))
+    if target == "host":
+        return None
+    if target == "replicated":
+        return NamedSharding(mesh, PartitionSpec())
 
     def choose(name: str, shape: tuple[int, ...]) -> NamedSharding:
-        axes = {"rows": 0, "columns": len(shape) - 1}
-        divisible = [axis for axis in (axes[target],) if shape[axis] % 8 == 0]
-        spec = [None] * len(shape)
-        for axis in divisible:
+        axis = {"rows": 0, "columns": len(shape) - 1}[target]
+        spec: list[str | None] = [None] * len(shape)
+        if shape[axis] % VIRTUAL_DEVICES == 0:
             spec[axis] = "model"
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    if target == "replicated":
-        return NamedSharding(mesh, PartitionSpec())
-    return None if target == "host" else choose
+    return choose
 
 
 def memory(key: str) -> int:
@@ -79,42 +86,39 @@ def memory(key: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def probe(
-    mode: str, layout: str, directory: Path, small: Path, dtype: str, target: str
-) -> dict:
-    # A first load brings in everything that is loaded lazily.
-    first, _ = load(small, param_dtype=dtype, sharding=shardings(target))
-    save(small.with_name("small_again"), first, None, format=layout)
-    del first
+def probe(layout: str, directory: Path, dtype: str, target: str) -> dict:
+    def load_and_save(name: str):
+        model, _ = load(directory / name, param_dtype=dtype, sharding=shardings(target))
+        loaded = memory("VmHWM")
+        save(directory / f"{name}_again", model, None, format=layout)
+        return model, loaded
+
+    # A first round brings in everything that is loaded lazily.
+    load_and_save("tiny")
+    gc.collect()
     before, start = memory("VmRSS"), time.perf_counter()
-    model, _ = load(directory, param_dtype=dtype, sharding=shardings(target))
-    if mode == "save":
-        before, start = memory("VmRSS"), time.perf_counter()
-        save(directory.with_name("again"), model, None, format=layout)
-    seconds = time.perf_counter() - start
+    model, loaded = load_and_save("large")
     leaves = jax.tree.leaves(model)
-    on_devices = sum(
-        {
-            s.data.unsafe_buffer_pointer(): s.data.nbytes
-            for s in leaf.addressable_shards
-        }[p]
+    # Devices of the CPU may share the memory of a replicated array.
+    buffers = {
+        shard.data.unsafe_buffer_pointer(): shard.data.nbytes
         for leaf in leaves
-        for p in {s.data.unsafe_buffer_pointer() for s in leaf.addressable_shards}
-    )
+        for shard in leaf.addressable_shards
+    }
     return {
-        "growth": memory("VmHWM") - before,
-        "on_devices": on_devices,
+        "load_growth": loaded - before,
+        "save_growth": memory("VmHWM") - before,
+        "on_devices": sum(buffers.values()),
         "model": sum(leaf.nbytes for leaf in leaves),
         "largest": max(leaf.nbytes for leaf in leaves),
-        "seconds": seconds,
+        "seconds": time.perf_counter() - start,
     }
 
 
 if __name__ == "__main__":
-    mode, layout, directory, layers, dtype, *rest = sys.argv[1:]
+    mode, layout, directory, *rest = sys.argv[1:]
     if mode == "make":
-        result = make(layout, Path(directory), int(layers), dtype)
+        make(layout, Path(directory) / "tiny", 0)
+        make(layout, Path(directory) / "large", int(rest[0]))
     else:
-        small = Path(directory).with_name("small")
-        result = probe(mode, layout, Path(directory), small, dtype, rest[0])
-    print(json.dumps(result))
+        print(json.dumps(probe(layout, Path(directory), *rest)))
