@@ -27,6 +27,7 @@ setup(
     packages=[
         "recurrentgemma",
         "recurrentgemma.benchmarks",
+        "recurrentgemma.benchmarks.opponents",
         "recurrentgemma.blocks",
         "recurrentgemma.checkpoints",
         "recurrentgemma.training",

@@ -1,0 +1,1 @@
+"""Measurements of speed and memory; every one checks correctness before it times."""
