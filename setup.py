@@ -30,6 +30,7 @@ setup(
         "recurrentgemma.benchmarks.opponents",
         "recurrentgemma.blocks",
         "recurrentgemma.checkpoints",
+        "recurrentgemma.commands",
         "recurrentgemma.training",
         "recurrentgemma.kernels",
         *(f"recurrentgemma.kernels.{name}" for name in KERNEL_PACKAGES),

@@ -261,10 +261,9 @@ class Sampler:
             text = ""
             if self.tokenizer is not None:
                 text = self.tokenizer.decode(tokens[:-1] if ended else tokens)
-            logits = None
-            if return_logits:
-                logits = np.concatenate([block.logits[i] for block in blocks])
             log_probs = np.concatenate([block.log_probs[i] for block in blocks])
+            kept = [block.logits[i] for block in blocks if block.logits is not None]
+            logits = np.concatenate(kept) if kept else None
             samples.append(Sample(text, prompt, tokens, log_probs, ended, logits))
         return samples
 

@@ -94,11 +94,8 @@ jax.tree_util.register_pytree_node(Sampling, _flatten, _unflatten)
 
 def check_seed(seed) -> int:
     """Returns `seed` as an int; ValueError unless it is an integer in [0, 2**32)."""
-    if (
-        not isinstance(seed, numbers.Integral)
-        or isinstance(seed, bool)
-        or not 0 <= seed <= _MAX_SEED
-    ):
+    is_integer = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
+    if not is_integer or not 0 <= int(seed) <= _MAX_SEED:
         raise ValueError(f"seed: expected an integer in [0, 2**32), got {seed!r}")
     return int(seed)
 

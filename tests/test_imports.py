@@ -31,6 +31,7 @@ LAYERS = [
     {"training"},
     {"evaluation"},
     {"benchmarks", "planning"},
+    {"commands"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -1,0 +1,146 @@
+"""The `recurrentgemma` command: finds the sub-command and reports its errors.
+
+A sub-command is a module of `recurrentgemma.commands` and a line in `COMMANDS`. A
+caller's mistake is one line on standard error and exit status 1, or 2 if the command
+line itself is wrong; Ctrl-C and a closed pipe end the process at once and quietly.
+"""
+
+import importlib
+import shutil
+import signal
+import sys
+import textwrap
+from collections.abc import Sequence
+from types import ModuleType
+
+from absl import flags
+
+from recurrentgemma import __version__
+from recurrentgemma.commands import UsageError
+
+PROGRAM = "recurrentgemma"
+COMMANDS = {
+    "sample": "continue a text",
+    "train": "train a model from scratch",
+    "info": "show the config, parameters and memory of a model",
+}
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+# What a shell shows for a process that SIGINT or SIGPIPE ended.
+EXIT_INTERRUPTED = 128 + 2
+EXIT_CLOSED_PIPE = 128 + 13
+
+HELP_FLAGS = {"--help", "-h", "-help"}
+MAX_HELP_WIDTH = 88
+HELP_INDENT = 22
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a sub-command.
+
+    Args:
+      argv: arguments after the program's name; None takes those of the process, whose
+        signals are then set too.
+
+    Returns:
+      The exit status.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in HELP_FLAGS | {"help"}:
+        print(_overview())
+        return 0 if arguments else EXIT_USAGE
+    name, *rest = arguments
+    if name == "--version":
+        print(__version__)
+        return 0
+    if name not in COMMANDS:
+        return _fail(
+            f"unknown command {name!r}; expected {', '.join(COMMANDS)}", EXIT_USAGE
+        )
+    if argv is None:
+        _let_signals_end_the_process(saves_on_interrupt=name == "train")
+    return _run(name, rest)
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    try:
+        command = importlib.import_module(f"recurrentgemma.commands.{name}")
+        values = flags.FlagValues()
+        command.define_flags(values)
+        if _asks_for_help(arguments):
+            print(_help(name, command, values))
+        else:
+            command.run(values, _parse(values, arguments))
+        sys.stdout.flush()
+    except (UsageError, flags.Error) as error:
+        hint = f"see {PROGRAM} {name} --help"
+        return _fail(f"{name}: {_one_line(error)} ({hint})", EXIT_USAGE)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return EXIT_CLOSED_PIPE
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        return _fail(f"{name}: {_one_line(error)}", EXIT_FAILED)
+    return 0
+
+
+def _let_signals_end_the_process(*, saves_on_interrupt: bool) -> None:
+    # Python would notice them only after a compilation or a block of steps.
+    if not saves_on_interrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    return status
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _parse(values: flags.FlagValues, arguments: list[str]) -> list[str]:
+    """Sets the flags, which may come anywhere, and returns the other arguments."""
+    values.set_gnu_getopt(True)
+    normal, literal = [], False
+    for argument in arguments:
+        literal = literal or argument == "--"
+        if argument.startswith("--") and not literal:
+            flag, equals, value = argument.partition("=")
+            argument = flag.replace("_", "-") + equals + value
+        normal.append(argument)
+    return values([PROGRAM, *normal])[1:]
+
+
+def _asks_for_help(arguments: list[str]) -> bool:
+    before = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    return not HELP_FLAGS.isdisjoint(before)
+
+
+def _overview() -> str:
+    lines = [f"Usage: {PROGRAM} COMMAND [FLAGS]", ""]
+    lines += [f"  {name:8}{summary}" for name, summary in COMMANDS.items()]
+    lines += ["", f"{PROGRAM} COMMAND --help shows the flags of a command."]
+    return "\n".join(lines)
+
+
+def _help(name: str, command: ModuleType, values: flags.FlagValues) -> str:
+    width = min(shutil.get_terminal_size().columns, MAX_HELP_WIDTH)
+    lines = [f"Usage: {PROGRAM} {name} {command.USAGE}", ""]
+    lines += [*textwrap.wrap(command.DETAILS, width), "", "Flags:"]
+    for flag_name in values:
+        flag = values[flag_name]
+        title = f"  --[no]{flag_name}" if flag.boolean else f"  --{flag_name}"
+        default = "" if flag.default is None else f" (default: {flag.default})"
+        text = textwrap.wrap(f"{flag.help}{default}", width - HELP_INDENT)
+        if len(title) < HELP_INDENT and text:
+            title = f"{title:{HELP_INDENT}}{text.pop(0)}"
+        lines += [title, *(" " * HELP_INDENT + line for line in text)]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,15 @@
+"""Sub-commands of `recurrentgemma`: parse, call, show; no logic lives here.
+
+A command is a file here and a line in `recurrentgemma.cli.COMMANDS`. It has
+
+    USAGE, DETAILS                 what `--help` shows, besides the flags
+    define_flags(values)           defines its flags
+    run(values, arguments)         runs, with the arguments that are no flags
+
+and raises `UsageError` for a wrong command line, `ValueError` or `OSError` for the rest.
+What is heavy is imported when it is needed, so that help comes at once.
+"""
+
+
+class UsageError(Exception):
+    """The command line is wrong."""
