@@ -1,6 +1,8 @@
 """The training loop: from a config to a saved model, resumable at any step.
 
-    python -m recurrentgemma.training.loop --output runs/nano --steps 2000
+    recurrentgemma train --output runs/nano
+
+The defaults are those of the bundled model.
 
 An output directory holds `train_config.json`, `metrics.jsonl` (one object a line),
 `checkpoints/` (training states) and, when the run is done, `model/` (what `load` reads).
@@ -8,7 +10,6 @@ The same call with the same config resumes from the newest checkpoint, and ends 
 same parameters, bit for bit, as a run that was never interrupted.
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -25,8 +26,8 @@ import numpy as np
 import tqdm
 from flax import nnx
 
-from recurrentgemma.checkpoints import save
-from recurrentgemma.config import GriffinConfig, find_preset
+from recurrentgemma.checkpoints import named_parameters, parameter_dtype, save
+from recurrentgemma.config import GriffinConfig, Runtime, find_preset
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.tokenizer import Tokenizer
 from recurrentgemma.training.corpus import (
@@ -38,14 +39,12 @@ from recurrentgemma.training.corpus import (
 from recurrentgemma.training.data import PackedTokens, encode_document
 from recurrentgemma.training.optimizer import (
     OptimizerConfig,
-    is_decayed,
     learning_rate_schedule,
     make_optimizer,
 )
 from recurrentgemma.training.state import (
     Checkpoints,
     TrainState,
-    parameters,
     with_parameters,
 )
 from recurrentgemma.training.step import make_evaluation_step, make_train_step
@@ -69,8 +68,9 @@ class TrainConfig:
     """`python-stdlib`, a directory or a file; see `corpus.read_documents`."""
     tokenizer: str | None = None
     """Path of a SentencePiece model; None is the bundled one."""
-    steps: int = 2000
-    batch_size: int = 8
+    steps: int = 2500
+    """Updates of the parameters."""
+    batch_size: int = 4
     """Rows a step."""
     sequence_length: int = 512
     """Tokens a row."""
@@ -80,9 +80,12 @@ class TrainConfig:
     """About this share of the documents is never trained on."""
     evaluate_every: int = 250
     """Steps between evaluations on the first `evaluation_batches`."""
-    evaluation_batches: int = 8
-    checkpoint_every: int = 250
+    evaluation_batches: int = 24
+    """Batches of held-out rows an evaluation reads."""
+    checkpoint_every: int = 100
+    """Steps between saved training states."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    """AdamW and its schedule."""
 
     def __post_init__(self):
         for name in (
@@ -126,7 +129,7 @@ def train(config: TrainConfig) -> Path:
 
     model = Griffin(model_config, rngs=nnx.Rngs(config.seed))
     optimizer = make_optimizer(config.optimizer, config.steps)
-    params = parameters(model)
+    params = named_parameters(model)
     state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
     checkpoints = Checkpoints(output / "checkpoints")
     if checkpoints.latest_step is not None:
@@ -191,19 +194,15 @@ def _run(config, model, optimizer, state, checkpoints, packed, evaluation):
 
 
 def export(model: Griffin, params: dict[str, jax.Array]) -> Griffin:
-    """The model with these parameters, its matrices rounded to bfloat16.
-
-    Norms, biases, the convolution, and the RG-LRU's `a_param` stay float32, as they do
-    when a model is loaded.
-    """
-
-    def rounded(name: str, value: jax.Array) -> jax.Array:
-        is_matrix = is_decayed(name) or name.endswith(
-            ("gate.kernel", "embedder.embedding")
-        )
-        return value.astype(jnp.bfloat16) if is_matrix else value
-
-    return with_parameters(model, {k: rounded(k, v) for k, v in params.items()})
+    """The model with these parameters, those in bfloat16 that `load` would put there."""
+    runtime = Runtime(compute_dtype="bfloat16")
+    return with_parameters(
+        model,
+        {
+            name: value.astype(parameter_dtype(name, runtime))
+            for name, value in params.items()
+        },
+    )
 
 
 class MetricsLog:
@@ -300,28 +299,3 @@ def _interruption() -> Iterator[list[int]]:
         yield pressed
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a model.")
-    defaults = {
-        field.name: field.default
-        for kind in (TrainConfig, OptimizerConfig)
-        for field in dataclasses.fields(kind)
-        if field.name != "optimizer"
-    }
-    for name, default in defaults.items():
-        flag = "--" + name.replace("_", "-")
-        if default is dataclasses.MISSING:
-            parser.add_argument(flag, required=True)
-        else:
-            kind = str if default is None else type(default)
-            parser.add_argument(flag, type=kind, default=default)
-    given = vars(parser.parse_args())
-    names = [field.name for field in dataclasses.fields(OptimizerConfig)]
-    optimizer = OptimizerConfig(**{name: given.pop(name) for name in names})
-    print(train(TrainConfig(**given, optimizer=optimizer)))
-
-
-if __name__ == "__main__":
-    main()

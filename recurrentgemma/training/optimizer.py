@@ -28,9 +28,13 @@ class OptimizerConfig:
     warmup_steps: int = 100
     """Steps over which the rate rises from 0; at most a tenth of all steps."""
     b1: float = 0.9
+    """Decay of the mean gradient."""
     b2: float = 0.98
+    """Decay of the mean squared gradient."""
     epsilon: float = 1e-8
+    """Added to the root of the mean squared gradient."""
     weight_decay: float = 0.1
+    """Pull of matrices to zero, times the learning rate, a step."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
 
@@ -54,7 +58,7 @@ def is_decayed(name: str) -> bool:
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate by step: linear to the highest, then a cosine to the last."""
-    warmup_steps = min(config.warmup_steps, max(1, steps // 10))
+    warmup_steps = min(config.warmup_steps, steps // 10)
     return optax.warmup_cosine_decay_schedule(
         init_value=config.learning_rate / (warmup_steps + 1),
         peak_value=config.learning_rate,

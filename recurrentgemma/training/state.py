@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
+from recurrentgemma.checkpoints import named_parameters
 from recurrentgemma.griffin import Griffin
 
 KEEP_CHECKPOINTS = 2
@@ -25,16 +26,10 @@ class TrainState(NamedTuple):
     """int32 scalar, steps done."""
 
 
-def parameters(model: Griffin) -> dict[str, jax.Array]:
-    """The model's parameters by native name."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
-    return {_native_name(path): leaf for path, leaf in leaves}
-
-
 def with_parameters(model: Griffin, params: dict[str, jax.Array]) -> Griffin:
     """A model like `model` with these parameters, given by native name."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(model)
-    return structure.unflatten([params[_native_name(path)] for path, _ in leaves])
+    structure = jax.tree.structure(model)
+    return structure.unflatten([params[name] for name in named_parameters(model)])
 
 
 class Checkpoints:
@@ -103,11 +98,3 @@ class Checkpoints:
     def close(self) -> None:
         """Releases Orbax's threads."""
         self._manager.close()
-
-
-def _native_name(path: tuple[Any, ...]) -> str:
-    parts = [
-        str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path
-    ]
-    # The last part is the attribute of the variable that holds the array.
-    return ".".join(parts[:-1])

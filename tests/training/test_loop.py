@@ -1,0 +1,172 @@
+"""Runs: they learn, resume bit for bit, and leave nothing half-done."""
+
+import json
+import os
+import signal
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from recurrentgemma import PRESETS, load
+from recurrentgemma.checkpoints import named_parameters
+from recurrentgemma.training import loop
+from recurrentgemma.training.loop import TrainConfig, train
+from recurrentgemma.training.optimizer import OptimizerConfig
+from recurrentgemma.training.state import Checkpoints, TrainState
+from tests.models import tiny_config
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    """A few short documents; the preset `nano` is tiny here, and quick to compile."""
+    tiny = tiny_config(vocab_size=4096, num_layers=1, width=16, lru_width=16)
+    monkeypatch.setitem(PRESETS, "nano", tiny)
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for i in range(12):
+        (folder / f"{i}.py").write_text(f"def f{i}(x):\n    return x + {i}\n" * 4)
+    return str(folder)
+
+
+def config_for(corpus, output, **fields):
+    defaults = {
+        "data": corpus,
+        "output": str(output),
+        "steps": 6,
+        "batch_size": 2,
+        "sequence_length": 16,
+        "held_out_share": 0.2,
+        "evaluate_every": 3,
+        "evaluation_batches": 1,
+        "checkpoint_every": 2,
+    }
+    return TrainConfig(**{**defaults, **fields})
+
+
+def metrics_of(output):
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def parameters_of(folder):
+    return named_parameters(load(folder)[0])
+
+
+@pytest.mark.contract
+def test_a_short_run_learns_and_can_be_loaded(corpus, tmp_path):
+    model_folder = train(
+        config_for(
+            corpus,
+            tmp_path / "run",
+            steps=40,
+            optimizer=OptimizerConfig(learning_rate=2e-2),
+        )
+    )
+    rows = metrics_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+    assert rows[-1]["held_out_loss"] < rows[2]["held_out_loss"]
+    model, tokenizer = load(model_folder)
+    hidden, _ = model(jnp.asarray([tokenizer.encode("def ")]))
+    assert jnp.isfinite(model.logits(hidden)).all()
+
+
+@pytest.mark.contract
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(
+    corpus, tmp_path, monkeypatch
+):
+    uninterrupted = train(config_for(corpus, tmp_path / "a"))
+
+    write = loop.MetricsLog.write
+
+    def interrupt_at_step_3(self, row):
+        write(self, row)
+        if row["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    config = config_for(corpus, tmp_path / "b")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.MetricsLog, "write", interrupt_at_step_3)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert not (tmp_path / "b" / "model").exists()
+    assert Checkpoints(tmp_path / "b" / "checkpoints").latest_step == 3
+    resumed = train(config)
+
+    expected, actual = parameters_of(uninterrupted), parameters_of(resumed)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(actual[name], value)
+    assert [row["loss"] for row in metrics_of(tmp_path / "b")] == [
+        row["loss"] for row in metrics_of(tmp_path / "a")
+    ]
+
+
+def test_another_config_does_not_resume(corpus, tmp_path):
+    train(config_for(corpus, tmp_path / "run", steps=1))
+    with pytest.raises(ValueError, match="batch_size is 2, not 3"):
+        train(config_for(corpus, tmp_path / "run", steps=1, batch_size=3))
+
+
+def test_a_failed_save_names_the_state_that_is_left(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "states")
+
+    def state(step):
+        return TrainState({"x": jnp.full([3], step)}, (), jnp.asarray(step))
+
+    checkpoints.save(state(1))
+
+    def disk_full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints._manager, "save", disk_full)
+    with pytest.raises(OSError, match=r"step 2 .*No space left.* step is 1"):
+        checkpoints.save(state(2))
+    restored = Checkpoints(tmp_path / "states").restore(state(0))
+    assert int(restored.step) == 1
+    np.testing.assert_array_equal(restored.params["x"], [1, 1, 1])
+
+
+def test_a_state_of_another_model_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "states")
+    checkpoints.save(TrainState({"x": jnp.ones([3])}, (), jnp.asarray(1)))
+    with pytest.raises(ValueError, match="damaged, or of another model"):
+        checkpoints.restore(TrainState({"y": jnp.ones([3])}, (), jnp.asarray(1)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"batch_size": -1}, "batch_size"),
+        ({"sequence_length": 0}, "sequence_length"),
+        ({"held_out_share": 1.0}, "held_out_share"),
+        ({"model": "nanoo"}, "nano"),
+        ({"tokenizer": "missing.model"}, "missing.model"),
+        ({"data": "missing"}, "data: "),
+    ],
+)
+def test_bad_values_are_refused_before_anything_is_written(
+    fields, message, corpus, tmp_path
+):
+    with pytest.raises(ValueError, match=message):
+        train(config_for(corpus, tmp_path / "run", **fields))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path, monkeypatch):
+    make = loop.make_train_step
+
+    def broken(*args):
+        step = make(*args)
+
+        def run(state, batch):
+            state, metrics = step(state, batch)
+            return state, {**metrics, "loss": jnp.nan}
+
+        return run
+
+    monkeypatch.setattr(loop, "make_train_step", broken)
+    with pytest.raises(ValueError, match="loss at step 1 is nan"):
+        train(config_for(corpus, tmp_path / "run"))
+    assert Checkpoints(tmp_path / "run" / "checkpoints").latest_step is None
