@@ -1,13 +1,13 @@
 """Prints, as JSON, how far the memory of a process grows while it loads and saves.
 
-    python memory_probe.py make FORMAT DIRECTORY LAYERS
-    python memory_probe.py measure FORMAT DIRECTORY DTYPE TARGET
+    python memory_probe.py FORMAT DIRECTORY DTYPE TARGET [save]
 
 The peak is that of the resident set, mapped files included.
 """
 
 import gc
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -15,7 +15,6 @@ from pathlib import Path
 import jax
 
 VIRTUAL_DEVICES = 8
-jax.config.update("jax_num_cpu_devices", VIRTUAL_DEVICES)
 
 import jax.numpy as jnp
 import numpy as np
@@ -45,8 +44,14 @@ def config(layers: int) -> GriffinConfig:
     )
 
 
-def make(layout: str, directory: Path, layers: int) -> None:
-    """Writes a random float32 checkpoint without ever having the model."""
+def make(layout: str, folder: Path, layers: int) -> None:
+    """Writes the two random float32 checkpoints that the probe reads."""
+    write_random(layout, folder / "tiny", 0)
+    write_random(layout, folder / "large", layers)
+
+
+def write_random(layout: str, directory: Path, layers: int) -> None:
+    """A random checkpoint, without ever having the model."""
     made = config(layers)
     described = nnx.eval_shape(lambda: Griffin(made, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
@@ -59,7 +64,7 @@ def make(layout: str, directory: Path, layers: int) -> None:
 
     parameters = named_parameters(described)
     tensors = {name: source(leaf.shape) for name, leaf in parameters.items()}
-    directory.mkdir(parents=True)
+    directory.mkdir()
     FORMATS[layout].write(directory, made, tensors, None)
 
 
@@ -86,18 +91,21 @@ def memory(key: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def probe(layout: str, directory: Path, dtype: str, target: str) -> dict:
+def probe(layout: str, directory: Path, dtype: str, target: str, saves: bool) -> dict:
     def load_and_save(name: str):
+        start = time.perf_counter()
         model, _ = load(directory / name, param_dtype=dtype, sharding=shardings(target))
-        loaded = memory("VmHWM")
-        save(directory / f"{name}_again", model, None, format=layout)
-        return model, loaded
+        loaded, seconds = memory("VmHWM"), time.perf_counter() - start
+        if saves:
+            save(directory / "again", model, None, format=layout)
+            shutil.rmtree(directory / "again")
+        return model, loaded, seconds
 
     # A first round brings in everything that is loaded lazily.
     load_and_save("tiny")
     gc.collect()
-    before, start = memory("VmRSS"), time.perf_counter()
-    model, loaded = load_and_save("large")
+    before = memory("VmRSS")
+    model, loaded, seconds = load_and_save("large")
     leaves = jax.tree.leaves(model)
     # Devices of the CPU may share the memory of a replicated array.
     buffers = {
@@ -111,14 +119,12 @@ def probe(layout: str, directory: Path, dtype: str, target: str) -> dict:
         "on_devices": sum(buffers.values()),
         "model": sum(leaf.nbytes for leaf in leaves),
         "largest": max(leaf.nbytes for leaf in leaves),
-        "seconds": time.perf_counter() - start,
+        "load_seconds": seconds,
     }
 
 
 if __name__ == "__main__":
-    mode, layout, directory, *rest = sys.argv[1:]
-    if mode == "make":
-        make(layout, Path(directory) / "tiny", 0)
-        make(layout, Path(directory) / "large", int(rest[0]))
-    else:
-        print(json.dumps(probe(layout, Path(directory), *rest)))
+    jax.config.update("jax_num_cpu_devices", VIRTUAL_DEVICES)
+    layout, directory, dtype, target, *options = sys.argv[1:]
+    result = probe(layout, Path(directory), dtype, target, "save" in options)
+    print(json.dumps(result))

@@ -60,8 +60,6 @@ def test_logits(length):
 def test_a_window_of_one_key_more_shows():
     logits, _ = forward(load(CASE)[0], jnp.asarray(data()["long/tokens"]))
     assert np.abs(logits - data()["long/logits"]).max() > 0.1
-    logits, _ = forward(load(CASE)[0], jnp.asarray(data()["short/tokens"]))
-    assert_close(logits, data()["short/logits"], "logits")
 
 
 @jax.jit
