@@ -71,7 +71,8 @@ def _run(name: str, arguments: list[str]) -> int:
         if _asks_for_help(arguments):
             print(_help(name, command, values))
         else:
-            command.run(values, _parse(values, arguments))
+            others = _parse(values, arguments)
+            command.run(values.flag_values_dict(), others)
         sys.stdout.flush()
     except (UsageError, flags.Error) as error:
         hint = f"see {PROGRAM} {name} --help"

@@ -282,7 +282,7 @@ class Sampler:
         """The tokens of all rows, block by block; `interval_s` apart if given."""
         state = self._prefill(prompts, max_new_tokens, progress)
         steps = np.zeros(len(prompts), np.int32)
-        end_mask = jnp.asarray(end_mask)
+        end_mask_on_device = jnp.asarray(end_mask)
         count = BLOCK_STEPS if interval_s is None else _FIRST_STEPS
         drawn = 0
         while drawn < max_new_tokens:
@@ -293,7 +293,7 @@ class Sampler:
                 state,
                 seeds,
                 sampling,
-                end_mask,
+                end_mask_on_device,
                 np.int32(count),
                 keep_logits=keep_logits,
             )

@@ -8,10 +8,11 @@ import pytest
 from flax import nnx
 
 from recurrentgemma import decoding
+from recurrentgemma import sampling as sampling_lib
 from recurrentgemma.config import GriffinConfig
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.sampler import Sampler
-from recurrentgemma.sampling import Sampling
+from recurrentgemma.sampling import Sampling, row_keys
 from recurrentgemma.tokenizer import Tokenizer
 from tests.golden_models import load_data, load_golden
 from tests.tolerances import assert_close
@@ -19,7 +20,10 @@ from tests.tolerances import assert_close
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "sampler"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
 END = 1
-GREEDY = Sampling(temperature=0)
+# All with both filters, some of which let everything pass: one program for all three.
+GREEDY = Sampling(0, top_k=9, top_p=0.9)
+PLAIN = Sampling(1, top_k=1000, top_p=1.0)
+FILTERED = Sampling(2, top_k=20, top_p=0.9)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +144,7 @@ def test_text_of_a_call(sampler):
     )
 
 
-@pytest.mark.parametrize("settings", [GREEDY, Sampling(), Sampling(top_p=0.7, top_k=9)])
+@pytest.mark.parametrize("settings", [GREEDY, PLAIN, FILTERED], ids=str)
 def test_stream_is_the_call_in_pieces(sampler, settings):
     for seed in range(3):
         request = {"max_new_tokens": 90, "sampling": settings, "seed": seed}
@@ -183,9 +187,7 @@ def test_an_end_token_that_comes_first_ends_the_row(tiny):
     assert sample.log_probs.shape == (1,)
 
 
-@pytest.mark.parametrize(
-    "settings", [GREEDY, Sampling(), Sampling(temperature=2, top_k=20, top_p=0.9)]
-)
+@pytest.mark.parametrize("settings", [GREEDY, PLAIN, FILTERED], ids=str)
 def test_a_row_in_a_batch_is_what_it_is_alone(tiny, settings):
     """Other rows longer, shorter, of one token, ended early: nothing shows."""
     rng = np.random.default_rng(0)
@@ -204,7 +206,7 @@ def test_a_row_in_a_batch_is_what_it_is_alone(tiny, settings):
 
 
 def test_an_int_seed_counts_up_along_the_rows(tiny):
-    request = {"max_new_tokens": 20, "end_tokens": []}
+    request = {"max_new_tokens": 20, "end_tokens": [], "sampling": PLAIN}
     counted = tiny.generate_tokens([[2]] * 4, seed=8, **request)
     listed = tiny.generate_tokens([[2]] * 4, seed=[8, 9, 10, 11], **request)
     assert [s.tokens for s in counted] == [s.tokens for s in listed]
@@ -218,10 +220,18 @@ def test_decoding_equals_the_plain_forward(pattern):
     sampler = Sampler(model, compile_ahead=False)
     prompt = np.random.default_rng(1).integers(0, 60, 180).tolist()
     [sample] = sampler.generate_tokens(
-        [prompt], max_new_tokens=80, end_tokens=[], return_logits=True
+        [prompt],
+        max_new_tokens=80,
+        sampling=PLAIN,
+        seed=6,
+        end_tokens=[],
+        return_logits=True,
     )
     expected = _forward(sampler.model, prompt + sample.tokens[:-1])
     expected = expected[len(prompt) - 1 :]
+    # A key of its own for every step, so all steps can be drawn again at once.
+    keys = row_keys(jnp.full(80, 6, jnp.uint32), jnp.arange(80))
+    assert sample.tokens == sampling_lib.sample(expected, keys, PLAIN).tolist()
     assert_close(sample.logits, expected, "logits")
 
 
@@ -246,18 +256,17 @@ def test_a_new_prompt_length_compiles_nothing():
             [prompt], max_new_tokens=2, end_tokens=[length % 60], **settings
         )
 
-    generate(3)
+    generate(3, sampling=GREEDY)
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *_, **__: compiled.append(event) if "compile" in event else None
     )
     try:
         for length in rng.integers(1, 3000, 50):
-            generate(
-                length, sampling=Sampling(temperature=length / 1000), seed=int(length)
-            )
+            settings = Sampling(length / 1000, top_k=length, top_p=length / 3000)
+            generate(length, sampling=settings, seed=int(length))
         assert compiled == []
-        generate(3, sampling=Sampling(top_k=3))
+        generate(3, sampling=Sampling())
         assert compiled != []
     finally:
         jax.monitoring.clear_event_listeners()
@@ -265,7 +274,8 @@ def test_a_new_prompt_length_compiles_nothing():
 
 def test_calls_leave_no_memory_behind(tiny):
     def generate(i):
-        tiny.generate_tokens([[2] * (i % 40 + 1)], max_new_tokens=3, end_tokens=[])
+        prompt = [2] * (i % 40 + 1)
+        tiny.generate_tokens([prompt], max_new_tokens=3, sampling=PLAIN, end_tokens=[])
 
     generate(0)
     before = len(jax.live_arrays())
@@ -276,7 +286,7 @@ def test_calls_leave_no_memory_behind(tiny):
 
 def test_an_abandoned_stream_leaves_no_memory_behind(sampler):
     before = len(jax.live_arrays())
-    stream = sampler.stream("The", max_new_tokens=1000)
+    stream = sampler.stream("The", max_new_tokens=1000, sampling=PLAIN)
     next(stream)
     del stream
     assert len(jax.live_arrays()) == before
@@ -286,7 +296,9 @@ def test_arguments_are_not_invalidated_or_changed(tiny):
     prompts, seeds, ends = [[2, 3]], [4], [5]
     leaves = [np.array(leaf) for leaf in jax.tree.leaves(tiny.model)]
     for _ in range(2):
-        tiny.generate_tokens(prompts, max_new_tokens=3, seed=seeds, end_tokens=ends)
+        tiny.generate_tokens(
+            prompts, max_new_tokens=3, sampling=PLAIN, seed=seeds, end_tokens=ends
+        )
     assert (prompts, seeds, ends) == ([[2, 3]], [4], [5])
     for leaf, now in zip(leaves, jax.tree.leaves(tiny.model), strict=True):
         np.testing.assert_array_equal(leaf, now)
@@ -318,6 +330,7 @@ def test_progress_counts_the_prompt(tiny):
     tiny.generate_tokens(
         [[2] * 300],
         max_new_tokens=1,
+        sampling=PLAIN,
         end_tokens=[],
         progress=lambda read, total: calls.append((read, total)),
     )

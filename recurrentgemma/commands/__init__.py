@@ -3,8 +3,8 @@
 A command is a file here and a line in `recurrentgemma.cli.COMMANDS`. It has
 
     USAGE, DETAILS                 what `--help` shows, besides the flags
-    define_flags(values)           defines its flags
-    run(values, arguments)         runs, with the arguments that are no flags
+    define_flags(values)           defines its flags in an absl FlagValues
+    run(values, arguments)         runs: values by flag name, and what is no flag
 
 and raises `UsageError` for a wrong command line, `ValueError` or `OSError` for the rest.
 What is heavy is imported when it is needed, so that help comes at once.

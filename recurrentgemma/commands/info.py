@@ -1,5 +1,8 @@
 """`recurrentgemma info`: what a model is and costs."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from absl import flags
 
 from recurrentgemma import cost
@@ -31,12 +34,12 @@ def define_flags(values: flags.FlagValues) -> None:
     )
 
 
-def run(values: flags.FlagValues, arguments: list[str]) -> None:
+def run(values: dict[str, Any], arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise UsageError(f"expected one model, got {len(arguments)}")
-    name = arguments[0] if arguments else values["model"].value
+    name = arguments[0] if arguments else values["model"]
     config = _find_config(name)
-    context, batch_size = values["context"].value, values["batch-size"].value
+    context, batch_size = values["context"], values["batch-size"]
     fields = {
         key: " ".join(value) if isinstance(value, list) else value
         for key, value in config.to_dict().items()
@@ -67,7 +70,7 @@ def _find_config(name: str) -> GriffinConfig:
     return read_config(name)
 
 
-def _section(title: str, rows: dict[str, object]) -> str:
+def _section(title: str, rows: Mapping[str, object]) -> str:
     return "\n".join([title, *(f"  {name:20} {rows[name]}" for name in rows)])
 
 

@@ -58,27 +58,25 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean("echo", False, "print the text first", flag_values=values)
 
 
-def run(values: flags.FlagValues, arguments: list[str]) -> None:
+def run(values: dict[str, Any], arguments: list[str]) -> None:
     from recurrentgemma.checkpoints import load
     from recurrentgemma.sampler import Sampler
     from recurrentgemma.sampling import Sampling, check_seed
 
     # Wrong flags are told before anything is read or loaded.
-    sampling = Sampling(
-        values["temperature"].value, values["top-k"].value, values["top-p"].value
-    )
-    seed = check_seed(values["seed"].value)
-    prompt = _read_prompt(values["file"].value, arguments)
-    model, tokenizer = load(values["model"].value)
+    sampling = Sampling(values["temperature"], values["top-k"], values["top-p"])
+    seed = check_seed(values["seed"])
+    prompt = _read_prompt(values["file"], arguments)
+    model, tokenizer = load(values["model"])
     # One prompt: programs for other lengths would never run.
     sampler = Sampler(model, tokenizer, compile_ahead=False)
     with _ProgressBar() as progress:
         for piece in sampler.stream(
             prompt,
-            max_new_tokens=values["max-new-tokens"].value,
+            max_new_tokens=values["max-new-tokens"],
             sampling=sampling,
             seed=seed,
-            echo=values["echo"].value,
+            echo=values["echo"],
             progress=progress,
         ):
             sys.stdout.write(piece)

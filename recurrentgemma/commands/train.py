@@ -6,6 +6,7 @@ import inspect
 import itertools
 import textwrap
 from collections.abc import Iterator
+from typing import Any
 
 from absl import flags
 
@@ -29,21 +30,21 @@ def define_flags(values: flags.FlagValues) -> None:
         define(_flag_name(field), default, doc, flag_values=values)
 
 
-def run(values: flags.FlagValues, arguments: list[str]) -> None:
+def run(values: dict[str, Any], arguments: list[str]) -> None:
     if arguments:
         raise UsageError(f"unexpected argument {arguments[0]!r}")
-    if values["output"].value is None:
+    if values["output"] is None:
         raise UsageError("--output is required: the directory of the run")
     print(train(_build(TrainConfig, values)))
 
 
-def _build(config: type, values: flags.FlagValues):
+def _build(config: type, values: dict[str, Any]):
     """The config, and those nested in it, from the flags."""
     given = {}
     for field in dataclasses.fields(config):
         nested = _nested(field)
         given[field.name] = (
-            _build(nested, values) if nested else values[_flag_name(field)].value
+            _build(nested, values) if nested else values[_flag_name(field)]
         )
     return config(**given)
 
@@ -69,6 +70,7 @@ def _flag_name(field: dataclasses.Field) -> str:
 def _field_docs(config: type) -> dict[str, str]:
     """The docstrings under the fields of a dataclass."""
     [definition] = ast.parse(textwrap.dedent(inspect.getsource(config))).body
+    assert isinstance(definition, ast.ClassDef)
     docs = {}
     for field, doc in itertools.pairwise(definition.body):
         if (
