@@ -40,11 +40,12 @@ def replace_directory(path: Path) -> Iterator[Path]:
 
 
 def _swap(new: Path, path: Path, aside: Path) -> None:
-    path.rename(aside)
     try:
+        path.rename(aside)
         new.rename(path)
     except BaseException:
-        aside.rename(path)
+        if aside.exists() and not path.exists():
+            aside.rename(path)
         raise
     shutil.rmtree(aside, ignore_errors=True)
 

@@ -167,7 +167,8 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         if any(i < 0 for i in ids):
             raise ValueError(f"Token ids must not be negative, got {min(ids)}.")
-        return [i for i in ids if i < self.vocab_size]
+        vocab_size = self.vocab_size
+        return [i for i in ids if i < vocab_size]
 
     @functools.cached_property
     def _literal_processor(self) -> sentencepiece.SentencePieceProcessor:

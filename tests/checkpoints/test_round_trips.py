@@ -1,5 +1,6 @@
 """What is saved is what is loaded, bit for bit, in every format."""
 
+import importlib.resources
 import json
 from pathlib import Path
 
@@ -280,3 +281,13 @@ def test_the_released_config_is_the_preset():
     preset = PRESETS["recurrentgemma-2b"]
     assert hugging_face.config_from_json(released) == preset
     assert GriffinConfig.from_dict(json.loads(json.dumps(preset.to_dict()))) == preset
+
+
+def test_bundled_names_win_over_directories(tmp_path, monkeypatch):
+    for place, seed in (("assets/tiny", 0), ("tiny", 1)):
+        save(tmp_path / place, model(seed=seed), None)
+    monkeypatch.setattr(importlib.resources, "files", lambda _: tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert_same_parameters(load("tiny")[0], model())
+    assert_same_parameters(load("./tiny")[0], model(seed=1))
+    assert_same_parameters(load(Path("tiny").absolute())[0], model(seed=1))

@@ -2,6 +2,7 @@
 
 import errno
 import resource
+from pathlib import Path
 
 import pytest
 
@@ -72,6 +73,22 @@ def test_a_save_replaces_a_save_of_any_format(layout, tmp_path):
         save(tmp_path / "saved", model(seed=1), None, format=other)
         assert_same_parameters(load(tmp_path / "saved")[0], model(seed=1))
     assert [file.name for file in tmp_path.iterdir()] == ["saved"]
+
+
+def test_a_failed_rename_brings_the_old_one_back(tmp_path, monkeypatch):
+    save(tmp_path / "saved", model(), None)
+    before = contents(tmp_path)
+    rename = Path.rename
+
+    def failing(self, target):
+        if self.name.endswith(".partial"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(ValueError, match="Input/output error. Nothing was written"):
+        save(tmp_path / "saved", model(seed=1), None)
+    assert contents(tmp_path) == before
 
 
 def test_parents_and_empty_directories(tmp_path):
