@@ -26,7 +26,7 @@ LARGEST_BLOCK = 256
 BLOCKS_PER_WINDOW = 16
 """Measured on CPU: of what a window of 16 blocks computes, a seventeenth is masked."""
 
-GROWING_GROUPS = 4
+GROWING_GROUPS = 2
 """Blocks that see all keys so far are grouped; a group's keys are its last block's."""
 
 HIDDEN = -1e30

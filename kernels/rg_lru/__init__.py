@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 
 from recurrentgemma.kernels.dispatch import dispatch
-from recurrentgemma.kernels.rg_lru import reference
+from recurrentgemma.kernels.rg_lru import composed, reference
 
-IMPLEMENTATIONS = {"reference": reference.recurrence}
-PLATFORM_DEFAULTS = {"default": "reference"}
+IMPLEMENTATIONS = {
+    "reference": reference.recurrence,
+    "composed": composed.recurrence,
+}
+PLATFORM_DEFAULTS = {"default": "composed"}
 
 
 def rg_lru(

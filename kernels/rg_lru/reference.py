@@ -1,10 +1,8 @@
-"""RG-LRU composed of plain operations and the linear scan (Griffin, section 2.4).
+"""The definition of the RG-LRU (Griffin, section 2.4), float32, on the reference scan.
 
-    r_t = sigmoid(recurrence_logits_t)            i_t = sigmoid(input_logits_t)
-    log a_t = -8 * softplus(a_param) * r_t
-    h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * i_t * x_t
-
-Everything here is float32.
+r_t = sigmoid(recurrence_logits_t)            i_t = sigmoid(input_logits_t)
+log a_t = -8 * softplus(a_param) * r_t
+h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * i_t * x_t
 """
 
 import jax
@@ -18,6 +16,9 @@ DECAY_SCALE = 8.0
 MAX_SQRT_DERIVATIVE = 1000.0
 """Bound on the derivative of sqrt(1 - a^2), which has a pole at a = 1."""
 
+SMALLEST_RADICAND = 1.0 / (4.0 * MAX_SQRT_DERIVATIVE**2)
+"""Where the derivative of the square root reaches its bound."""
+
 
 @jax.custom_jvp
 def sqrt_bounded_derivative(u: jax.Array) -> jax.Array:
@@ -28,19 +29,19 @@ def sqrt_bounded_derivative(u: jax.Array) -> jax.Array:
 @sqrt_bounded_derivative.defjvp
 def _sqrt_jvp(primals, tangents):
     (u,), (tangent,) = primals, tangents
-    smallest = 1.0 / (4.0 * MAX_SQRT_DERIVATIVE**2)
-    derivative = 0.5 * jax.lax.rsqrt(jnp.maximum(u, smallest))
+    derivative = 0.5 * jax.lax.rsqrt(jnp.maximum(u, SMALLEST_RADICAND))
     return jnp.sqrt(u), derivative * tangent
 
 
-def decay_and_input(
+def recurrence(
     x: jax.Array,
     recurrence_logits: jax.Array,
     input_logits: jax.Array,
     a_param: jax.Array,
     positions: jax.Array,
+    h0: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The a_t and the normalised input of the scan, float32 [B, T, E] each."""
+    """See `rg_lru`."""
     recurrence_gate = jax.nn.sigmoid(recurrence_logits.astype(jnp.float32))
     input_gate = jax.nn.sigmoid(input_logits.astype(jnp.float32))
     log_decay = -DECAY_SCALE * jax.nn.softplus(a_param.astype(jnp.float32))
@@ -53,20 +54,5 @@ def decay_and_input(
     holds = (positions < 0)[..., None]
     a = jnp.where(starts, 0.0, jnp.where(holds, 1.0, jnp.exp(log_a)))
     scan_input = jnp.where(holds, 0.0, jnp.where(starts, gated, multiplier * gated))
-    return a, scan_input
-
-
-def recurrence(
-    x: jax.Array,
-    recurrence_logits: jax.Array,
-    input_logits: jax.Array,
-    a_param: jax.Array,
-    positions: jax.Array,
-    h0: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """See `rg_lru`."""
-    a, scan_input = decay_and_input(
-        x, recurrence_logits, input_logits, a_param, positions
-    )
-    y, h_last = linear_scan(scan_input, a, h0)
+    y, h_last = linear_scan(scan_input, a, h0, implementation="reference")
     return y.astype(x.dtype), h_last

@@ -1,0 +1,220 @@
+"""The contract of `linear_scan`, for every implementation."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from recurrentgemma.kernels import linear_scan
+from recurrentgemma.kernels.linear_scan import IMPLEMENTATIONS
+from recurrentgemma.kernels.linear_scan.workloads import WORKLOADS
+from tests.kernels import definitions
+from tests.tolerances import assert_close
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "layers"
+ALL = [None, *IMPLEMENTATIONS]
+B, D = 2, 13
+
+
+def random_inputs(length, seed=0):
+    rng = np.random.default_rng(seed)
+    # Decays of both signs, some of them zero and some above one.
+    a = rng.uniform(-0.6, 1.05, (B, length, D))
+    a[rng.random(a.shape) < 0.1] = 0.0
+    arrays = (
+        rng.normal(size=(B, length, D)),
+        a,
+        rng.normal(size=(B, D)),
+        rng.normal(size=(B, length, D)),
+        rng.normal(size=(B, D)),
+    )
+    return [array.astype(np.float32) for array in arrays]
+
+
+def evaluate(scan, x, a, h0, y_cotangent, last_cotangent):
+    """Values and gradients by name."""
+
+    def loss(x, a, h0):
+        y, h_last = scan(x, a, h0)
+        wide = y.astype(jnp.float32)
+        total = jnp.sum(wide * y_cotangent) + jnp.sum(h_last * last_cotangent)
+        return total, {"y": y, "h_last": h_last}
+
+    differentiated = (0, 1) if h0 is None else (0, 1, 2)
+    gradients, values = jax.grad(loss, differentiated, has_aux=True)(x, a, h0)
+    names = ("grad_x", "grad_a", "grad_h0")
+    return values | dict(zip(names, gradients, strict=False))
+
+
+def run(implementation, inputs, reverse=False):
+    def scan(x, a, h0):
+        return linear_scan(x, a, h0, reverse=reverse, implementation=implementation)
+
+    return jax.jit(lambda *arrays: evaluate(scan, *arrays))(*map(jnp.asarray, inputs))
+
+
+def assert_all_close(actual, expected, quantity, dtype="float32"):
+    for name, array in actual.items():
+        kind = "gradient" if name.startswith("grad") else quantity
+        assert_close(array, expected[name], kind, dtype)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("length", [1, 7, 128, 1000])
+@pytest.mark.parametrize("implementation", ALL)
+def test_values_and_gradients(implementation, length, reverse):
+    inputs = random_inputs(length)
+    actual = run(implementation, inputs, reverse)
+    expected = definitions.linear_scan(*inputs, reverse=reverse)
+    assert_all_close(actual, expected, "scan")
+
+
+@pytest.mark.parametrize("implementation", ALL)
+@pytest.mark.parametrize(
+    "case", ["linear_scan_real", "linear_scan_real_long", "linear_scan_one_step"]
+)
+def test_golden(case, implementation):
+    data = np.load(GOLDEN / case / "data.npz")
+    # The rarer combinations of direction and h0 are for the default alone.
+    for reverse, with_h0 in [(False, True), (True, False)]:
+        prefix = ("reverse" if reverse else "forward") + (
+            "_with_h0" if with_h0 else "_no_h0"
+        )
+        inputs = [data[name] for name in ("x", "a", "cotangent_y", "cotangent_last")]
+        h0 = jnp.asarray(data["h0"]) if with_h0 else None
+
+        def scan(x, a, h0, reverse=reverse):
+            return linear_scan(x, a, h0, reverse=reverse, implementation=implementation)
+
+        x, a, y_cotangent, last_cotangent = map(jnp.asarray, inputs)
+        actual = jax.jit(lambda *arrays, scan=scan: evaluate(scan, *arrays))(
+            x, a, h0, y_cotangent, last_cotangent
+        )
+        expected = {
+            name: data[f"{prefix}/{name}"] for name in actual.keys() - {"h_last"}
+        }
+        expected["h_last"] = data[f"{prefix}/last"]
+        assert_all_close(actual, expected, "scan")
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_dtypes(implementation):
+    """bfloat16 inputs with float32 decays, and all bfloat16; the state is float32."""
+    x, a, h0, y_cotangent, last_cotangent = random_inputs(128)
+    x = jnp.asarray(x, jnp.bfloat16)
+    for decay_dtype in (jnp.float32, jnp.bfloat16):
+        decays = jnp.asarray(np.abs(a) * 0.9, decay_dtype)
+        inputs = (x, decays, h0, y_cotangent, last_cotangent)
+        actual = run(implementation, inputs)
+        expected = definitions.linear_scan(*inputs)
+        assert actual["y"].dtype == actual["grad_x"].dtype == jnp.bfloat16
+        assert actual["h_last"].dtype == actual["grad_h0"].dtype == jnp.float32
+        assert actual["grad_a"].dtype == decay_dtype
+        # The carry is float32, so the last state does not see the rounding of y.
+        assert_close(actual.pop("h_last"), expected["h_last"], "scan")
+        assert_all_close(actual, expected, "scan", "bfloat16")
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_slow_decay_over_100000_steps(implementation):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1, 100_000, 3)).astype(np.float32)
+    a = np.full_like(x, 1 - 1e-6)
+    h0 = np.full((1, 3), 100.0, np.float32)
+    y, h_last = linear_scan(
+        *map(jnp.asarray, (x, a, h0)), implementation=implementation
+    )
+    expected = definitions.linear_scan(x, a, h0, np.zeros_like(x), np.zeros_like(h0))
+    assert_close(y, expected["y"], "long_scan")
+    assert_close(h_last, expected["h_last"], "long_scan")
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("implementation", ALL)
+def test_split_invariance(implementation, reverse):
+    """Two chunks, the state carried between them, are one scan: gradients too."""
+    inputs = random_inputs(128)
+    split = 51
+
+    def two_scans(x, a, h0):
+        early, late = (x[:, :split], a[:, :split]), (x[:, split:], a[:, split:])
+        options = {"reverse": reverse, "implementation": implementation}
+        if reverse:
+            y_late, h = linear_scan(*late, h0, **options)
+            y_early, h = linear_scan(*early, h, **options)
+        else:
+            y_early, h = linear_scan(*early, h0, **options)
+            y_late, h = linear_scan(*late, h, **options)
+        return jnp.concatenate([y_early, y_late], axis=1), h
+
+    actual = jax.jit(lambda *arrays: evaluate(two_scans, *arrays))(*inputs)
+    assert_all_close(actual, definitions.linear_scan(*inputs, reverse=reverse), "scan")
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_transformations_and_determinism(implementation):
+    """vmap of remat inside a lax.scan, differentiated: as the plain call, and twice."""
+    inputs = random_inputs(7)
+
+    def scan(x, a, h0):
+        return linear_scan(x, a, h0, implementation=implementation)
+
+    def transformed(x, a, h0):
+        one_row = jax.checkpoint(lambda *row: scan(*(array[None] for array in row)))
+
+        def layer(_, layer_inputs):
+            return None, jax.vmap(one_row)(*layer_inputs)
+
+        stacked = jax.tree.map(lambda array: array[None], (x, a, h0))
+        y, h_last = jax.lax.scan(layer, None, stacked)[1]
+        return y[0, :, 0], h_last[0, :, 0]
+
+    compiled = jax.jit(lambda *arrays: evaluate(transformed, *arrays))
+    first, second = compiled(*inputs), compiled(*inputs)
+    for name, expected in run(implementation, inputs).items():
+        assert_close(first[name], expected, "scan")
+        np.testing.assert_array_equal(first[name], second[name])
+
+
+def test_second_derivatives():
+    x, a, h0, *_ = random_inputs(7)
+
+    def loss(scale):
+        y, h_last = linear_scan(x * scale, a * scale, h0, implementation="sequential")
+        return jnp.sum(y) + jnp.sum(h_last)
+
+    def definition(scale):
+        ones = np.ones_like(x), np.ones_like(h0)
+        found = definitions.linear_scan(x * scale, a * scale, h0, *ones)
+        return float(np.sum(found["grad_x"] * x) + np.sum(found["grad_a"] * a))
+
+    expected = (definition(1 + 1e-5) - definition(1 - 1e-5)) / 2e-5
+    assert_close(jax.jit(jax.grad(jax.grad(loss)))(1.0), expected, "gradient")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_every_workload_traces(implementation):
+    for batch, length, width in WORKLOADS.values():
+        array = jax.ShapeDtypeStruct((batch, length, width), jnp.float32)
+        y, h_last = jax.eval_shape(
+            lambda x, a: linear_scan(x, a, implementation=implementation), array, array
+        )
+        assert (y.shape, h_last.shape) == (array.shape, (batch, width))
+
+
+def test_errors():
+    x, a, h0, *_ = map(jnp.asarray, random_inputs(7))
+    for arguments, message in [
+        ((x[0], a), r"x must have shape \[B, T, D\]"),
+        ((x[:, :0], a), "T >= 1"),
+        ((x, a[:, 1:]), r"a must have the shape of x, \(2, 7, 13\)"),
+        ((x, a.astype(jnp.int32)), "a must be floating point; got int32"),
+        ((x, a, h0[:1]), r"h0 must be float32 \(2, 13\)"),
+        ((x, a, h0.astype(jnp.bfloat16)), "got bfloat16"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            linear_scan(*arguments)
+    with pytest.raises(NotImplementedError, match="it has associative, chunked"):
+        linear_scan(x, a, implementation="fastest")
