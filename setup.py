@@ -68,7 +68,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "notebooks": ["nbclient", "ipykernel"],
         "tensorboard": ["tensorboardX"],
-        "test": ["pytest", "hypothesis", "mypy", "ruff", "types-tqdm"],
+        "test": ["pytest", "hypothesis", "ruff", "basedpyright"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -12,7 +12,7 @@ Batches are a pure function of (seed, step), which is all that resuming needs.
 import functools
 import hashlib
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,15 +25,15 @@ CHARACTERS_PER_CUT = 256
 
 
 class Batch(NamedTuple):
-    """Arrays [B, T]."""
+    """Arrays [B, T]; NumPy's on the host, JAX's inside a step."""
 
-    tokens: np.ndarray
+    tokens: Any
     """int32; 0 at padding."""
-    positions: np.ndarray
+    positions: Any
     """int32, the position of each token in its document; -1 is padding."""
-    targets: np.ndarray
+    targets: Any
     """int32, the token after each token."""
-    mask: np.ndarray
+    mask: Any
     """float32, 1 where the target counts."""
 
 

@@ -165,7 +165,7 @@ def _run(config, model, optimizer, state, checkpoints, packed, evaluation):
                 "step": step + 1,
                 "loss": loss,
                 "gradient_norm": float(metrics["gradient_norm"]),
-                "learning_rate": float(learning_rate(step)),
+                "learning_rate": float(jnp.asarray(learning_rate(step))),
                 "train_tokens_per_s": batch.tokens.size / seconds,
             }
             step += 1

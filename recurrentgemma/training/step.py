@@ -5,6 +5,7 @@ parameters are those of the state.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def make_train_step(
         updates, optimizer_state = optimizer.update(
             gradients, state.optimizer_state, state.params
         )
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
         return TrainState(params, optimizer_state, state.step + 1), metrics
 
