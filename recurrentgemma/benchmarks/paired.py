@@ -61,15 +61,20 @@ class Result:
 
 
 def compare(measure: Measure, workers: Sequence[Worker]) -> Result:
-    """Runs a measure on the workers in turn: A B C, C B A, A B C, ..."""
+    """Warms the workers up, then measures them in turn."""
     taking_part = [w for w in workers if w.name not in measure.leave_out]
     if measure.warm_up:
         for worker in taking_part:
             measure.sample(worker, -1)
-    samples: dict[str, list[float]] = {w.name: [] for w in taking_part}
-    peaks = {w.name: 0 for w in taking_part}
+    return take_turns(measure, taking_part)
+
+
+def take_turns(measure: Measure, workers: Sequence[Worker]) -> Result:
+    """Measures the workers in turn: A B C, C B A, A B C, ..."""
+    samples: dict[str, list[float]] = {w.name: [] for w in workers}
+    peaks = {w.name: 0 for w in workers}
     for index in range(measure.rounds):
-        for worker in taking_part if index % 2 == 0 else reversed(taking_part):
+        for worker in workers if index % 2 == 0 else reversed(workers):
             samples[worker.name].append(measure.sample(worker, index))
             peaks[worker.name] = max(peaks[worker.name], worker.peak_bytes or 0)
     return Result(measure.name, measure.unit, measure.higher_is_better, samples, peaks)
@@ -77,7 +82,8 @@ def compare(measure: Measure, workers: Sequence[Worker]) -> Result:
 
 def table(results: Sequence[Result]) -> str:
     """Medians, and how many times better ours is, in columns."""
-    opponents = [name for name in results[0].samples if name != OURS]
+    names = dict.fromkeys(name for result in results for name in result.samples)
+    opponents = [name for name in names if name != OURS]
     header = ["", OURS, *(f"{name} (x)" for name in opponents), "unit"]
     rows = [header]
     for result in results:

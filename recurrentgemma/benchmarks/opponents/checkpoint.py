@@ -159,7 +159,7 @@ def write(directory: Path, config: GriffinConfig, seed: int = 0) -> None:
     folder = directory / "hugging_face"
     folder.mkdir()
     official = official_parameters(config, seed)
-    np.savez(directory / "official.npz", **official)
+    np.savez(directory / "official.npz", allow_pickle=False, **official)
     tensors = hugging_face_parameters(official)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(hugging_face_config(config)))

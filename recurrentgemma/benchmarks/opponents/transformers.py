@@ -1,14 +1,16 @@
 # pyright: reportMissingImports=false
 """Worker: transformers' `RecurrentGemmaForCausalLM` on PyTorch."""
 
+import importlib
 import os
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
-from transformers import RecurrentGemmaForCausalLM
+
+# By name: to a type checker this file would be `transformers`.
+transformers = importlib.import_module("transformers")
 
 BOS = 2
 
@@ -23,7 +25,8 @@ class Opponent:
 
     def _load(self):
         folder = self.directory / "hugging_face"
-        model = RecurrentGemmaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        library = transformers.RecurrentGemmaForCausalLM
+        model = library.from_pretrained(folder, dtype=torch.float32)
         model.generation_config.eos_token_id = None
         return model.eval()
 
