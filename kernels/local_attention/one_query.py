@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from recurrentgemma.kernels.dispatch import einsum_float32
 from recurrentgemma.kernels.local_attention.ring import KVCache
 
-NO_SCORE = -1e30
+HIDDEN = -1e30
+"""Score of a key that is not seen."""
 
 
 def attend(
@@ -41,7 +42,7 @@ def attend(
         return scores
 
     cached_scores = score(cache.keys.astype(k.dtype))
-    cached_scores = jnp.where(visible[:, None, None], cached_scores, NO_SCORE)
+    cached_scores = jnp.where(visible[:, None, None], cached_scores, HIDDEN)
     own_score = score(k)
     largest = jnp.maximum(jnp.max(cached_scores, axis=-1, keepdims=True), own_score)
     largest = jax.lax.stop_gradient(largest)

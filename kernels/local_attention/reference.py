@@ -5,6 +5,9 @@ import jax.numpy as jnp
 
 from recurrentgemma.kernels.local_attention.ring import KVCache
 
+HIDDEN = -1e30
+"""Score of a key that is not seen."""
+
 
 def attend(
     q: jax.Array,
@@ -39,9 +42,11 @@ def attend(
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     visible = visible[:, None, None]
-    largest = jnp.max(scores, axis=-1, keepdims=True, where=visible, initial=-1e30)
-    weights = jnp.where(visible, jnp.exp(scores - jax.lax.stop_gradient(largest)), 0.0)
+    scores = jnp.where(visible, scores, HIDDEN)
+    largest = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(largest))
     # A padding query sees nothing; its output is zero.
+    weights = jnp.where(visible, weights, 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights / jnp.where(total == 0, 1.0, total)
     out = jnp.einsum("bkrts,bskh->btkrh", weights, v.astype(jnp.float32))

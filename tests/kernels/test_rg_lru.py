@@ -113,7 +113,7 @@ def test_golden(case, implementation):
             assert_close(array, data[f"{prefix}/{name}"], quantity)
 
 
-@pytest.mark.parametrize("implementation", ALL)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_dtypes(implementation):
     x, r, i, a_param, positions, *rest = random_inputs(128)
     x, r, i = (jnp.asarray(array, jnp.bfloat16) for array in (x, r, i))
@@ -128,7 +128,7 @@ def test_dtypes(implementation):
     assert_all_close(actual, expected, "bfloat16")
 
 
-@pytest.mark.parametrize("implementation", ALL)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_starts_and_holds_are_exact(implementation):
     """A start forgets what came before, a held step changes nothing: to the bit."""
     x, r, i, a_param, _, h0, *_ = map(jnp.asarray, random_inputs(7))
@@ -145,7 +145,7 @@ def test_starts_and_holds_are_exact(implementation):
     np.testing.assert_array_equal(held, h0)
 
 
-@pytest.mark.parametrize("implementation", ALL)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_finite_at_extreme_gates(implementation):
     """Decays that round to one and to zero: the derivative of the root is bounded."""
     *inputs, y_cotangent, last_cotangent = random_inputs(7)
@@ -158,7 +158,7 @@ def test_finite_at_extreme_gates(implementation):
         assert np.isfinite(array).all(), name
 
 
-@pytest.mark.parametrize("implementation", ALL)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_split_invariance_and_transformations(implementation):
     """Chunks with the state between them, under vmap and remat, are one call."""
     inputs = random_inputs(128)

@@ -1,0 +1,351 @@
+"""The contract of `local_attention`, for every implementation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from recurrentgemma.kernels import KVCache, local_attention
+from recurrentgemma.kernels.local_attention import IMPLEMENTATIONS
+from tests.kernels import definitions
+from tests.tolerances import assert_close
+
+ALL = [None, *IMPLEMENTATIONS]
+B, N, K, H = 3, 4, 2, 5
+SCALE, SOFT_CAP = 0.7, 2.0
+NAMES = ("q", "k", "v")
+
+
+def random_positions(length, rng):
+    """Rows that begin anywhere, hold several documents, and end in padding."""
+    rows = np.full((B, length), -1, np.int32)
+    for row, padding in zip(rows, (0, length // 5, length // 2), strict=True):
+        position = int(rng.integers(0, 9))
+        for t in range(length - padding):
+            position = 0 if rng.random() < 3 / length else position + (t > 0)
+            row[t] = position
+    return rows
+
+
+def random_inputs(length, seed=0):
+    """q, k, v, positions, and the cotangent of out, zero at padding."""
+    rng = np.random.default_rng(seed)
+    shapes = [(B, length, heads, H) for heads in (N, K, K, N)]
+    q, k, v, cotangent = (rng.normal(size=s).astype(np.float32) for s in shapes)
+    positions = random_positions(length, rng)
+    return q, k, v, positions, cotangent * (positions >= 0)[:, :, None, None]
+
+
+def empty_cache(slots, dtype=jnp.float32):
+    zeros = jnp.zeros((B, slots, K, H), dtype)
+    return KVCache(zeros, zeros, jnp.full((B, slots), -1, jnp.int32))
+
+
+def call(q, k, v, positions, cache, window, implementation, soft_cap=SOFT_CAP):
+    return local_attention(
+        q,
+        k,
+        v,
+        positions=positions,
+        cache=cache,
+        window=window,
+        scale=SCALE,
+        soft_cap=soft_cap,
+        implementation=implementation,
+    )
+
+
+def evaluate(attend, q, k, v, cotangent):
+    """out, the cache and the gradients by name, of attend(q, k, v) -> out, cache."""
+
+    def loss(q, k, v):
+        out, cache = attend(q, k, v)
+        return jnp.sum(out.astype(jnp.float32) * cotangent), (out, cache)
+
+    gradients, (out, cache) = jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+    names = (f"grad_{name}" for name in NAMES)
+    return {"out": out} | dict(zip(names, gradients, strict=True)), cache
+
+
+def assert_all_close(actual, expected, positions, dtype="float32"):
+    padding = (positions < 0)[:, :, None, None]
+    for name, array in actual.items():
+        array = np.asarray(array, np.float64)
+        assert np.isfinite(array).all(), name
+        kind = "gradient" if name.startswith("grad") else "attention"
+        assert_close(np.where(padding, 0, array), expected[name], kind, dtype)
+
+
+def assert_ring_holds(cache, k, v, positions, window):
+    """The ring has exactly the last `window` tokens of each row's last document."""
+    for b, tokens in enumerate(definitions.ring(positions, window)):
+        expected = np.full(window, -1)
+        for position in tokens:
+            expected[position % window] = position
+        np.testing.assert_array_equal(cache.positions[b], expected)
+        for position, index in tokens.items():
+            slot = position % window
+            np.testing.assert_array_equal(cache.keys[b, slot], k[b, index])
+            np.testing.assert_array_equal(cache.values[b, slot], v[b, index])
+
+
+@pytest.mark.parametrize(
+    "length, window, soft_cap",
+    [
+        (1, 20, SOFT_CAP),
+        (7, 20, None),
+        (128, 20, SOFT_CAP),
+        (128, 200, SOFT_CAP),
+        (1000, 20, None),
+        (700, None, SOFT_CAP),
+    ],
+)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_values_and_gradients(implementation, length, window, soft_cap):
+    *qkv, positions, cotangent = random_inputs(length)
+
+    @jax.jit
+    def run(q, k, v, positions, cotangent):
+        def attend(*qkv):
+            return call(*qkv, positions, None, window, implementation, soft_cap)
+
+        return evaluate(attend, q, k, v, cotangent)
+
+    actual, cache = run(*qkv, positions, cotangent)
+    expected = definitions.attention(
+        *qkv, positions, window, SCALE, soft_cap, cotangent
+    )
+    assert_all_close(actual, expected, positions)
+    assert_ring_holds(cache, *qkv[1:], positions, window or length)
+
+
+def split_rows(arrays, widths, positions):
+    """Chunks of each row's sequence, padded on the right, and where they come from.
+
+    widths [chunks][row] are tokens; a chunk is as wide as its widest row.
+    """
+    starts = [0] * B
+    for chunk in widths:
+        index = np.full((B, max(chunk)), -1)
+        for row, width in enumerate(chunk):
+            index[row, :width] = np.arange(starts[row], starts[row] + width)
+            starts[row] += width
+        parts = [np.take_along_axis(a, index[:, :, None, None], 1) for a in arrays]
+        chunk_positions = np.take_along_axis(positions, index, 1)
+        yield parts, np.where(index < 0, -1, chunk_positions).astype(np.int32), index
+
+
+# The first chunk is wider than the window, rows advance unevenly and stand still.
+WIDTHS = [(70, 13, 1), (1, 0, 0), (1, 1, 1), (20, 70, 0), (8, 16, 98)]
+
+
+@pytest.mark.parametrize("window", [24, None])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_split_invariance(implementation, window):
+    """Any chunks from an empty cache are the whole: values, gradients and the ring."""
+    length = 100
+    *qkv, _, cotangent = random_inputs(length)
+    positions = random_positions(length, np.random.default_rng(1))
+    positions[1] = np.r_[np.arange(5, 35), np.arange(70)]
+    positions[2, :] = np.arange(100) + 2
+    cotangent = np.random.default_rng(2).normal(size=cotangent.shape)
+    chunks = list(split_rows(qkv, WIDTHS, positions))
+    slots = window or 128
+
+    @jax.jit
+    def run(q, k, v):
+        def attend(*qkv):
+            cache, out = empty_cache(slots), jnp.zeros((B, length, N, H))
+            for _, chunk_positions, index in chunks:
+                part = (
+                    jnp.take_along_axis(array, index[:, :, None, None], 1)
+                    for array in qkv
+                )
+                y, cache = call(*part, chunk_positions, cache, window, implementation)
+                rows = np.arange(B)[:, None]
+                where = np.where(index < 0, length, index)
+                out = out.at[rows, where].set(y, mode="drop")
+            return out, cache
+
+        return evaluate(attend, q, k, v, cotangent)
+
+    actual, cache = run(*qkv)
+    expected = definitions.attention(
+        *qkv, positions, window, SCALE, SOFT_CAP, cotangent
+    )
+    assert_all_close(actual, expected, positions)
+    assert_ring_holds(cache, *qkv[1:], positions, slots)
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_decode(implementation):
+    """Token by token, far beyond the window, through a restart: as the whole."""
+    length, window = 60, 8
+    *qkv, _, cotangent = random_inputs(length)
+    positions = np.full((B, length), -1, np.int32)
+    positions[0] = np.arange(length)
+    positions[1] = np.r_[np.arange(20), np.arange(length - 20)]
+    positions[2, :30] = np.arange(30) + 100_000_000
+    cotangent = cotangent * (positions >= 0)[:, :, None, None]
+
+    @jax.jit
+    def run(q, k, v):
+        def step(cache, token):
+            *qkv, position = (array[:, None] for array in token)
+            out, cache = call(*qkv, position, cache, window, implementation)
+            return cache, out[:, 0]
+
+        def attend(*qkv):
+            tokens = [jnp.swapaxes(array, 0, 1) for array in (*qkv, positions)]
+            cache, out = jax.lax.scan(step, empty_cache(window), tuple(tokens))
+            return jnp.swapaxes(out, 0, 1), cache
+
+        return evaluate(attend, q, k, v, cotangent)
+
+    actual, cache = run(*qkv)
+    expected = definitions.attention(
+        *qkv, positions, window, SCALE, SOFT_CAP, cotangent
+    )
+    assert_all_close(actual, expected, positions)
+    assert_ring_holds(cache, *qkv[1:], positions, window)
+
+
+@pytest.mark.parametrize("length", [1, 30])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradient_through_the_written_cache(implementation, length):
+    """Each token kept passes its slot's gradient on, each token dropped passes none."""
+    window = 8
+    *qkv, positions, _ = map(jnp.asarray, random_inputs(length))
+    positions = jnp.asarray(
+        np.where(np.arange(B)[:, None] == 2, -1, np.arange(length)[None] + 3), jnp.int32
+    )
+    old = random_inputs(window, seed=1)[1:3]
+    before = KVCache(
+        *map(jnp.asarray, old),
+        jnp.asarray([[0, 1, 2, -1, -1, -1, -1, -1]] * B, jnp.int32),
+    )
+    weights = np.random.default_rng(2).normal(size=(B, window, K, H))
+
+    def loss(k, old_keys):
+        cache = before._replace(keys=old_keys)
+        _, after = call(qkv[0], k, qkv[2], positions, cache, window, implementation)
+        return jnp.sum(after.keys * weights)
+
+    new, kept = jax.jit(jax.grad(loss, (0, 1)))(qkv[1], before.keys)
+    expected_new, expected_kept = np.zeros_like(new), np.array(weights)
+    for index in range(length):
+        slot = (index + 3) % window
+        if index >= length - window:
+            expected_new[:2, index] = weights[:2, slot]
+        expected_kept[:2, slot] = 0
+    assert_close(new, expected_new, "gradient")
+    assert_close(kept, expected_kept, "gradient")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_dtypes(implementation):
+    """bfloat16 stays bfloat16, in a chunk and in a decode step; sums are float32."""
+    length, window = 128, 24
+    *qkv, positions, cotangent = random_inputs(length)
+    qkv = [jnp.asarray(array, jnp.bfloat16) for array in qkv]
+
+    @jax.jit
+    def run(q, k, v):
+        def attend(*qkv):
+            cache, parts = empty_cache(window, jnp.bfloat16), []
+            for part in (slice(0, length - 1), slice(length - 1, length)):
+                chunk = (array[:, part] for array in qkv)
+                out, cache = call(
+                    *chunk, positions[:, part], cache, window, implementation
+                )
+                parts.append(out)
+            return jnp.concatenate(parts, axis=1), cache
+
+        return evaluate(attend, q, k, v, cotangent)
+
+    actual, cache = run(*qkv)
+    for name, array in {**actual, "keys": cache.keys, "values": cache.values}.items():
+        assert array.dtype == jnp.bfloat16, name
+    expected = definitions.attention(
+        *qkv, positions, window, SCALE, SOFT_CAP, cotangent
+    )
+    assert_all_close(actual, expected, positions, "bfloat16")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_transformations_and_determinism(implementation):
+    """vmap of remat, differentiated: as the plain call, and twice the same."""
+    window = 24
+    *qkv, positions, cotangent = map(jnp.asarray, random_inputs(128))
+
+    @jax.checkpoint
+    def row(q, k, v, positions):
+        arrays = (array[None] for array in (q, k, v, positions))
+        out, cache = call(*arrays, None, window, implementation)
+        return jax.tree.map(lambda array: array[0], (out, cache))
+
+    @jax.jit
+    def run(q, k, v):
+        return evaluate(lambda *qkv: jax.vmap(row)(*qkv, positions), q, k, v, cotangent)
+
+    first, second = run(*qkv), run(*qkv)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    expected = definitions.attention(
+        *qkv, positions, window, SCALE, SOFT_CAP, cotangent
+    )
+    assert_all_close(first[0], expected, positions)
+
+
+def test_far_positions_change_nothing():
+    """Only distances matter: position 1e8 gives the bits of position 7."""
+    q, k, v, _, _ = map(jnp.asarray, random_inputs(40))
+    run = jax.jit(lambda positions: call(q, k, v, positions, empty_cache(8), 8, None))
+    near = jnp.tile(jnp.arange(40, dtype=jnp.int32)[None] + 8, (B, 1))
+    far = near + 100_000_000
+    (out, cache), (out_far, cache_far) = run(near), run(far)
+    np.testing.assert_array_equal(out, out_far)
+    np.testing.assert_array_equal(cache.keys, cache_far.keys)
+    np.testing.assert_array_equal(cache.positions + 100_000_000, cache_far.positions)
+
+
+def test_memory_is_linear_in_length():
+    def temporary_bytes(length):
+        def loss(q, k, v, positions):
+            return jnp.sum(call(q, k, v, positions, None, 32, None)[0])
+
+        shapes = [
+            jax.ShapeDtypeStruct((1, length, heads, H), jnp.float32)
+            for heads in (N, K, K)
+        ]
+        positions = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes, positions)
+        return compiled.compile().memory_analysis().temp_size_in_bytes
+
+    short, long = temporary_bytes(8192), temporary_bytes(32768)
+    assert long < 4.5 * short
+    assert long < 32768**2
+
+
+def test_errors():
+    q, k, v, positions, _ = map(jnp.asarray, random_inputs(7))
+    good = {
+        "positions": positions,
+        "cache": None,
+        "window": 8,
+        "scale": 1.0,
+        "soft_cap": None,
+    }
+    for arrays, changes, message in [
+        ((q[:, :0], k, v), {}, "T >= 1"),
+        ((q[:, :, :3], k, v), {}, "a divisor of the 3 query heads"),
+        ((q, k[:, 1:], v), {}, r"k must have shape \(3, 7, 2, 5\)"),
+        ((q, k, v[..., 1:]), {}, "v must have shape"),
+        ((q, k, v.astype(jnp.int32)), {}, "v must be floating point"),
+        ((q, k, v), {"positions": positions[:, 1:]}, r"positions must be int32 \(3, 7"),
+        ((q, k, v), {"window": 0}, "window must be at least 1 or None; got 0"),
+        ((q, k, v), {"cache": empty_cache(9)}, r"cache.keys must have shape \(3, 8"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            local_attention(*arrays, **{**good, **changes})
+    with pytest.raises(NotImplementedError, match="it has blocked, reference"):
+        local_attention(q, k, v, **good, implementation="splash")
