@@ -124,7 +124,6 @@ def test_rows_that_cannot_be_are_refused(documents, row_tokens):
         PackedTokens(documents, row_tokens)
 
 
-@pytest.mark.contract
 def test_the_loss_of_packed_documents_is_that_of_each_alone():
     model = random_model(tiny_config())
     packed = PackedTokens(DOCUMENTS, 17)

@@ -53,7 +53,6 @@ def parameters_of(folder):
     return named_parameters(load(folder)[0])
 
 
-@pytest.mark.contract
 def test_a_short_run_learns_and_can_be_loaded(corpus, tmp_path):
     model_folder = train(
         config_for(
@@ -72,7 +71,6 @@ def test_a_short_run_learns_and_can_be_loaded(corpus, tmp_path):
     assert jnp.isfinite(model.logits(hidden)).all()
 
 
-@pytest.mark.contract
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     corpus, tmp_path, monkeypatch
 ):
