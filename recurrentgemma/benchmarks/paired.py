@@ -7,6 +7,7 @@ measurement is kept.
 """
 
 import dataclasses
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,6 +41,8 @@ class Result:
     higher_is_better: bool
     samples: dict[str, list[float]]
     peak_bytes: dict[str, int]
+    load_average: float
+    """Of the machine's last minute: above the number of cores, others were at work."""
 
     def median(self, worker: str) -> float:
         """In `unit`."""
@@ -77,7 +80,14 @@ def take_turns(measure: Measure, workers: Sequence[Worker]) -> Result:
         for worker in workers if index % 2 == 0 else reversed(workers):
             samples[worker.name].append(measure.sample(worker, index))
             peaks[worker.name] = max(peaks[worker.name], worker.peak_bytes or 0)
-    return Result(measure.name, measure.unit, measure.higher_is_better, samples, peaks)
+    return Result(
+        measure.name,
+        measure.unit,
+        measure.higher_is_better,
+        samples,
+        peaks,
+        load_average=os.getloadavg()[0],
+    )
 
 
 def table(results: Sequence[Result]) -> str:

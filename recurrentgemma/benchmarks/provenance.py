@@ -15,7 +15,6 @@ def provenance() -> dict[str, Any]:
     return {
         "device": device_name(),
         "cores": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg(),
         "python": platform.python_version(),
         "commit": commit(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
