@@ -272,16 +272,20 @@ def test_a_new_prompt_length_compiles_nothing():
         jax.monitoring.clear_event_listeners()
 
 
-def test_calls_leave_no_memory_behind(tiny):
+def test_a_thousand_calls_leave_nothing_behind(tiny):
     def generate(i):
         prompt = [2] * (i % 40 + 1)
         tiny.generate_tokens([prompt], max_new_tokens=3, sampling=PLAIN, end_tokens=[])
 
-    generate(0)
-    before = len(jax.live_arrays())
-    for i in range(100):
+    def count():
+        programs = (decoding.new_cache, decoding.read_chunk, decoding.decode_block)
+        return len(jax.live_arrays()), [f._cache_size() for f in programs]
+
+    generate(0), generate(39)
+    before = count()
+    for i in range(1000):
         generate(i)
-    assert len(jax.live_arrays()) == before
+    assert count() == before
 
 
 def test_an_abandoned_stream_leaves_no_memory_behind(sampler):
