@@ -4,6 +4,7 @@ Parameters are a flat {native name: array}: the optimizer's masks, the checkpoin
 logs then all speak of `blocks.0.mixer.linear_x.kernel`.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,15 +65,25 @@ class Checkpoints:
         if step == self.latest_step:
             return
         try:
+            self._check_space(state)
             self._manager.save(step, args=ocp.args.StandardSave(state._asdict()))
             self._manager.wait_until_finished()
         except Exception as error:
             # A full disk arrives as whatever the storage library makes of it.
+            for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(partial, ignore_errors=True)
             raise OSError(
                 f"could not save the training state of step {step} in "
                 f"{self.directory}: {error}. The newest saved step is "
                 f"{self.latest_step}; the run resumes from there."
             ) from error
+
+    def _check_space(self, state: TrainState) -> None:
+        # Orbax would find out too, in many lines.
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise OSError(f"{needed:,} bytes are needed, {free:,} are free on the disk")
 
     def restore(self, like: TrainState) -> TrainState:
         """The newest state.
