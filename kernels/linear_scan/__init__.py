@@ -67,7 +67,7 @@ def linear_scan(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _scan(x, a, h0, reverse, implementation):
+def _scan(x, a, h0, reverse, implementation) -> tuple[jax.Array, jax.Array]:
     implementations = {
         name: partial(function, reverse=reverse)
         for name, function in IMPLEMENTATIONS.items()

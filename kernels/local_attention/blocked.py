@@ -32,9 +32,6 @@ GROWING_GROUPS = 2
 HIDDEN = -1e30
 """Score of a key that is not seen."""
 
-LOWEST = -1e29
-"""Floor of a row's largest score, so that a row that sees nothing weighs nothing."""
-
 
 class _Options(NamedTuple):
     rows: int  # Rows (queries times heads of a group) in a block.
@@ -111,15 +108,15 @@ def block_size(length: int, window: int | None) -> int:
 def _visible_range(positions, cached, front, window):
     """Indices of the first and the last key that each query sees, int32 [B, T].
 
-    Keys are [front cached ones, of which the last `cached` are filled; chunk]. What a
-    padding query sees ends before it begins.
+    Keys are [front cached ones, of which the last `cached` are filled; chunk]. Padding
+    comes last in a row: no query sees it but padding itself.
     """
     index = front + jnp.arange(positions.shape[1], dtype=jnp.int32)[None]
     document = jax.lax.cummax(jnp.where(positions == 0, index, 0), axis=1)
     first = jnp.maximum(document, (front - cached)[:, None])
     if window is not None:
         first = jnp.maximum(first, index - window)
-    return first, jnp.where(positions < 0, -1, index)
+    return first, jnp.broadcast_to(index, first.shape)
 
 
 def _group_blocks(blocks, block, front, window):
@@ -137,7 +134,7 @@ def _group_blocks(blocks, block, front, window):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend_rows(q, k, v, first, last, options):
+def _attend_rows(q, k, v, first, last, options) -> jax.Array:
     """Attention of rows [B, K, T N/K, H] to keys [B, K, S, H], each row to a range."""
     return _attend_rows_forward(q, k, v, first, last, options)[0]
 
@@ -148,10 +145,9 @@ def _attend_rows_forward(q, k, v, first, last, options):
         start = _key_start(index, span, options)
         keys, values = _keys(k, start, span), _keys(v, start, span)
         scores, _ = _scores(rows(q), keys, rows(first), rows(last), start, options)
-        largest = jnp.max(scores, axis=-1, keepdims=True, initial=LOWEST)
+        largest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        total = jnp.where(total == 0, 1.0, total)
         out = einsum_float32("bkms,bksh->bkmh", weights.astype(v.dtype), values)
         return None, ((out / total).astype(q.dtype), largest + jnp.log(total))
 

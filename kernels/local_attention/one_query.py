@@ -29,7 +29,7 @@ def attend(
     batch, head_dim = q.shape[0], q.shape[3]
     groups = q.reshape(batch, k.shape[2], -1, head_dim)
     distance = positions - cache.positions
-    visible = (cache.positions >= 0) & (positions > 0) & (distance > 0)
+    visible = (cache.positions >= 0) & (distance > 0)
     if window is not None:
         visible &= distance <= window
 

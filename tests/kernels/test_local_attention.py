@@ -135,8 +135,9 @@ def split_rows(arrays, widths, positions):
         yield parts, np.where(index < 0, -1, chunk_positions).astype(np.int32), index
 
 
-# The first chunk is wider than the window, rows advance unevenly and stand still.
-WIDTHS = [(70, 13, 1), (1, 0, 0), (1, 1, 1), (20, 70, 0), (8, 16, 98)]
+# The first chunk is wider than the window, rows advance unevenly and stand still; the
+# document that starts at the second row's token 30 starts in a decode step.
+WIDTHS = [(70, 30, 1), (1, 1, 0), (1, 0, 1), (20, 53, 0), (8, 16, 98)]
 
 
 @pytest.mark.parametrize("window", [24, None])

@@ -159,6 +159,16 @@ def test_finite_at_extreme_gates(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_input_factor_keeps_its_digits_near_decay_one(implementation):
+    """1 - a^2 is 1e-5 here: computed as it stands, float32 leaves it two digits."""
+    x, r, i, a_param, positions, h0, *cotangents = random_inputs(1)
+    a_param, positions = np.full_like(a_param, -14), np.ones_like(positions)
+    arguments = (1e3 * x, r, i, a_param, positions, 0 * h0)
+    y, _ = rg_lru(*map(jnp.asarray, arguments), implementation=implementation)
+    assert_close(y, definitions.rg_lru(*arguments, *cotangents)["y"], "scan")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_split_invariance_and_transformations(implementation):
     """Chunks with the state between them, under vmap and remat, are one call."""
     inputs = random_inputs(128)
