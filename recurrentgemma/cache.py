@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -88,11 +89,11 @@ def take(cache: Cache, rows: Sequence[int] | jax.Array) -> Cache:
       ValueError: a row does not exist. (Traced indices are not checked.)
     """
     if not isinstance(rows, jax.core.Tracer):
-        rows = np.asarray(rows)
-        if rows.ndim != 1 or np.any((rows < 0) | (rows >= cache.batch_size)):
+        known = np.asarray(rows)
+        if known.ndim != 1 or np.any((known < 0) | (known >= cache.batch_size)):
             raise ValueError(
                 f"rows must be a list of indices from 0 to {cache.batch_size - 1}, "
-                f"got {rows.tolist()}."
+                f"got {known.tolist()}."
             )
     index = jnp.asarray(rows, jnp.int32)
     return jax.tree.map(lambda leaf: leaf[index], cache)

@@ -242,7 +242,7 @@ def _open_cache(config: GriffinConfig, cache: Cache | None) -> list[Any]:
     """The state of each layer as its mixer takes it."""
     if cache is None:
         return [None] * config.num_layers
-    positions = {
+    positions: dict[str, Any] = {
         "local_attention": cache.key_positions,
         "global_attention": cache.global_key_positions,
     }
@@ -256,7 +256,7 @@ def _close_cache(
     config: GriffinConfig, states: list[Any], next_position: jax.Array
 ) -> Cache:
     """The cache of these states; layers of a kind share the positions of their keys."""
-    positions = dict.fromkeys(("local_attention", "global_attention"))
+    positions: dict[str, Any] = dict.fromkeys(("local_attention", "global_attention"))
     layers = []
     for kind, state in zip(config.block_types, states, strict=True):
         if isinstance(state, KVCache):
