@@ -2,10 +2,20 @@
 
 from pathlib import Path
 
-from recurrentgemma.checkpoints import hugging_face, native
+from recurrentgemma.checkpoints import (
+    hugging_face,
+    native,
+    official_flax,
+    official_pytorch,
+)
 from recurrentgemma.checkpoints.stored import Format
 
-FORMATS: dict[str, Format] = {"native": native, "hugging_face": hugging_face}
+FORMATS: dict[str, Format] = {
+    "native": native,
+    "hugging_face": hugging_face,
+    "official_flax": official_flax,
+    "official_pytorch": official_pytorch,
+}
 """Checkpoint layouts by name, in the order in which they are tried."""
 
 
@@ -19,6 +29,5 @@ def detect_format(path: Path) -> str:
         if layout.detect(path):
             return name
     raise ValueError(
-        f"{path} is not a checkpoint: expected a directory with config.json in one of "
-        f"the layouts {', '.join(FORMATS)}."
+        f"{path} is not a checkpoint in any of the layouts {', '.join(FORMATS)}."
     )

@@ -11,7 +11,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from recurrentgemma.checkpoints import official_pytorch
 from recurrentgemma.checkpoints.formats import FORMATS, detect_format
+from recurrentgemma.checkpoints.official import config_from_shapes
 from recurrentgemma.checkpoints.parameters import (
     check_tokenizer,
     named_parameters,
@@ -48,7 +50,8 @@ def load(
     Args:
       path_or_preset: the directory of a checkpoint, or the name of a bundled one (which
         wins over a directory: write "./nano" for that).
-      config: the architecture, instead of the one that the checkpoint states.
+      config: the architecture, instead of the one that the checkpoint states. Released
+        official checkpoints state none: shapes that equal a preset's mean that preset.
       tokenizer: the tokenizer, its path or its bytes, instead of the checkpoint's own.
       runtime: how the model is to run.
       param_dtype: the dtype of all parameters; None is what inference needs, see
@@ -67,17 +70,15 @@ def load(
     """
     path = find_checkpoint(path_or_preset)
     stored = FORMATS[detect_format(path)].read(path)
-    tokenizer = tokenizer if tokenizer is not None else stored.tokenizer_path
-    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
-        tokenizer = Tokenizer(tokenizer)
+    tokenizer = choose_tokenizer(tokenizer, stored)
     runtime = runtime or Runtime()
-    config = config or stored.config
+    config = config or stored.config or config_from_shapes(path, stored.tensors)
     check_tokenizer(config, tokenizer)
     described = nnx.eval_shape(
         lambda: Griffin(config, rngs=nnx.Rngs(0), runtime=runtime)
     )
     shapes = {name: leaf.shape for name, leaf in named_parameters(described).items()}
-    _check_tensors(path, stored, config, shapes)
+    check_tensors(path, stored, config, shapes)
     choose = _sharding_by_name(sharding)
     parameters = {}
     # The largest first: what one needs besides its own memory then adds to little.
@@ -90,6 +91,16 @@ def load(
     return jax.tree.unflatten(jax.tree.structure(described), leaves), tokenizer
 
 
+def choose_tokenizer(
+    given: Tokenizer | str | os.PathLike[str] | bytes | None, stored: Stored
+) -> Tokenizer | None:
+    """The tokenizer that is given, or else the checkpoint's own."""
+    chosen = given if given is not None else stored.tokenizer_path
+    if chosen is None or isinstance(chosen, Tokenizer):
+        return chosen
+    return Tokenizer(chosen)
+
+
 def read_config(path_or_preset: str | os.PathLike[str]) -> GriffinConfig:
     """The architecture of a checkpoint; no parameter is read.
 
@@ -97,7 +108,8 @@ def read_config(path_or_preset: str | os.PathLike[str]) -> GriffinConfig:
       ValueError: as for `load`.
     """
     path = find_checkpoint(path_or_preset)
-    return FORMATS[detect_format(path)].read(path).config
+    stored = FORMATS[detect_format(path)].read(path)
+    return stored.config or config_from_shapes(path, stored.tensors)
 
 
 def find_checkpoint(path_or_preset: str | os.PathLike[str]) -> Path:
@@ -111,7 +123,7 @@ def find_checkpoint(path_or_preset: str | os.PathLike[str]) -> Path:
     if name in bundled:
         return bundled[name]
     path = Path(name)
-    if path.is_dir():
+    if path.is_dir() or (path.is_file() and path.suffix in official_pytorch.SUFFIXES):
         return path
     if path.exists():
         raise ValueError(f"{path} is a file; expected the directory of a checkpoint.")
@@ -131,12 +143,15 @@ def _bundled() -> dict[str, Path]:
     return {file.parent.name: file.parent for file in assets.glob("*/config.json")}
 
 
-def _check_tensors(
+def check_tensors(
     path: Path,
     stored: Stored,
     config: GriffinConfig,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
+    """Raises ValueError unless these are the names and shapes of stored tensors; it
+    lists all that differ."""
+
     def named(name: str) -> str:
         other = stored.stored_name(name)
         return name if other == name else f"{name} ({other})"
@@ -154,7 +169,7 @@ def _check_tensors(
     ]
     if not problems:
         return
-    theirs = stored.config.to_dict()
+    theirs = (stored.config or config).to_dict()
     problems += [
         f"config= says {name} is {value!r}, the checkpoint {theirs[name]!r}"
         for name, value in config.to_dict().items()

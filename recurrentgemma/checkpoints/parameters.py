@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from recurrentgemma.checkpoints.tensors import TensorSource, array_source
 from recurrentgemma.config import GriffinConfig, Runtime
@@ -39,6 +40,12 @@ def named_parameters(model: Griffin) -> dict[str, Any]:
         jax.tree_util.keystr(path[:-1], simple=True, separator="."): leaf
         for path, leaf in leaves
     }
+
+
+def parameter_shapes(config: GriffinConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes by native name; no parameter is allocated."""
+    described = nnx.eval_shape(lambda: Griffin(config, rngs=nnx.Rngs(0)))
+    return {name: leaf.shape for name, leaf in named_parameters(described).items()}
 
 
 def tensors_of(model: Griffin) -> dict[str, TensorSource]:

@@ -2,12 +2,15 @@
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from recurrentgemma._atomic import replace_directory
 from recurrentgemma.checkpoints.formats import FORMATS
 from recurrentgemma.checkpoints.parameters import check_tokenizer, tensors_of
 from recurrentgemma.checkpoints.stored import WRITER, WRITER_KEY, read_config_json
+from recurrentgemma.checkpoints.tensors import TensorSource
+from recurrentgemma.config import GriffinConfig
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.tokenizer import Tokenizer
 
@@ -35,15 +38,25 @@ def save(
         not fit, the directory holds something else, or writing failed. What was there
         is as it was.
     """
+    write_checkpoint(path, format, model.config, tensors_of(model), tokenizer)
+
+
+def write_checkpoint(
+    path: str | os.PathLike[str],
+    format: str,
+    config: GriffinConfig,
+    tensors: Mapping[str, TensorSource],
+    tokenizer: Tokenizer | None,
+) -> None:
+    """As `save`, from tensors by native name."""
     if format not in FORMATS:
         raise ValueError(f"Unknown format {format!r}; expected {', '.join(FORMATS)}.")
-    check_tokenizer(model.config, tokenizer)
-    tensors = tensors_of(model)
+    check_tokenizer(config, tokenizer)
     target = Path(path).resolve()
     try:
         _check_replaceable(target)
         with replace_directory(target) as partial:
-            FORMATS[format].write(partial, model.config, tensors, tokenizer)
+            FORMATS[format].write(partial, config, tensors, tokenizer)
     except OSError as error:
         raise ValueError(
             f"Could not save to {path}: {error.strerror or error}. Nothing was written."
@@ -61,7 +74,7 @@ def _check_replaceable(path: Path) -> None:
         for file in path.iterdir()
         if not re.fullmatch(
             r"config\.json|tokenizer\.model|model(-\d+-of-\d+)?\.safetensors"
-            r"|model\.safetensors\.index\.json",
+            r"|model\.safetensors\.index\.json|model\.pt|_METADATA|manifest\.ocdbt|d",
             file.name,
         )
     ]

@@ -6,7 +6,7 @@ A format is a module in this folder and a line in `FORMATS`. It has three functi
     read(path) -> Stored
     write(path, config, tensors, tokenizer) -> None
 
-`path` is a directory. `tensors` maps native names to sources in native orientation.
+`path` is a directory, or for `detect` and `read` a file. `tensors` maps native names to sources in native orientation.
 """
 
 import json
@@ -29,7 +29,8 @@ WRITER = f"recurrentgemma {__version__}"
 class Stored(NamedTuple):
     """A checkpoint whose tensors have not been read yet."""
 
-    config: GriffinConfig
+    config: GriffinConfig | None
+    """None if the layout stores none; its shapes may still tell it."""
     tensors: dict[str, TensorSource]
     """By native name; a tensor that the format does not know keeps its own."""
     tokenizer_path: Path | None
@@ -41,7 +42,7 @@ class Format(Protocol):
     """A checkpoint layout."""
 
     def detect(self, path: Path) -> bool:
-        """Whether the directory has this layout."""
+        """Whether the directory or file has this layout."""
         ...
 
     def read(self, path: Path) -> Stored:
@@ -68,7 +69,7 @@ def read_config_json(path: Path) -> dict[str, Any] | None:
     file = path / CONFIG_FILE
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} is not a JSON object: {error}.") from error

@@ -53,6 +53,35 @@ class TensorSource(NamedTuple):
 
         return TensorSource(shape, self.dtype, axis, read)
 
+    def astype(self, dtype: np.dtype) -> "TensorSource":
+        """The tensor converted to a dtype, slice by slice."""
+        return TensorSource(
+            self.shape,
+            dtype,
+            self.axis,
+            lambda start, stop: self.read(start, stop).astype(dtype),
+        )
+
+    def entry(self, index: int) -> "TensorSource":
+        """An entry of the first axis, which is not the one that is sliced."""
+        return TensorSource(
+            self.shape[1:],
+            self.dtype,
+            self.axis - 1,
+            lambda start, stop: self.read(start, stop)[index],
+        )
+
+    def stacked(self, other: "TensorSource") -> "TensorSource":
+        """This and another of the same shape, dtype and axis, on a new first axis."""
+        return TensorSource(
+            (2, *self.shape),
+            self.dtype,
+            self.axis + 1,
+            lambda start, stop: np.stack(
+                [self.read(start, stop), other.read(start, stop)]
+            ),
+        )
+
 
 def array_source(array: jax.Array, index: int | None = None) -> TensorSource:
     """A source for a parameter, or for entry `index` of a stacked one.

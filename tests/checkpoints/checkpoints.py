@@ -1,10 +1,12 @@
 """Models and comparisons that the checkpoint tests share."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from recurrentgemma import Griffin
@@ -47,4 +49,41 @@ def assert_same_parameters(actual, expected) -> None:
         assert bits[0] == bits[1], name
 
 
-FORMAT_NAMES = list(FORMATS)
+def assert_same_files(layout, actual, expected) -> None:
+    """Equal bytes; Orbax's store has random names, so there equal tensors."""
+    if layout == "official_flax":
+        pairs = [FORMATS[layout].read(path).tensors for path in (actual, expected)]
+        assert list(pairs[0]) == list(pairs[1])
+        for name in pairs[0]:
+            arrays = [tensors[name].load() for tensors in pairs]
+            assert arrays[0].dtype == arrays[1].dtype, name
+            assert arrays[0].tobytes() == arrays[1].tobytes(), name
+        return
+    names = [{file.name for file in path.iterdir()} for path in (actual, expected)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        assert (actual / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+def fields_for(layout, fields):
+    """Without the fields in which official models are fixed."""
+    if not layout.startswith("official"):
+        return fields
+    fixed = {"num_kv_heads", "conv_width"}
+    return {name: value for name, value in fields.items() if name not in fixed}
+
+
+needs_torch = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="PyTorch is not installed"
+)
+AVAILABLE_FORMATS = [
+    name
+    for name in FORMATS
+    if name != "official_pytorch" or importlib.util.find_spec("torch")
+]
+FORMAT_PARAMETERS = [
+    pytest.param(name, marks=needs_torch) if name == "official_pytorch" else name
+    for name in FORMATS
+]
+every_format = pytest.mark.parametrize("layout", FORMAT_PARAMETERS)
+safetensors_formats = pytest.mark.parametrize("layout", ["native", "hugging_face"])

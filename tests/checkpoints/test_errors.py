@@ -8,10 +8,15 @@ import pytest
 
 from recurrentgemma import PRESETS, Tokenizer
 from recurrentgemma.checkpoints import hugging_face, load, read_config, save
-from tests.checkpoints.checkpoints import FORMAT_NAMES, config, model
+from tests.checkpoints.checkpoints import (
+    AVAILABLE_FORMATS,
+    config,
+    every_format,
+    model,
+    safetensors_formats,
+)
 from tests.checkpoints.test_round_trips import TOKENIZER
 
-every_format = pytest.mark.parametrize("layout", FORMAT_NAMES)
 MODEL = "model.safetensors"
 
 
@@ -19,7 +24,7 @@ MODEL = "model.safetensors"
 def saved(tmp_path_factory):
     """A checkpoint of each format; tests copy it before they damage it."""
     folder = tmp_path_factory.mktemp("saved")
-    for layout in FORMAT_NAMES:
+    for layout in AVAILABLE_FORMATS:
         save(folder / layout, model(), None, format=layout)
     return folder
 
@@ -43,14 +48,14 @@ def edit_header(file, change):
     file.write_bytes(struct.pack("<Q", len(encoded)) + encoded + content[8 + size :])
 
 
-@every_format
+@safetensors_formats
 def test_missing_file(checkpoint):
     (checkpoint / MODEL).unlink()
     with pytest.raises(ValueError, match=f"Cannot read .*{MODEL}: No such file"):
         load(checkpoint)
 
 
-@every_format
+@safetensors_formats
 @pytest.mark.parametrize("size", [0, 5, 100, -1])
 def test_truncated_file(checkpoint, size):
     content = (checkpoint / MODEL).read_bytes()
@@ -59,7 +64,7 @@ def test_truncated_file(checkpoint, size):
         load(checkpoint)
 
 
-@every_format
+@safetensors_formats
 @pytest.mark.parametrize(
     "content", [b"\x10" + bytes(7) + b"no json here....", b"\x02" + bytes(7) + b"[]"]
 )
@@ -69,7 +74,7 @@ def test_a_file_that_is_no_safetensors(checkpoint, content):
         load(checkpoint)
 
 
-@every_format
+@safetensors_formats
 def test_damaged_headers(checkpoint):
     whole = (checkpoint / MODEL).read_bytes()
     for field, value, message in [

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from recurrentgemma.checkpoints import load, safetensors_file, save
-from tests.checkpoints.checkpoints import FORMAT_NAMES, assert_same_parameters, model
-
-every_format = pytest.mark.parametrize("layout", FORMAT_NAMES)
+from recurrentgemma.checkpoints import load, save, saving
+from recurrentgemma.checkpoints.parameters import tensors_of
+from tests.checkpoints.checkpoints import (
+    AVAILABLE_FORMATS,
+    assert_same_parameters,
+    every_format,
+    model,
+)
 
 
 def contents(folder):
@@ -19,18 +23,23 @@ def contents(folder):
     }
 
 
-def fail_after(monkeypatch, error, calls=5):
-    """Lets the writing of the given number of tensors succeed, then raises."""
-    write = safetensors_file._write_array
-    left = [calls]
+def fail_after(monkeypatch, error, reads=5):
+    """Lets the given number of tensors be read for writing, then raises."""
+    left = [reads]
 
-    def failing(file, array):
-        left[0] -= 1
-        if left[0] < 0:
-            raise error
-        write(file, array)
+    def failing(source):
+        def read(start, stop):
+            left[0] -= 1
+            if left[0] < 0:
+                raise error
+            return source.read(start, stop)
 
-    monkeypatch.setattr(safetensors_file, "_write_array", failing)
+        return source._replace(read=read)
+
+    def failing_tensors(model):
+        return {name: failing(source) for name, source in tensors_of(model).items()}
+
+    monkeypatch.setattr(saving, "tensors_of", failing_tensors)
 
 
 @every_format
@@ -69,7 +78,7 @@ def test_a_limit_of_the_system_on_file_sizes(tmp_path):
 @every_format
 def test_a_save_replaces_a_save_of_any_format(layout, tmp_path):
     save(tmp_path / "saved", model(num_layers=8), None, format=layout)
-    for other in FORMAT_NAMES:
+    for other in AVAILABLE_FORMATS:
         save(tmp_path / "saved", model(seed=1), None, format=other)
         assert_same_parameters(load(tmp_path / "saved")[0], model(seed=1))
     assert [file.name for file in tmp_path.iterdir()] == ["saved"]

@@ -1,0 +1,224 @@
+"""The released Flax layout: an Orbax PyTree directory of {"params": ...}.
+
+Orbax's file `_METADATA` lists the tensors, which lie in a key-value store of zarr
+arrays. They are read and written through tensorstore, as Orbax itself does, because
+Orbax would want the whole model in memory.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import tensorstore
+
+from recurrentgemma.checkpoints.official import (
+    check_config,
+    find_released_tokenizer,
+    from_native,
+    slicing_axis,
+    stored_config,
+    to_native,
+    to_stored_name,
+    write_config,
+)
+from recurrentgemma.checkpoints.safetensors_file import DTYPES
+from recurrentgemma.checkpoints.stored import Stored, write_json, write_tokenizer
+from recurrentgemma.checkpoints.tensors import TensorSource
+from recurrentgemma.config import GriffinConfig
+from recurrentgemma.tokenizer import Tokenizer
+
+METADATA_FILE = "_METADATA"
+OCDBT_FILE = "manifest.ocdbt"
+ROOT = "params"
+DICT_KEY = 2
+"""What Orbax calls a key of a dictionary."""
+MIN_KEPT_BYTES = 1 << 20
+"""Smaller parts are read again when needed, so that they do not displace a large one."""
+CHUNK_BYTES = 1 << 26
+"""Size of the parts that are stored, compressed and read separately."""
+
+
+def detect(path: Path) -> bool:
+    """Whether the directory, or the only one in it that may, holds an Orbax PyTree."""
+    return _find(path) is not None
+
+
+def _find(path: Path) -> Path | None:
+    if (path / METADATA_FILE).is_file():
+        return path
+    if not path.is_dir():
+        return None
+    inside = [file.parent for file in path.glob(f"*/{METADATA_FILE}")]
+    return inside[0] if len(inside) == 1 else None
+
+
+def read(path: Path) -> Stored:
+    """The checkpoint; raises ValueError if it is damaged."""
+    path = _find(path) or path
+    try:
+        metadata = json.loads((path / METADATA_FILE).read_text(encoding="utf-8"))
+        names = [
+            ".".join(str(key["key"]) for key in entry["key_metadata"])
+            for entry in metadata["tree_metadata"].values()
+        ]
+        driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path / METADATA_FILE} is not Orbax metadata.") from error
+    reader = _Reader(path)
+    tensors = {}
+    for name in names:
+        official = name.removeprefix(f"{ROOT}.")
+        tensors[official] = reader.source(name, driver)
+    return Stored(
+        config=stored_config(path),
+        tensors=to_native(tensors),
+        tokenizer_path=find_released_tokenizer(path),
+        stored_name=to_stored_name,
+    )
+
+
+def _specification(
+    path: Path, name: str, *, driver: str = "zarr", ocdbt: bool = True
+) -> dict[str, Any]:
+    base = {"driver": "file", "path": f"{path.resolve()}/"}
+    if ocdbt:
+        store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+    else:
+        store = {"driver": "file", "path": f"{path.resolve() / name}/"}
+    return {"driver": driver, "kvstore": store}
+
+
+class _Reader:
+    """Reads slices of tensors; keeps the last part that was decoded.
+
+    A part is decoded as a whole, and the two tensors of a fused one share its parts.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._context = tensorstore.Context()
+        self._key: tuple[str, int, int] | None = None
+        self._part = np.empty(0)
+
+    def source(self, name: str, driver: str) -> TensorSource:
+        try:
+            ocdbt = (self._path / OCDBT_FILE).exists()
+            specification = _specification(self._path, name, driver=driver, ocdbt=ocdbt)
+            store = tensorstore.open(
+                specification, context=self._context, open=True, read=True
+            ).result()
+        except ValueError as error:
+            raise self._error(name, error) from error
+        dtype, shape = np.dtype(store.dtype.numpy_dtype), tuple(store.shape)
+        if dtype not in DTYPES.values():
+            raise ValueError(f"{self._path}: {name} is stored as {dtype}.")
+        chunk = store.chunk_layout.read_chunk.shape or shape
+        axis = slicing_axis(name, shape, chunk)
+        step = chunk[axis] if chunk else 1
+
+        def within(start: int, stop: int) -> tuple[slice, ...]:
+            return (*(slice(None),) * axis, slice(start, stop))
+
+        def read(start: int, stop: int) -> np.ndarray:
+            first = start // step * step
+            last = min(-(-stop // step) * step, shape[axis])
+            if self._key != (name, first, last):
+                try:
+                    part = store[within(first, last)].read().result()
+                except ValueError as error:
+                    raise self._error(name, error) from error
+                if part.nbytes < MIN_KEPT_BYTES:
+                    return part[within(start - first, stop - first)]
+                self._key, self._part = (name, first, last), part
+            return self._part[within(start - first, stop - first)]
+
+        return TensorSource(shape, dtype, axis, read)
+
+    def _error(self, name: str, error: ValueError) -> ValueError:
+        reason = str(error).split(" [")[0]
+        return ValueError(f"{self._path} is damaged: cannot read {name}: {reason}")
+
+
+def write(
+    path: Path,
+    config: GriffinConfig,
+    tensors: Mapping[str, TensorSource],
+    tokenizer: Tokenizer | None,
+) -> None:
+    """Writes into an empty directory; raises ValueError if the official package has no
+    such model."""
+    check_config(config)
+    write_config(path, config)
+    tree = {}
+    writer = _Writer(path)
+    for name, source in from_native(tensors).items():
+        keys = (ROOT, *re.findall(r"blocks\.\d+|[^.]+", name))
+        writer.write(".".join(keys), source)
+        tree[str(keys)] = {
+            "key_metadata": [{"key": key, "key_type": DICT_KEY} for key in keys],
+            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
+        }
+    writer.commit()
+    metadata = {"tree_metadata": tree, "use_ocdbt": True, "use_zarr3": False}
+    write_json(path / METADATA_FILE, metadata)
+    write_tokenizer(path, tokenizer)
+
+
+class _Writer:
+    """Writes tensors part by part; each commit adds files, so parts share commits."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        # Shared: stores of different contexts commit one by one, each with its files.
+        self._context = tensorstore.Context()
+        self._transaction = tensorstore.Transaction()
+        self._pending_bytes = 0
+
+    def write(self, name: str, source: TensorSource) -> None:
+        size, axis = source.shape[source.axis], source.axis
+        row_bytes = math.prod(source.shape) * source.dtype.itemsize // size
+        step = min(size, max(1, CHUNK_BYTES // row_bytes))
+        chunks = [*source.shape]
+        chunks[axis] = step
+        bfloat16 = source.dtype == jnp.bfloat16
+        metadata = {
+            "shape": list(source.shape),
+            "chunks": chunks,
+            "dtype": "bfloat16" if bfloat16 else source.dtype.str,
+            "compressor": {"id": "zstd", "level": 1},
+        }
+        specification = {
+            **_specification(self._path, name),
+            "metadata": metadata,
+            "store_data_equal_to_fill_value": True,
+        }
+        store = self._open(specification, create=True)
+        for start in range(0, size, step):
+            if self._pending_bytes >= CHUNK_BYTES:
+                self.commit()
+                store = self._open(specification, open=True)
+            block = source.read(start, min(start + step, size))
+            index = (slice(None),) * axis + (slice(start, start + block.shape[axis]),)
+            self._wait(store[index].write(block))
+            self._pending_bytes += block.nbytes
+
+    def _open(self, specification: dict[str, Any], **mode: bool) -> Any:
+        shared = {"context": self._context, "transaction": self._transaction}
+        return self._wait(tensorstore.open(specification, **shared, **mode))
+
+    def commit(self) -> None:
+        self._wait(self._transaction.commit_async())
+        self._transaction = tensorstore.Transaction()
+        self._pending_bytes = 0
+
+    @staticmethod
+    def _wait(future: Any) -> Any:
+        try:
+            return future.result()
+        except ValueError as error:
+            raise OSError(str(error).split(" [")[0]) from error
