@@ -66,8 +66,7 @@ def linear_scan(
     return _scan(x, a, h0, reverse, implementation)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _scan(x, a, h0, reverse, implementation) -> tuple[jax.Array, jax.Array]:
+def _run(x, a, h0, reverse, implementation) -> tuple[jax.Array, jax.Array]:
     implementations = {
         name: partial(function, reverse=reverse)
         for name, function in IMPLEMENTATIONS.items()
@@ -75,6 +74,9 @@ def _scan(x, a, h0, reverse, implementation) -> tuple[jax.Array, jax.Array]:
     return dispatch(
         "linear_scan", implementations, PLATFORM_DEFAULTS, implementation, x, a, h0
     )
+
+
+_scan = jax.custom_vjp(_run, nondiff_argnums=(3, 4))
 
 
 def _scan_forward(x, a, h0, reverse, implementation):

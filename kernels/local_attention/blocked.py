@@ -133,10 +133,12 @@ def _group_blocks(blocks, block, front, window):
     return (*groups, (growing, blocks, span)) if growing < blocks else tuple(groups)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend_rows(q, k, v, first, last, options) -> jax.Array:
+def _attend_to_ranges(q, k, v, first, last, options) -> jax.Array:
     """Attention of rows [B, K, T N/K, H] to keys [B, K, S, H], each row to a range."""
     return _attend_rows_forward(q, k, v, first, last, options)[0]
+
+
+_attend_rows = jax.custom_vjp(_attend_to_ranges, nondiff_argnums=(5,))
 
 
 def _attend_rows_forward(q, k, v, first, last, options):
