@@ -23,7 +23,10 @@ COMMANDS = {
     "sample": "continue a text",
     "train": "train a model from scratch",
     "info": "show the config, parameters and memory of a model",
+    "convert": "write a checkpoint in another layout",
 }
+CLEANING_UP = ("train", "convert")
+"""Commands that save, or remove what is half-written, when Ctrl-C ends them."""
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -59,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"unknown command {name!r}; expected {', '.join(COMMANDS)}", EXIT_USAGE
         )
     if argv is None:
-        _let_signals_end_the_process(saves_on_interrupt=name == "train")
+        _let_signals_end_the_process(cleans_up=name in CLEANING_UP)
     return _run(name, rest)
 
 
@@ -86,9 +89,9 @@ def _run(name: str, arguments: list[str]) -> int:
     return 0
 
 
-def _let_signals_end_the_process(*, saves_on_interrupt: bool) -> None:
+def _let_signals_end_the_process(*, cleans_up: bool) -> None:
     # Python would notice them only after a compilation or a block of steps.
-    if not saves_on_interrupt:
+    if not cleans_up:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)

@@ -1,9 +1,10 @@
-"""Checkpoints: `load` and `save`, for every layout in `FORMATS`.
+"""Checkpoints: `load`, `save` and `convert`, for every layout in `FORMATS`.
 
 Nothing is ever in memory twice: the model is described without being allocated, and its
 tensors are read slice by slice into the dtype and onto the devices they are meant for.
 """
 
+from recurrentgemma.checkpoints.converting import Conversion, convert
 from recurrentgemma.checkpoints.formats import FORMATS, detect_format
 from recurrentgemma.checkpoints.loading import find_checkpoint, load, read_config
 from recurrentgemma.checkpoints.parameters import named_parameters, parameter_dtype
@@ -11,6 +12,8 @@ from recurrentgemma.checkpoints.saving import save
 
 __all__ = [
     "FORMATS",
+    "Conversion",
+    "convert",
     "detect_format",
     "find_checkpoint",
     "load",

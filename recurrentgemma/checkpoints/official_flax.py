@@ -117,7 +117,8 @@ class _Reader:
         dtype, shape = np.dtype(store.dtype.numpy_dtype), tuple(store.shape)
         if dtype not in DTYPES.values():
             raise ValueError(f"{self._path}: {name} is stored as {dtype}.")
-        chunk = store.chunk_layout.read_chunk.shape or shape
+        parts = store.chunk_layout.read_chunk.shape or shape
+        chunk = [part or size for part, size in zip(parts, shape, strict=True)]
         axis = slicing_axis(name, shape, chunk)
         step = chunk[axis] if chunk else 1
 
@@ -197,19 +198,21 @@ class _Writer:
             "metadata": metadata,
             "store_data_equal_to_fill_value": True,
         }
-        store = self._open(specification, create=True)
+        store = self._open({**specification, "create": True})
         for start in range(0, size, step):
             if self._pending_bytes >= CHUNK_BYTES:
                 self.commit()
-                store = self._open(specification, open=True)
+                store = self._open({**specification, "open": True})
             block = source.read(start, min(start + step, size))
             index = (slice(None),) * axis + (slice(start, start + block.shape[axis]),)
             self._wait(store[index].write(block))
             self._pending_bytes += block.nbytes
 
-    def _open(self, specification: dict[str, Any], **mode: bool) -> Any:
-        shared = {"context": self._context, "transaction": self._transaction}
-        return self._wait(tensorstore.open(specification, **shared, **mode))
+    def _open(self, specification: dict[str, Any]) -> Any:
+        future = tensorstore.open(
+            specification, context=self._context, transaction=self._transaction
+        )
+        return self._wait(future)
 
     def commit(self) -> None:
         self._wait(self._transaction.commit_async())

@@ -44,7 +44,8 @@ def _from_conv(source: TensorSource) -> TensorSource:
 
 def _to_conv(source: TensorSource) -> TensorSource:
     taps, channels = source.shape
-    return source.transposed().reshaped((channels, 1, taps), axis=2)
+    turned = source.transposed()
+    return turned.reshaped((channels, 1, taps), axis=2 * turned.axis)
 
 
 SAME = Orientation(lambda source: source, lambda source: source)

@@ -83,7 +83,6 @@ def test_orbax_reads_what_is_written(dtype, tmp_path):
 
 @pytest.mark.parametrize("zarr3", [False, True])
 @pytest.mark.parametrize("ocdbt", [False, True])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:orbax")
 def test_all_that_orbax_writes_is_read(ocdbt, zarr3, tmp_path):
     original = model(dtype="bfloat16")
     save(tmp_path / "saved", original, None, format="official_flax")

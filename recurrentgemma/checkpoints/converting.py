@@ -1,0 +1,94 @@
+"""`convert`: from one layout to another, tensor by tensor, without making the model."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from recurrentgemma.checkpoints.formats import FORMATS, detect_format
+from recurrentgemma.checkpoints.loading import (
+    check_tensors,
+    choose_tokenizer,
+    find_checkpoint,
+)
+from recurrentgemma.checkpoints.official import config_from_shapes
+from recurrentgemma.checkpoints.parameters import parameter_shapes
+from recurrentgemma.checkpoints.saving import write_checkpoint
+from recurrentgemma.config import GriffinConfig
+from recurrentgemma.tokenizer import Tokenizer
+
+
+class ConvertedTensor(NamedTuple):
+    """What became of a tensor."""
+
+    name: str
+    """The native one."""
+    source_name: str
+    target_name: str
+    shape: tuple[int, ...]
+    """In native orientation."""
+    source_dtype: np.dtype
+    dtype: np.dtype
+    """As written."""
+
+
+class Conversion(NamedTuple):
+    """The report of a conversion."""
+
+    source_format: str
+    target_format: str
+    tensors: list[ConvertedTensor]
+    has_tokenizer: bool
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    format: str,
+    config: GriffinConfig | None = None,
+    tokenizer: Tokenizer | str | os.PathLike[str] | bytes | None = None,
+    dtype: Any = None,
+) -> Conversion:
+    """Writes the checkpoint `source` in another layout, whole or not at all.
+
+    Args:
+      source: what `load` takes.
+      target: the directory to make, as for `save`.
+      format: a name in `FORMATS`.
+      config: the architecture, as for `load`.
+      tokenizer: the tokenizer, as for `load`.
+      dtype: the dtype of all tensors; None keeps each one's own.
+
+    Returns:
+      What was mapped to what, read back from the written checkpoint.
+
+    Raises:
+      ValueError: as for `load` and `save`; what was at `target` is as it was.
+    """
+    path = find_checkpoint(source)
+    source_format = detect_format(path)
+    stored = FORMATS[source_format].read(path)
+    config = config or stored.config or config_from_shapes(path, stored.tensors)
+    shapes = parameter_shapes(config)
+    check_tensors(path, stored, config, shapes)
+    tensors = {name: stored.tensors[name] for name in shapes}
+    if dtype is not None:
+        to = np.dtype(dtype)
+        tensors = {name: tensor.astype(to) for name, tensor in tensors.items()}
+    chosen = choose_tokenizer(tokenizer, stored)
+    write_checkpoint(target, format, config, tensors, chosen)
+    written = FORMATS[format].read(Path(target))
+    converted = [
+        ConvertedTensor(
+            name,
+            stored.stored_name(name),
+            written.stored_name(name),
+            shape,
+            stored.tensors[name].dtype,
+            written.tensors[name].dtype,
+        )
+        for name, shape in shapes.items()
+    ]
+    return Conversion(source_format, format, converted, chosen is not None)
