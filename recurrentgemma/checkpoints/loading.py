@@ -13,6 +13,7 @@ from flax import nnx
 
 from recurrentgemma.checkpoints import official_pytorch
 from recurrentgemma.checkpoints.formats import FORMATS, detect_format
+from recurrentgemma.checkpoints.hub import download
 from recurrentgemma.checkpoints.official import config_from_shapes
 from recurrentgemma.checkpoints.parameters import (
     check_tokenizer,
@@ -48,8 +49,10 @@ def load(
       model, tokenizer = load("nano")
 
     Args:
-      path_or_preset: the directory of a checkpoint, or the name of a bundled one (which
-        wins over a directory: write "./nano" for that).
+      path_or_preset: the directory of a checkpoint; the .pt file of an official one;
+        the name of a bundled one (which wins over a directory: write "./nano" for
+        that); or a name to download, hf://ORG/NAME (ORG/NAME will do where there is no
+        such directory) or kaggle://OWNER/MODEL/FRAMEWORK/VARIATION.
       config: the architecture, instead of the one that the checkpoint states. Released
         official checkpoints state none: shapes that equal a preset's mean that preset.
       tokenizer: the tokenizer, its path or its bytes, instead of the checkpoint's own.
@@ -113,7 +116,8 @@ def read_config(path_or_preset: str | os.PathLike[str]) -> GriffinConfig:
 
 
 def find_checkpoint(path_or_preset: str | os.PathLike[str]) -> Path:
-    """The directory of a checkpoint, or of the bundled one of this name.
+    """The directory or file of a checkpoint, of the bundled one of this name, or of
+    one that is downloaded.
 
     Raises:
       ValueError: there is none.
@@ -133,6 +137,9 @@ def find_checkpoint(path_or_preset: str | os.PathLike[str]) -> Path:
             "the directory of a downloaded checkpoint, or make a random model with "
             f"Griffin(PRESETS[{name!r}], rngs=nnx.Rngs(0))."
         )
+    downloaded = download(name)
+    if downloaded is not None:
+        return downloaded
     close = difflib.get_close_matches(name, [*bundled, *PRESETS])
     hint = f" Did you mean {', '.join(close)}?" if close else ""
     raise ValueError(f"There is no directory and no preset {name!r}.{hint}")
