@@ -39,7 +39,7 @@ DICT_KEY = 2
 """What Orbax calls a key of a dictionary."""
 MIN_KEPT_BYTES = 1 << 20
 """Smaller parts are read again when needed, so that they do not displace a large one."""
-CHUNK_BYTES = 1 << 26
+CHUNK_BYTES = 1 << 24
 """Size of the parts that are stored, compressed and read separately."""
 
 

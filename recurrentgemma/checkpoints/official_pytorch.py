@@ -35,7 +35,7 @@ from recurrentgemma.tokenizer import Tokenizer
 
 MODEL_FILE = "model.pt"
 SUFFIXES = (".pt", ".pth")
-MAX_MAPPED_BYTES = 1 << 26
+MAX_MAPPED_BYTES = 1 << 24
 DTYPES_BY_NAME = {dtype.name: dtype for dtype in DTYPES.values()}
 ZIP_HEADER_BYTES = 30
 """Size of the fixed part of a local header, whose last four bytes are two lengths."""
