@@ -69,6 +69,7 @@ def run(
       Disagreement: Somebody computes something else.
       WorkerError: An opponent failed.
     """
+    where = provenance()  # first: the checkout may move on while this runs
     checkpoint.write(directory, config)
     with contextlib.ExitStack() as stack:
         workers = [
@@ -88,7 +89,7 @@ def run(
             results.append(compare(measure, workers))
             _report(table(results[-1:]))
     return {
-        **provenance(),
+        **where,
         "versions": versions,
         "config": config.to_dict(),
         "agreement": findings,
