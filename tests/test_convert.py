@@ -221,6 +221,8 @@ def test_a_mistake_is_one_line(
 def test_ctrl_c_leaves_nothing(saved, tmp_path):
     code = (
         "import os, signal, sys; from recurrentgemma import cli; "
+        # A job in the background of a shell is started with the signal ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from recurrentgemma.checkpoints import hugging_face; "
         "hugging_face._write_files = lambda *_: os.kill(os.getpid(), signal.SIGINT); "
         "sys.exit(cli.main())"
