@@ -2,11 +2,15 @@
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
 
 from recurrentgemma import Griffin, GriffinConfig, Runtime
+from recurrentgemma.checkpoints.parameters import describe, named_parameters
 
 WINDOW = 6
+NOISE = 0.2
+A_PARAM_RANGE = (-9.0, -4.3)
+"""Of the decays that a new model begins with."""
 
 
 def tiny_config(**fields) -> GriffinConfig:
@@ -30,15 +34,30 @@ def tiny_config(**fields) -> GriffinConfig:
 def random_model(
     config: GriffinConfig, *, runtime: Runtime = Runtime(), seed: int = 0
 ) -> Griffin:
-    """A model whose biases, norms and decays are random too."""
-    model = Griffin(config, rngs=nnx.Rngs(seed), runtime=runtime)
-    leaves, structure = jax.tree.flatten(model)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noisy = [
-        leaf + 0.2 * jax.random.normal(key, leaf.shape)
-        for leaf, key in zip(leaves, keys, strict=True)
+    """A float32 model whose biases, norms and decays are random too.
+
+    Drawn by NumPy, because nothing is compiled then.
+    """
+    described = describe(config, runtime)
+    rng = np.random.default_rng(seed)
+    leaves = [
+        jnp.asarray(_draw(rng, name, leaf.shape), jnp.float32)
+        for name, leaf in named_parameters(described).items()
     ]
-    return jax.tree.unflatten(structure, noisy)
+    return jax.tree.unflatten(jax.tree.structure(described), leaves)
+
+
+def _draw(rng, name, shape):
+    """About the model's own start, and noise."""
+    spread = NOISE
+    if name.endswith("embedding"):
+        spread += shape[-1] ** -0.5
+    elif name.endswith("kernel") and "conv_1d" not in name:
+        spread += shape[-2] ** -0.5
+    values = spread * rng.standard_normal(shape)
+    if name.endswith("a_param"):
+        values += rng.uniform(*A_PARAM_RANGE, shape)
+    return values
 
 
 @jax.jit

@@ -6,13 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recurrentgemma.checkpoints.formats import FORMATS, detect_format
+from recurrentgemma.checkpoints.formats import FORMATS
 from recurrentgemma.checkpoints.loading import (
     check_tensors,
     choose_tokenizer,
-    find_checkpoint,
+    open_checkpoint,
 )
-from recurrentgemma.checkpoints.official import config_from_shapes
 from recurrentgemma.checkpoints.parameters import parameter_shapes
 from recurrentgemma.checkpoints.saving import write_checkpoint
 from recurrentgemma.config import GriffinConfig
@@ -67,12 +66,10 @@ def convert(
     Raises:
       ValueError: as for `load` and `save`; what was at `target` is as it was.
     """
-    path = find_checkpoint(source)
-    source_format = detect_format(path)
-    stored = FORMATS[source_format].read(path)
-    config = config or stored.config or config_from_shapes(path, stored.tensors)
+    checkpoint = open_checkpoint(source, config)
+    stored, config = checkpoint.stored, checkpoint.config
     shapes = parameter_shapes(config)
-    check_tensors(path, stored, config, shapes)
+    check_tensors(checkpoint, shapes)
     tensors = {name: stored.tensors[name] for name in shapes}
     if dtype is not None:
         to = np.dtype(dtype)
@@ -91,4 +88,4 @@ def convert(
         )
         for name, shape in shapes.items()
     ]
-    return Conversion(source_format, format, converted, chosen is not None)
+    return Conversion(checkpoint.layout, format, converted, chosen is not None)

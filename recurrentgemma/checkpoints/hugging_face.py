@@ -73,7 +73,7 @@ def _read_files(path: Path) -> dict[str, TensorSource]:
         raise ValueError(f"{index_file} is not an index of shards.") from error
     sources = {}
     for file in files:
-        if Path(file).name != file:
+        if not isinstance(file, str) or Path(file).name != file:
             raise ValueError(f"{index_file} names a file elsewhere: {file!r}.")
         sources.update(read_safetensors(path / file))
     absent = sorted(set(index) - set(sources))

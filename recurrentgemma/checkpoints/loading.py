@@ -5,11 +5,10 @@ import importlib.resources
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 
 from recurrentgemma.checkpoints import official_pytorch
 from recurrentgemma.checkpoints.formats import FORMATS, detect_format
@@ -17,6 +16,7 @@ from recurrentgemma.checkpoints.hub import download
 from recurrentgemma.checkpoints.official import config_from_shapes
 from recurrentgemma.checkpoints.parameters import (
     check_tokenizer,
+    describe,
     named_parameters,
     parameter_dtype,
 )
@@ -71,17 +71,14 @@ def load(
         tensors do not fit the config (all of them are listed); or the tokenizer does
         not fit the vocabulary.
     """
-    path = find_checkpoint(path_or_preset)
-    stored = FORMATS[detect_format(path)].read(path)
+    checkpoint = open_checkpoint(path_or_preset, config)
+    config, stored = checkpoint.config, checkpoint.stored
     tokenizer = choose_tokenizer(tokenizer, stored)
     runtime = runtime or Runtime()
-    config = config or stored.config or config_from_shapes(path, stored.tensors)
     check_tokenizer(config, tokenizer)
-    described = nnx.eval_shape(
-        lambda: Griffin(config, rngs=nnx.Rngs(0), runtime=runtime)
-    )
+    described = describe(config, runtime)
     shapes = {name: leaf.shape for name, leaf in named_parameters(described).items()}
-    check_tensors(path, stored, config, shapes)
+    check_tensors(checkpoint, shapes)
     choose = _sharding_by_name(sharding)
     parameters = {}
     # The largest first: what one needs besides its own memory then adds to little.
@@ -104,15 +101,47 @@ def choose_tokenizer(
     return Tokenizer(chosen)
 
 
+class Checkpoint(NamedTuple):
+    """A checkpoint whose tensors have not been read yet, nor compared with a config."""
+
+    path: Path
+    layout: str
+    """A name in `FORMATS`."""
+    stored: Stored
+    config: GriffinConfig
+
+
+def open_checkpoint(
+    path_or_preset: str | os.PathLike[str], config: GriffinConfig | None = None
+) -> Checkpoint:
+    """A checkpoint with the config that is given, that it states or that its shapes
+    tell.
+
+    Args:
+      path_or_preset: as for `load`.
+      config: as for `load`.
+
+    Raises:
+      ValueError: there is no such checkpoint, it is damaged, or nothing tells its
+        config.
+    """
+    path = find_checkpoint(path_or_preset)
+    layout = detect_format(path)
+    stored = FORMATS[layout].read(path)
+    config = config or stored.config or config_from_shapes(path, stored.tensors)
+    return Checkpoint(path, layout, stored, config)
+
+
 def read_config(path_or_preset: str | os.PathLike[str]) -> GriffinConfig:
-    """The architecture of a checkpoint; no parameter is read.
+    """The architecture of a checkpoint, whose tensors are not read.
+
+    Args:
+      path_or_preset: as for `load`.
 
     Raises:
       ValueError: as for `load`.
     """
-    path = find_checkpoint(path_or_preset)
-    stored = FORMATS[detect_format(path)].read(path)
-    return stored.config or config_from_shapes(path, stored.tensors)
+    return open_checkpoint(path_or_preset).config
 
 
 def find_checkpoint(path_or_preset: str | os.PathLike[str]) -> Path:
@@ -151,13 +180,11 @@ def _bundled() -> dict[str, Path]:
 
 
 def check_tensors(
-    path: Path,
-    stored: Stored,
-    config: GriffinConfig,
-    shapes: Mapping[str, tuple[int, ...]],
+    checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raises ValueError unless these are the names and shapes of stored tensors; it
-    lists all that differ."""
+    """Raises ValueError unless these are the names and shapes of its tensors; it lists
+    all that differ."""
+    path, _, stored, config = checkpoint
 
     def named(name: str) -> str:
         other = stored.stored_name(name)

@@ -15,6 +15,7 @@ from recurrentgemma.checkpoints.stored import (
     WRITER,
     WRITER_KEY,
     Stored,
+    config_of,
     find_tokenizer,
     read_config_json,
     write_json,
@@ -43,14 +44,8 @@ def read(path: Path) -> Stored:
             f"{path} has format version {version!r}; this version of the package reads "
             f"{FORMAT_VERSION}. A newer one may read it."
         )
-    try:
-        config = GriffinConfig.from_dict(dict(content["config"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path / CONFIG_FILE} has no valid config: {error}"
-        ) from error
     return Stored(
-        config=config,
+        config=config_of(path, content),
         tensors=read_safetensors(path / MODEL_FILE),
         tokenizer_path=find_tokenizer(path),
         stored_name=lambda name: name,

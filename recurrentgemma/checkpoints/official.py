@@ -4,27 +4,30 @@ The names here are those of Flax joined by dots. `ffw_up` holds two matrices of 
 [2, D, F]: the gate, then the other. Its bias is [2, 1, 1, F].
 """
 
-import dataclasses
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
-from recurrentgemma.checkpoints.parameters import parameter_shapes
+from recurrentgemma.checkpoints.parameters import presets_of
 from recurrentgemma.checkpoints.stored import (
     CONFIG_FILE,
     TOKENIZER_FILE,
     WRITER,
     WRITER_KEY,
+    Stored,
+    config_of,
     find_tokenizer,
     read_config_json,
     write_json,
+    write_tokenizer,
 )
 from recurrentgemma.checkpoints.tensors import TensorSource
 from recurrentgemma.config import PRESETS, GriffinConfig
+from recurrentgemma.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,8 @@ NAMES = {
     "mixer.proj_out.bias": "attention_block.proj_final.bias",
 }
 NATIVE_NAMES = {theirs: ours for ours, theirs in NAMES.items()}
+MIXERS = {"rg_lru": "recurrent", "proj_q": "local_attention"}
+"""Block types by a part that no other has."""
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -134,7 +139,7 @@ def check_config(config: GriffinConfig) -> None:
     fixed: dict[str, tuple] = {"mlp_bias": (True,), "post_norms": (False,)}
     fixed["embedding_scale"] = (1.0, float(np.sqrt(config.width).astype(jnp.bfloat16)))
     if "recurrent" in types:
-        fixed["conv_width"] = (4,)
+        fixed |= {"conv_width": (4,), "complex_rg_lru": (False,)}
     if "local_attention" in types:
         fixed |= {
             "num_kv_heads": (1,),
@@ -152,8 +157,10 @@ def check_config(config: GriffinConfig) -> None:
         for name, values in fixed.items()
         if getattr(config, name) not in values
     ]
-    if "global_attention" in types:
-        differing.append("global_attention in block_pattern")
+    differing += [
+        f"{kind} in block_pattern"
+        for kind in sorted(types - {"recurrent", "local_attention"})
+    ]
     if differing:
         raise ValueError(
             "The official package has no such model: "
@@ -162,32 +169,49 @@ def check_config(config: GriffinConfig) -> None:
         )
 
 
-def write_config(path: Path, config: GriffinConfig) -> None:
-    """Writes the config beside the checkpoint: official readers do not look at it."""
-    write_json(path / CONFIG_FILE, {WRITER_KEY: WRITER, "config": config.to_dict()})
+def write_other_files(
+    path: Path,
+    config: GriffinConfig,
+    tensors: Mapping[str, TensorSource],
+    tokenizer: Tokenizer | None,
+) -> dict[str, TensorSource]:
+    """Writes all but the tensors into an empty directory.
 
+    The config lies beside the checkpoint, where official readers do not look.
 
-def stored_config(path: Path) -> GriffinConfig | None:
-    """The config that `write_config` wrote; released checkpoints have none.
+    Returns:
+      The tensors by official name, to be written.
 
     Raises:
-      ValueError: it is not a config.
+      ValueError: the official package has no such model.
+    """
+    check_config(config)
+    official = from_native(tensors)
+    write_json(path / CONFIG_FILE, {WRITER_KEY: WRITER, "config": config.to_dict()})
+    write_tokenizer(path, tokenizer)
+    return official
+
+
+def with_other_files(
+    path: Path,
+    tensors: Mapping[str, TensorSource],
+    stored_name: Callable[[str], str] = to_stored_name,
+) -> Stored:
+    """The checkpoint of tensors by official name, and of what the directory holds
+    besides: perhaps the config, and perhaps the tokenizer, which may also lie beside
+    the directory, as released.
+
+    Raises:
+      ValueError: the config is not valid.
     """
     content = read_config_json(path) or {}
-    if "config" not in content:
-        return None
-    try:
-        return GriffinConfig.from_dict(dict(content["config"]))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path / CONFIG_FILE} has no valid config: {error}"
-        ) from error
-
-
-def find_released_tokenizer(path: Path) -> Path | None:
-    """The tokenizer in the directory or, as released, beside the checkpoint."""
     beside = path.parent / TOKENIZER_FILE
-    return find_tokenizer(path) or (beside if beside.is_file() else None)
+    return Stored(
+        config=config_of(path, content) if "config" in content else None,
+        tensors=to_native(tensors),
+        tokenizer_path=find_tokenizer(path) or (beside if beside.is_file() else None),
+        stored_name=stored_name,
+    )
 
 
 def config_from_shapes(
@@ -200,22 +224,25 @@ def config_from_shapes(
       tensors: by native name.
 
     Raises:
-      ValueError: there is none; it says what shapes tell and what they do not.
+      ValueError: there is none; it says what shapes tell and what they do not. Or the
+        tensors are of something else.
     """
     shapes = {name: source.shape for name, source in tensors.items()}
     told = _fields_from_shapes(shapes)
-    for name, preset in PRESETS.items():
-        sizes = dataclasses.asdict(preset)
-        if any(sizes[field] != told.get(field) for field in ("vocab_size", "width")):
-            continue
+    if not told["num_layers"] or "width" not in told:
+        names = [*tensors][:3] + ["..."] * (len(tensors) > 3)
+        raise ValueError(
+            f"{path} holds no model of the official package: an embedding and layers "
+            f"are not among its {len(tensors)} tensors ({', '.join(names)})."
+        )
+    for name in presets_of(shapes):
         try:
-            check_config(preset)
+            check_config(PRESETS[name])
         except ValueError:
             continue
-        if parameter_shapes(preset) == shapes:
-            logger.info("%s stores no config; it has the shapes of %s.", path, name)
-            return preset
-    types = told.get("block_pattern", ())
+        logger.info("%s stores no config; it has the shapes of %s.", path, name)
+        return PRESETS[name]
+    types = told["block_pattern"]
     untold = ["embedding_scale", "logits_soft_cap"]
     if "local_attention" in types:
         untold.append("attention_window")
@@ -236,19 +263,18 @@ def _fields_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict:
         rest = _split(name)[1]
         if rest == "embedder.embedding" and len(shape) == 2:
             found["vocab_size"], found["width"] = shape
-        elif rest == "mlp.down.kernel":
+        elif rest == "mlp.down.kernel" and len(shape) == 2:
             found["mlp_width"] = shape[0]
         elif rest == "mixer.rg_lru.recurrence_gate.bias" and len(shape) == 2:
             found["lru_width"] = shape[0] * shape[1]
             # The official package has one number for both.
             found["num_gate_blocks"] = found["num_heads"] = shape[0]
-    recurrent = {_split(name)[0] for name in shapes if ".mixer.rg_lru." in name}
-    attention = {_split(name)[0] for name in shapes if ".mixer.proj_q." in name}
-    layers = sorted(recurrent | attention, key=lambda layer: int(layer.split(".")[1]))
+    layers: dict[int, str] = {}
+    for name in shapes:
+        if match := re.fullmatch(r"blocks\.(\d+)\.mixer\.(rg_lru|proj_q)\..+", name):
+            layers[int(match[1])] = MIXERS[match[2]]
     found["num_layers"] = len(layers)
-    found["block_pattern"] = tuple(
-        "recurrent" if layer in recurrent else "local_attention" for layer in layers
-    )
+    found["block_pattern"] = tuple(layers[i] for i in sorted(layers))
     if "num_heads" in found and "width" in found:
         found["head_dim"] = found["width"] // found["num_heads"]
     return found

@@ -17,17 +17,12 @@ import numpy as np
 import tensorstore
 
 from recurrentgemma.checkpoints.official import (
-    check_config,
-    find_released_tokenizer,
-    from_native,
     slicing_axis,
-    stored_config,
-    to_native,
-    to_stored_name,
-    write_config,
+    with_other_files,
+    write_other_files,
 )
 from recurrentgemma.checkpoints.safetensors_file import DTYPES
-from recurrentgemma.checkpoints.stored import Stored, write_json, write_tokenizer
+from recurrentgemma.checkpoints.stored import Stored, write_json
 from recurrentgemma.checkpoints.tensors import TensorSource
 from recurrentgemma.config import GriffinConfig
 from recurrentgemma.tokenizer import Tokenizer
@@ -74,12 +69,7 @@ def read(path: Path) -> Stored:
     for name in names:
         official = name.removeprefix(f"{ROOT}.")
         tensors[official] = reader.source(name, driver)
-    return Stored(
-        config=stored_config(path),
-        tensors=to_native(tensors),
-        tokenizer_path=find_released_tokenizer(path),
-        stored_name=to_stored_name,
-    )
+    return with_other_files(path, tensors)
 
 
 def _specification(
@@ -153,11 +143,9 @@ def write(
 ) -> None:
     """Writes into an empty directory; raises ValueError if the official package has no
     such model."""
-    check_config(config)
-    write_config(path, config)
     tree = {}
     writer = _Writer(path)
-    for name, source in from_native(tensors).items():
+    for name, source in write_other_files(path, config, tensors, tokenizer).items():
         keys = (ROOT, *re.findall(r"blocks\.\d+|[^.]+", name))
         writer.write(".".join(keys), source)
         tree[str(keys)] = {
@@ -167,7 +155,6 @@ def write(
     writer.commit()
     metadata = {"tree_metadata": tree, "use_ocdbt": True, "use_zarr3": False}
     write_json(path / METADATA_FILE, metadata)
-    write_tokenizer(path, tokenizer)
 
 
 class _Writer:

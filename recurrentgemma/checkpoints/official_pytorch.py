@@ -12,24 +12,20 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from recurrentgemma.checkpoints.official import (
-    check_config,
-    find_released_tokenizer,
-    from_native,
     slicing_axis,
-    stored_config,
-    to_native,
     to_stored_name,
-    write_config,
+    with_other_files,
+    write_other_files,
 )
 from recurrentgemma.checkpoints.safetensors_file import DTYPES
-from recurrentgemma.checkpoints.stored import Stored, write_tokenizer
-from recurrentgemma.checkpoints.tensors import BLOCK_BYTES, TensorSource
+from recurrentgemma.checkpoints.stored import Stored
+from recurrentgemma.checkpoints.tensors import TensorSource, blocks_of
 from recurrentgemma.config import GriffinConfig
 from recurrentgemma.tokenizer import Tokenizer
 
@@ -81,11 +77,8 @@ def read(path: Path) -> Stored:
     for name, source in mapped.sources().items():
         official, transposed = _to_official_name(name, len(source.shape))
         tensors[official] = source.transposed() if transposed else source
-    return Stored(
-        config=stored_config(folder),
-        tensors=to_native(tensors),
-        tokenizer_path=find_released_tokenizer(folder),
-        stored_name=lambda name: _from_official_name(to_stored_name(name)),
+    return with_other_files(
+        folder, tensors, lambda name: _from_official_name(to_stored_name(name))
     )
 
 
@@ -177,16 +170,13 @@ def write(
     """Writes into an empty directory; raises ValueError if the official package has no
     such model."""
     torch = _import_torch()
-    check_config(config)
-    write_config(path, config)
     stored = {}
-    for name, source in from_native(tensors).items():
+    for name, source in write_other_files(path, config, tensors, tokenizer).items():
         stored_name = _from_official_name(name)
         if stored_name != name and len(source.shape) == 2:
             source = source.transposed()
         stored[stored_name] = source
     _write_state_dict(torch, path / MODEL_FILE, stored)
-    write_tokenizer(path, tokenizer)
 
 
 def _write_state_dict(
@@ -210,19 +200,11 @@ def _write_state_dict(
             opened.seek(header + ZIP_HEADER_BYTES - 4)
             lengths = [int.from_bytes(opened.read(2), "little") for _ in range(2)]
             opened.seek(header + ZIP_HEADER_BYTES + sum(lengths))
-            checksums[name] = _write_array(opened, source.load())
+            checksums[name] = 0
+            for block in blocks_of(source.load()):
+                checksums[name] = zlib.crc32(block, checksums[name])
+                opened.write(block)
     with zipfile.ZipFile(file, "a") as archive:
         for name, checksum in checksums.items():
             archive.getinfo(name).CRC = checksum
         archive.comment = b""  # A change, so that the directory is written again.
-
-
-def _write_array(opened: BinaryIO, array: np.ndarray) -> int:
-    """Writes an array in blocks of rows and returns its checksum."""
-    step = max(1, BLOCK_BYTES * len(array) // array.nbytes)
-    checksum = 0
-    for start in range(0, len(array), step):
-        rows = np.ascontiguousarray(array[start : start + step]).view(np.uint8)
-        checksum = zlib.crc32(rows.data, checksum)
-        opened.write(rows.data)
-    return checksum

@@ -1,6 +1,7 @@
 """The parameters of a model by name, and what belongs to each name."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from recurrentgemma.checkpoints.tensors import TensorSource, array_source
-from recurrentgemma.config import GriffinConfig, Runtime
+from recurrentgemma.config import PRESETS, GriffinConfig, Runtime
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.tokenizer import Tokenizer
 
@@ -42,10 +43,26 @@ def named_parameters(model: Griffin) -> dict[str, Any]:
     }
 
 
+def describe(config: GriffinConfig, runtime: Runtime = Runtime()) -> Griffin:
+    """The model with shapes for parameters; nothing is allocated."""
+    return nnx.eval_shape(lambda: Griffin(config, rngs=nnx.Rngs(0), runtime=runtime))
+
+
 def parameter_shapes(config: GriffinConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes by native name; no parameter is allocated."""
-    described = nnx.eval_shape(lambda: Griffin(config, rngs=nnx.Rngs(0)))
-    return {name: leaf.shape for name, leaf in named_parameters(described).items()}
+    """Shapes by native name."""
+    parameters = named_parameters(describe(config))
+    return {name: leaf.shape for name, leaf in parameters.items()}
+
+
+def presets_of(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The presets whose parameters have these native names and shapes."""
+    embedding = shapes.get("embedder.embedding")
+    return [
+        name
+        for name, preset in PRESETS.items()
+        if (preset.vocab_size, preset.width) == embedding
+        and parameter_shapes(preset) == shapes
+    ]
 
 
 def tensors_of(model: Griffin) -> dict[str, TensorSource]:

@@ -129,7 +129,12 @@ def config_from_json(content: Mapping[str, Any]) -> GriffinConfig:
     missing = [key for key in REQUIRED_SIZES if key not in content]
     if missing:
         raise ValueError(f"lacks {', '.join(missing)}.")
+    for key in REQUIRED_SIZES:
+        if not isinstance(content[key], int) or content[key] < 1:
+            raise ValueError(f"{key} is {content[key]!r}; expected a positive integer.")
     rope = content.get("rope_parameters") or content
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"rope_parameters is {rope!r}; expected an object.")  # noqa: TRY004
     required = {
         "hidden_activation": (content.get("hidden_activation"), "gelu_pytorch_tanh"),
         "rms_norm_eps": (content.get("rms_norm_eps"), 1e-6),

@@ -8,14 +8,15 @@ only what is in memory as a whole.
 
 import json
 import math
+import operator
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from recurrentgemma.checkpoints.tensors import BLOCK_BYTES, TensorSource
+from recurrentgemma.checkpoints.tensors import TensorSource, blocks_of
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -40,18 +41,18 @@ def read_safetensors(path: Path) -> dict[str, TensorSource]:
     sources = {}
     for name, entry in header.items():
         try:
-            dtype_name, shape = entry["dtype"], tuple(entry["shape"])
+            dtype = DTYPES.get(entry["dtype"])
+            shape = tuple(operator.index(size) for size in entry["shape"])
             begin, end = entry["data_offsets"]
-            if dtype_name not in DTYPES:
-                raise ValueError(
-                    f"{path}: {name} is stored as {dtype_name}; expected one of "
-                    f"{', '.join(DTYPES)}."
-                )
-            dtype = DTYPES[dtype_name]
-            sound = end - begin == math.prod(shape) * dtype.itemsize and begin >= 0
-        except (TypeError, KeyError) as error:
+            size = end - begin
+        except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {name} has no place.") from error
-        if not sound:
+        if dtype is None:
+            raise ValueError(
+                f"{path}: {name} is stored as {entry['dtype']}; expected one of "
+                f"{', '.join(DTYPES)}."
+            )
+        if size != math.prod(shape) * dtype.itemsize or begin < 0:
             raise ValueError(f"{path} is damaged: {name} has no place.")
         sources[name] = _file_source(path, data_start + begin, shape, dtype)
     data_end = max((e["data_offsets"][1] for e in header.values()), default=0)
@@ -133,17 +134,10 @@ def write_safetensors(
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
         for name in names:
-            _write_array(file, tensors[name].load())
+            for block in blocks_of(tensors[name].load()):
+                file.write(block)
 
 
 def tensor_bytes(tensor: TensorSource) -> int:
     """Size of the tensor's data in bytes."""
     return math.prod(tensor.shape) * tensor.dtype.itemsize
-
-
-def _write_array(file: BinaryIO, array: np.ndarray) -> None:
-    """Writes an array in blocks of rows: a transposed one is never copied whole."""
-    step = max(1, BLOCK_BYTES * len(array) // array.nbytes)
-    for start in range(0, len(array), step):
-        rows = np.ascontiguousarray(array[start : start + step])
-        file.write(rows.view(np.uint8).data)

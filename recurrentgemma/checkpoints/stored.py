@@ -6,7 +6,8 @@ A format is a module in this folder and a line in `FORMATS`. It has three functi
     read(path) -> Stored
     write(path, config, tensors, tokenizer) -> None
 
-`path` is a directory, or for `detect` and `read` a file. `tensors` maps native names to sources in native orientation.
+`path` is a directory, or for `detect` and `read` a file. `tensors` maps native names to
+sources in native orientation.
 """
 
 import json
@@ -73,6 +74,20 @@ def read_config_json(path: Path) -> dict[str, Any] | None:
         return None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} is not a JSON object: {error}.") from error
+
+
+def config_of(path: Path, content: Mapping[str, Any]) -> GriffinConfig:
+    """The config in the content of the directory's config.json.
+
+    Raises:
+      ValueError: there is none, or it is not valid.
+    """
+    try:
+        return GriffinConfig.from_dict(dict(content["config"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path / CONFIG_FILE} has no valid config: {error}"
+        ) from error
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

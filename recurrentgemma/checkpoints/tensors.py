@@ -7,7 +7,7 @@ the tensor and one slice, and on CPU the buffer itself becomes the array.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -81,6 +81,17 @@ class TensorSource(NamedTuple):
                 [self.read(start, stop), other.read(start, stop)]
             ),
         )
+
+
+def blocks_of(array: np.ndarray) -> Iterator[memoryview]:
+    """The bytes of an array in C order, in blocks of rows.
+
+    A transposed array is never copied whole.
+    """
+    step = max(1, BLOCK_BYTES * len(array) // array.nbytes)
+    for start in range(0, len(array), step):
+        rows = np.ascontiguousarray(array[start : start + step])
+        yield rows.view(np.uint8).data
 
 
 def array_source(array: jax.Array, index: int | None = None) -> TensorSource:

@@ -7,11 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from recurrentgemma import Griffin
 from recurrentgemma.checkpoints import FORMATS, named_parameters
-from tests.models import tiny_config
+from tests.models import random_model, tiny_config
 
 BYTES_AT_ONCE = 4096
 """Slices this small make every tensor of a tiny model take several."""
@@ -29,13 +27,9 @@ def config(**fields):
 
 @functools.cache
 def model(*, dtype="float32", seed: int = 0, **fields):
-    """A random model; drawn by NumPy, because nothing is compiled then."""
-    made = config(**fields)
-    described = nnx.eval_shape(lambda: Griffin(made, rngs=nnx.Rngs(0)))
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), dtype), described
-    )
+    """A random model in one dtype."""
+    made = random_model(config(**fields), seed=seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), dtype), made)
 
 
 def assert_same_parameters(actual, expected) -> None:

@@ -18,13 +18,12 @@ VIRTUAL_DEVICES = 8
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from recurrentgemma.checkpoints import FORMATS, load, named_parameters, save
+from recurrentgemma.checkpoints import FORMATS, load, save
+from recurrentgemma.checkpoints.parameters import parameter_shapes
 from recurrentgemma.checkpoints.tensors import TensorSource
 from recurrentgemma.config import GriffinConfig
-from recurrentgemma.griffin import Griffin
 
 
 def config(layers: int) -> GriffinConfig:
@@ -53,7 +52,6 @@ def make(layout: str, folder: Path, layers: int) -> None:
 def write_random(layout: str, directory: Path, layers: int) -> None:
     """A random checkpoint, without ever having the model."""
     made = config(layers)
-    described = nnx.eval_shape(lambda: Griffin(made, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
 
     def source(shape: tuple[int, ...]) -> TensorSource:
@@ -62,8 +60,8 @@ def write_random(layout: str, directory: Path, layers: int) -> None:
 
         return TensorSource(shape, np.dtype(np.float32), 0, read)
 
-    parameters = named_parameters(described)
-    tensors = {name: source(leaf.shape) for name, leaf in parameters.items()}
+    shapes = parameter_shapes(made)
+    tensors = {name: source(shape) for name, shape in shapes.items()}
     directory.mkdir()
     FORMATS[layout].write(directory, made, tensors, None)
 

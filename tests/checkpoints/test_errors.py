@@ -80,7 +80,9 @@ def test_damaged_headers(checkpoint):
     for field, value, message in [
         ("data_offsets", [0, 8], "has no place"),
         ("data_offsets", "ab", "has no place"),
+        ("data_offsets", [0, 8, 9], "has no place"),
         ("shape", None, "has no place"),
+        ("shape", [40.0, 24.0], "has no place"),
         ("dtype", "I8", "is stored as I8; expected one of F64, F32, F16, BF16"),
     ]:
         (checkpoint / MODEL).write_bytes(whole)
@@ -133,6 +135,19 @@ def test_a_config_that_contradicts_the_tensors(checkpoint):
     assert "config= says attention_window is 9, the checkpoint 6" in message
 
 
+@every_format
+def test_a_stored_config_that_contradicts_the_tensors(checkpoint, layout):
+    content = json.loads((checkpoint / "config.json").read_text())
+    if layout == "hugging_face":
+        content["intermediate_size"] = 96
+    else:
+        content["config"]["mlp_width"] = 48
+    (checkpoint / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="do not fit its config") as error:
+        load(checkpoint)
+    assert "is [32, 24], expected [48, 24]" in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -158,9 +173,12 @@ def test_a_native_config_that_contradicts(saved, tmp_path, fields, message):
         ({"attention_bias": True}, "attention_bias is True"),
         ({"hidden_activation": "relu"}, "hidden_activation is 'relu'"),
         ({"rope_parameters": {"rope_theta": 5e5}}, "rope_theta is 500000.0"),
+        ({"rope_parameters": [1]}, r"rope_parameters is \[1\]; expected an object"),
+        ({"hidden_size": "24"}, "hidden_size is '24'; expected a positive integer"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; expected a positive"),
         ({"block_types": ["attention", "mamba"]}, "holds 'mamba'"),
-        ({"intermediate_size": "big"}, "config.json"),
-        ({"num_attention_heads": 5}, "config.json|do not fit"),
+        ({"head_dim": "big"}, "config.json: .*head_dim"),
+        ({"num_attention_heads": 5}, r"lru_width \(36\) must be a multiple"),
     ],
 )
 def test_a_hugging_face_config_that_is_not_supported(saved, tmp_path, fields, message):
@@ -184,7 +202,7 @@ def test_a_newer_format_version(saved, tmp_path):
         load(path)
 
 
-@pytest.mark.parametrize("damage", ["shard", "index", "elsewhere", "tensor"])
+@pytest.mark.parametrize("damage", ["shard", "index", "elsewhere", "number", "tensor"])
 def test_damaged_shards(tmp_path, monkeypatch, damage):
     monkeypatch.setattr(hugging_face, "MAX_SHARD_BYTES", 20_000)
     save(tmp_path / "saved", model(), None, format="hugging_face")
@@ -198,7 +216,10 @@ def test_damaged_shards(tmp_path, monkeypatch, damage):
         message = "is not an index of shards"
     elif damage == "elsewhere":
         edit_json(index, weight_map={**names, "a": "../a.safetensors"})
-        message = "names a file elsewhere"
+        message = "names a file elsewhere: '../a.safetensors'"
+    elif damage == "number":
+        edit_json(index, weight_map={"a": 5})
+        message = "names a file elsewhere: 5"
     else:
         edit_json(index, weight_map={**names, "a": names["model.embed_tokens.weight"]})
         message = r"names tensors that no shard has: \['a'\]"

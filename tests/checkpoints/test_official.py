@@ -290,6 +290,38 @@ def test_a_pickle_that_is_no_state_dict(kind, tmp_path):
     assert not (tmp_path / "made").exists()
 
 
+FOREIGN = {
+    "transformer.wte.weight": (8, 4),
+    "embedder.input_embedding": (8,),
+    "backbone.layers.0.mixer.proj_q.kernel": (4, 4),
+    "blocks.0.mlp_block.ffw_down.kernel": (),
+}
+"""Names and shapes that look a little like the official ones."""
+
+
+@official_formats
+@pytest.mark.parametrize("names", [*FOREIGN, None])
+def test_tensors_of_another_model(layout, names, tmp_path):
+    shapes = FOREIGN if names is None else {names: FOREIGN[names]}
+    arrays = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    path = tmp_path / "other"
+    if layout == "official_flax":
+        with orbax.checkpoint.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(path, {"params": arrays})
+    else:
+        import torch
+
+        path = path.with_suffix(".pt")
+        torch.save({n: torch.from_numpy(array) for n, array in arrays.items()}, path)
+    with pytest.raises(ValueError, match="holds no model of the official") as error:
+        load(path)
+    message = str(error.value)
+    assert f"not among its {len(shapes)} tensors (" in message
+    assert "\n" not in message
+    with pytest.raises(ValueError, match="do not fit its config"):
+        load(path, config=config())
+
+
 @needs_torch
 def test_state_dicts_that_cannot_be_loaded(tmp_path):
     import torch
