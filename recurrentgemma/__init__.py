@@ -8,9 +8,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from recurrentgemma.chat import Chat
     from recurrentgemma.checkpoints import load, save
     from recurrentgemma.config import PRESETS, GriffinConfig, Runtime
     from recurrentgemma.griffin import Griffin
+    from recurrentgemma.prefix import Prefix
     from recurrentgemma.sampler import Sampler
     from recurrentgemma.sampling import Sampling
     from recurrentgemma.tokenizer import Tokenizer
@@ -19,8 +21,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "Chat",
     "Griffin",
     "GriffinConfig",
+    "Prefix",
     "Runtime",
     "Sampler",
     "Sampling",
@@ -31,8 +35,10 @@ __all__ = [
 
 _MODULE_OF = {
     "PRESETS": "config",
+    "Chat": "chat",
     "Griffin": "griffin",
     "GriffinConfig": "config",
+    "Prefix": "prefix",
     "Runtime": "config",
     "Sampler": "sampler",
     "Sampling": "sampling",

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all."""
+"""Files and directories that appear whole or not at all."""
 
 import contextlib
 import os
@@ -36,6 +36,29 @@ def replace_directory(path: Path) -> Iterator[Path]:
             partial.rename(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """A new sibling file that takes the place of `path` when the block succeeds.
+
+    If the block raises, the sibling is removed and `path` is as it was.
+
+    Args:
+      path: where the file is to be; missing parents are made.
+
+    Yields:
+      The file to write.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        yield partial
+        _flush_to_disk(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
         raise
 
 

@@ -19,6 +19,8 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from recurrentgemma.config import GriffinConfig
+
 
 class RecurrentState(NamedTuple):
     """What a recurrent block carries."""
@@ -28,6 +30,28 @@ class RecurrentState(NamedTuple):
     conv: jax.Array
     """Last inputs of the convolution, oldest first, zeros before the document's start;
     compute dtype [B, conv_width - 1, E]."""
+
+
+class RewindableState(NamedTuple):
+    """What a recurrent block carries while its last K tokens may be taken back."""
+
+    h: jax.Array
+    """RG-LRU states after each of the last 1 + K tokens, the newest last; float32
+    [B, 1 + K, E]."""
+    conv: jax.Array
+    """Last inputs of the convolution; compute dtype [B, conv_width - 1 + K, E]."""
+
+    def keep_last(self, h: jax.Array, lengths: jax.Array) -> jax.Array:
+        """The last 1 + K states after a chunk.
+
+        Args:
+          h: float32 [B, T, E], the states after each token of the chunk.
+          lengths: int32 [B], tokens of each row.
+        """
+        states = jnp.concatenate([self.h, h], axis=1)
+        steps = jnp.arange(self.h.shape[1], dtype=jnp.int32)[None]
+        index = lengths[:, None] + steps
+        return jnp.take_along_axis(states, index[..., None], axis=1)
 
 
 class AttentionState(NamedTuple):
@@ -130,6 +154,129 @@ def concatenate(caches: Sequence[Cache]) -> Cache:
 def _row_shapes(cache: Cache):
     leaves, structure = jax.tree.flatten(cache)
     return structure, [(leaf.shape[1:], leaf.dtype) for leaf in leaves]
+
+
+def grow(cache: Cache, config: GriffinConfig, capacity: int) -> Cache:
+    """The cache with room for `capacity` tokens in its global layers.
+
+    Args:
+      cache: any cache.
+      config: of its model.
+      capacity: new number of slots, not less than a row's tokens. A model without
+        global attention needs none; its cache comes back as it is.
+    """
+    if cache.global_key_positions is None:
+        return cache
+    index, positions = _relay(cache.global_key_positions, capacity)
+    layers = tuple(
+        _take_slots(state, index) if kind == "global_attention" else state
+        for kind, state in zip(config.block_types, cache.layers, strict=True)
+    )
+    return dataclasses.replace(cache, layers=layers, global_key_positions=positions)
+
+
+def make_rewindable(cache: Cache, config: GriffinConfig, count: int) -> Cache:
+    """The same cache, which also keeps what `rewind` needs to go back `count` tokens.
+
+    The model takes and returns it like any other. 0 makes it a plain cache again.
+
+    Args:
+      cache: a cache, rewindable or not.
+      config: of its model.
+      count: K, most tokens to take back.
+
+    Raises:
+      ValueError: a block type of the model cannot be rewound.
+    """
+    known = {"recurrent", "local_attention", "global_attention"}
+    if not known.issuperset(config.block_types):
+        raise ValueError(
+            "Tokens cannot be taken back from a model with "
+            f"{', '.join(sorted(set(config.block_types) - known))} blocks."
+        )
+    index = positions = None
+    if cache.key_positions is not None:
+        slots = config.attention_window + count
+        index, positions = _relay(cache.key_positions, slots)
+
+    def keep(kind, state):
+        if kind == "global_attention":
+            return state
+        if kind == "local_attention":
+            return _take_slots(state, index)
+        h = state.h if isinstance(state, RewindableState) else state.h[:, None]
+        conv = _keep_newest(state.conv, config.conv_width - 1 + count)
+        if count == 0:
+            return RecurrentState(h[:, -1], conv)
+        return RewindableState(_keep_newest(h, 1 + count), conv)
+
+    layers = tuple(
+        keep(kind, state)
+        for kind, state in zip(config.block_types, cache.layers, strict=True)
+    )
+    return dataclasses.replace(cache, layers=layers, key_positions=positions)
+
+
+def rewind(cache: Cache, counts: jax.Array) -> Cache:
+    """The cache before the last `counts` tokens of each row.
+
+    Args:
+      cache: from `make_rewindable`, or what the model made of it.
+      counts: int32 [B], each at most K, of tokens read since and of one document.
+    """
+    next_position = cache.next_position - counts
+
+    def forget(positions):
+        if positions is None:
+            return None
+        return jnp.where(positions < next_position[:, None], positions, -1)
+
+    def back(states):
+        """The oldest ones fill up what is missing: they are too old to matter."""
+        steps = jnp.arange(states.shape[1], dtype=jnp.int32)[None]
+        index = jnp.maximum(steps - counts[:, None], 0)
+        return jnp.take_along_axis(states, index[..., None], axis=1)
+
+    return Cache(
+        layers=tuple(
+            RewindableState(back(state.h), back(state.conv))
+            if isinstance(state, RewindableState)
+            else state
+            for state in cache.layers
+        ),
+        next_position=next_position,
+        key_positions=forget(cache.key_positions),
+        global_key_positions=forget(cache.global_key_positions),
+    )
+
+
+def _keep_newest(states: jax.Array, size: int) -> jax.Array:
+    """[B, S, E] -> [B, size, E]: the last ones, zeros before them."""
+    states = jnp.pad(states, ((0, 0), (max(size - states.shape[1], 0), 0), (0, 0)))
+    return states[:, states.shape[1] - size :]
+
+
+def _relay(positions: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
+    """Where a ring of another size finds its entries, and their positions.
+
+    Args:
+      positions: int32 [B, S], of the entries of a ring of S slots.
+      slots: R, size of the new one.
+
+    Returns:
+      int32 [B, R], slots of the old ring, and int32 [B, R], positions in the new one.
+    """
+    newest = jnp.max(positions, axis=1, keepdims=True)
+    wanted = newest - (newest - jnp.arange(slots, dtype=jnp.int32)[None]) % slots
+    index = wanted % positions.shape[1]
+    held = jnp.take_along_axis(positions, index, axis=1) == wanted
+    return index, jnp.where(held & (wanted >= 0), wanted, -1)
+
+
+def _take_slots(state: AttentionState, index: jax.Array | None) -> AttentionState:
+    assert index is not None, "a layer has a ring that the cache has no positions for"
+    rows = index[..., None, None]
+    return AttentionState(*(jnp.take_along_axis(ring, rows, axis=1) for ring in state))
 
 
 def check_positions(positions: np.ndarray, next_position: np.ndarray | None = None):

@@ -1,14 +1,14 @@
-"""The device programs of generation: read a chunk of a prompt, decode a block.
+"""The device programs of generation: read a chunk, score a chunk, decode a block.
 
-    state = {cache, last token (held back), steps, done}
+    state = {cache, last token (held back), seed, steps, limit, done, seen} by row
 
 The cache has seen every token of a row but the last one, which the next decode step
 feeds: all steps are alike, and what a text leaves behind can be continued the same way.
 
 A chunk is padded at the end of each row (position -1). A block is a `lax.while_loop` of
-a given number of steps, which is not part of the program; it ends early when all rows
-are done. A row that is done feeds padding, which its cache does not see. Caches are
-donated and updated in place.
+a given number of steps, which is not part of the program; it ends early when enough rows
+are done. A row that is done feeds padding, which its cache does not see; another row may
+then take its slot. Caches are donated and updated in place, except by scoring.
 """
 
 import functools
@@ -28,30 +28,42 @@ BLOCK_STEPS = 64
 
 # A chunk padded by at most a quarter is cheaper than the smaller ones it replaces.
 _FILLED = 0.75
+# Logits that scoring holds at once, in tokens.
+_SCORED_TOKENS = 128
 
 
 class DecodeState(NamedTuple):
-    """What decoding carries from block to block."""
+    """What decoding carries from block to block; batch axis first in every leaf."""
 
     cache: Cache
     """The state of the model after all tokens of each row but the last."""
     token: jax.Array
     """int32 [B], the last token of each row, which the cache has not seen."""
+    seeds: jax.Array
+    """uint32 [B]."""
     steps: jax.Array
     """int32 [B], tokens drawn so far."""
+    limits: jax.Array
+    """int32 [B], how many tokens each row may draw."""
     done: jax.Array
-    """bool [B], whether the row has drawn an end token."""
+    """bool [B], whether the row draws no more."""
+    seen: jax.Array | None
+    """bool [B, V], the tokens of each row, if there is a repetition penalty."""
+    draft_cache: Cache | None = None
+    """The cache of the draft model after the same tokens, if there is one."""
 
 
 class BlockOutput(NamedTuple):
-    """What the steps of a block gave; only a row's own steps are meaningful."""
+    """What a block drew; of a row, its first entries: as many as its steps grew."""
 
     tokens: jax.Array
-    """int32 [BLOCK_STEPS, B]."""
+    """int32 [B, BLOCK_STEPS]."""
     log_probs: jax.Array
-    """float32 [BLOCK_STEPS, B], of the tokens under the unfiltered model."""
+    """float32 [B, BLOCK_STEPS], of the tokens under the unfiltered model."""
     logits: jax.Array | None
-    """float32 [BLOCK_STEPS, B, V], which the tokens were chosen from, if kept."""
+    """float32 [B, BLOCK_STEPS, V], of the model before every token, if kept."""
+    calls: jax.Array
+    """int32 [B], calls of the model that it took."""
 
 
 def plan_chunks(length: int) -> list[int]:
@@ -86,10 +98,51 @@ def read_chunk(
       tokens: int32 [B, T].
       lengths: int32 [B], 0 to T.
     """
-    steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    positions = cache.next_position[:, None] + steps
-    positions = jnp.where(steps < lengths[:, None], positions, -1)
-    return model(tokens, positions, cache)[1]
+    return model(tokens, _positions(cache, tokens, lengths), cache)[1]
+
+
+@jax.jit
+def score_chunk(
+    model: Griffin,
+    cache: Cache,
+    tokens: jax.Array,
+    targets: jax.Array,
+    lengths: jax.Array,
+) -> tuple[jax.Array, Cache]:
+    """Log-probabilities of the tokens that follow, and the cache after the chunk.
+
+    Args:
+      model: the model.
+      cache: of B rows; not donated, so that it stays a prefix.
+      tokens: int32 [B, T], T at most 128 or a multiple of it.
+      targets: int32 [B, T], the token after each of `tokens`.
+      lengths: int32 [B], 0 to T.
+
+    Returns:
+      float32 [B, T] (meaningless past a row's length), and the cache.
+    """
+    hidden, cache = model(tokens, _positions(cache, tokens, lengths), cache)
+    batch_size, length, width = hidden.shape
+    part = min(length, _SCORED_TOKENS)
+
+    def score(part):
+        hidden, targets = part
+        logits = model.logits(hidden)
+        flat = log_prob(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+        return flat.reshape(targets.shape)
+
+    parts = (
+        hidden.reshape(batch_size, -1, part, width).swapaxes(0, 1),
+        targets.reshape(batch_size, -1, part).swapaxes(0, 1),
+    )
+    log_probs = jax.lax.map(score, parts)
+    return log_probs.swapaxes(0, 1).reshape(batch_size, length), cache
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def place_row(state: DecodeState, row: DecodeState, slot: jax.Array) -> DecodeState:
+    """`state` with the only row of `row` in a slot; `state` is donated."""
+    return jax.tree.map(lambda all_, one: all_.at[slot].set(one[0]), state, row)
 
 
 @functools.partial(
@@ -98,56 +151,73 @@ def read_chunk(
 def decode_block(
     model: Griffin,
     state: DecodeState,
-    seeds: jax.Array,
     sampling: Sampling,
     end_mask: jax.Array,
     count: jax.Array,
+    stop_at: jax.Array,
     *,
     keep_logits: bool,
 ) -> tuple[DecodeState, BlockOutput]:
-    """Draws up to `count` tokens for each row; fewer when all rows are done.
+    """Draws up to `count` tokens for each row; fewer when enough rows are done.
 
     Args:
       model: the model.
       state: of B rows; donated.
-      seeds: uint32 [B].
       sampling: how tokens are chosen.
       end_mask: bool [V], true at the tokens that end a row.
       count: int32 scalar, 0 to BLOCK_STEPS.
+      stop_at: int32 scalar, the number of rows done at which the block ends.
       keep_logits: whether the output holds logits (static).
     """
-    batch_size, vocab_size = len(seeds), model.config.vocab_size
-    shape = (BLOCK_STEPS, batch_size)
+    batch_size, vocab_size = len(state.token), model.config.vocab_size
+    shape = (batch_size, BLOCK_STEPS)
     output = BlockOutput(
         jnp.zeros(shape, jnp.int32),
         jnp.zeros(shape, jnp.float32),
         jnp.zeros((*shape, vocab_size), jnp.float32) if keep_logits else None,
+        jnp.zeros((batch_size,), jnp.int32),
     )
 
     def unfinished(carry):
         step, state, _ = carry
-        return (step < count) & ~jnp.all(state.done)
+        return (step < count) & (jnp.sum(state.done, dtype=jnp.int32) < stop_at)
 
     def draw(carry):
         step, state, output = carry
         positions = jnp.where(state.done, -1, state.cache.next_position)
         hidden, cache = model(state.token[:, None], positions[:, None], state.cache)
         logits = model.logits(hidden)[:, 0]
-        token = sample(logits, row_keys(seeds, state.steps), sampling)
-        token = jnp.where(state.done, state.token, token)
-        new = BlockOutput(token, log_prob(logits, token), logits)
-        if not keep_logits:
-            new = new._replace(logits=None)
-        output = jax.tree.map(lambda all_, one: all_.at[step].set(one), output, new)
-        state = DecodeState(
-            cache,
-            token,
-            state.steps + jnp.where(state.done, 0, 1),
-            state.done | end_mask[token],
+        keys = row_keys(state.seeds, state.steps)
+        token = sample(logits, keys, sampling, state.seen)
+        output = BlockOutput(
+            output.tokens.at[:, step].set(token),
+            output.log_probs.at[:, step].set(log_prob(logits, token)),
+            output.logits.at[:, step].set(logits) if keep_logits else None,
+            output.calls + jnp.where(state.done, 0, 1),
         )
-        return step + 1, state, output
+        return step + 1, advance(state, cache, token, end_mask), output
 
     with jax.named_scope("decode_block"):
         carry = (jnp.int32(0), state, output)
         _, state, output = jax.lax.while_loop(unfinished, draw, carry)
     return state, output
+
+
+def advance(
+    state: DecodeState, cache: Cache, token: jax.Array, end_mask: jax.Array
+) -> DecodeState:
+    """The state after each row that was not done drew `token`, int32 [B]."""
+    token = jnp.where(state.done, state.token, token)
+    steps = state.steps + jnp.where(state.done, 0, 1)
+    seen = state.seen
+    if seen is not None:
+        seen = seen.at[jnp.arange(len(token)), token].set(True)
+    done = state.done | end_mask[token] | (steps >= state.limits)
+    return state._replace(cache=cache, token=token, steps=steps, done=done, seen=seen)
+
+
+def _positions(cache: Cache, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    """int32 [B, T]: each row continued for its length, then padding."""
+    steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    positions = cache.next_position[:, None] + steps
+    return jnp.where(steps < lengths[:, None], positions, -1)

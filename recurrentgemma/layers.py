@@ -5,6 +5,8 @@ float32 accumulation; norms and the RG-LRU compute in float32. Equations: Griffi
 2402.19427, section 2.4 and appendix A.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,6 +14,7 @@ from flax import nnx
 from recurrentgemma.cache import Chunk
 from recurrentgemma.config import Runtime
 from recurrentgemma.kernels import rg_lru
+from recurrentgemma.kernels.complex_rg_lru import complex_rg_lru
 from recurrentgemma.kernels.dispatch import einsum_float32
 
 NORM_EPSILON = 1e-6
@@ -19,6 +22,8 @@ RG_LRU_DECAY_FACTOR = 8.0
 """c of the Griffin paper: log a = -c softplus(a_param) r."""
 RG_LRU_MIN_RADIUS, RG_LRU_MAX_RADIUS = 0.9, 0.999
 """Range of a ** c at initialisation and an open recurrence gate."""
+CG_LRU_MAX_PHASE = 0.1 * math.pi
+"""Phases of complex decays are uniform up to here at initialisation."""
 CONV_INIT_VARIANCE = 0.01
 FEW_ROWS = 16
 """Up to here a product with the embedding is bound by reading the embedding."""
@@ -73,25 +78,26 @@ def causal_conv1d(
       kernel: [taps, E]; the last row multiplies the current token.
       bias: [E].
       chunk: positions of the tokens.
-      state: [B, taps - 1, E], the inputs before the chunk, oldest first.
+      state: [B, S, E], the last S inputs before the chunk, oldest first; S is at least
+        taps - 1.
 
     Returns:
-      y [B, T, E] and the state after the chunk [B, taps - 1, E], both in x's dtype.
+      y [B, T, E] and the state after the chunk [B, S, E], both in x's dtype.
     """
     reach = kernel.shape[0] - 1
-    length = x.shape[1]
+    length, kept = x.shape[1], state.shape[1]
     inputs = jnp.concatenate([state.astype(x.dtype), x], axis=1)
     kernel = kernel.astype(jnp.float32)[:, None, None, :]
     y = _add_bias(x.astype(jnp.float32) * kernel[reach], bias)
     for back in range(1, reach + 1):
-        tap = inputs[:, reach - back : reach - back + length].astype(jnp.float32)
+        tap = inputs[:, kept - back : kept - back + length].astype(jnp.float32)
         same_document = (chunk.positions >= back)[..., None]
         y = y + jnp.where(same_document, tap * kernel[reach - back], 0)
 
-    steps = jnp.arange(reach, dtype=jnp.int32)[None]
+    steps = jnp.arange(kept, dtype=jnp.int32)[None]
     index = chunk.lengths[:, None] + steps
     new_state = jnp.take_along_axis(inputs, index[..., None], axis=1)
-    position = chunk.next_position[:, None] - reach + steps
+    position = chunk.next_position[:, None] - kept + steps
     new_state = jnp.where((position >= 0)[..., None], new_state, 0)
     return y.astype(x.dtype), new_state
 
@@ -153,16 +159,25 @@ class Linear(nnx.Module):
 class BlockDiagonalLinear(nnx.Module):
     """A linear layer whose matrix is block-diagonal: G blocks of E / G channels."""
 
-    def __init__(self, width: int, num_blocks: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        num_blocks: int,
+        *,
+        out_width: int | None = None,
+        rngs: nnx.Rngs,
+    ):
+        """Kernel LeCun-normal, bias zero; out_width None is width."""
         block = width // num_blocks
+        out_block = (out_width or width) // num_blocks
         init = jax.nn.initializers.variance_scaling(
             1.0, "fan_in", "normal", in_axis=1, out_axis=2, batch_axis=(0,)
         )
-        self.kernel = nnx.Param(init(rngs.params(), (num_blocks, block, block)))
-        self.bias = nnx.Param(jnp.zeros([num_blocks, block]))
+        self.kernel = nnx.Param(init(rngs.params(), (num_blocks, block, out_block)))
+        self.bias = nnx.Param(jnp.zeros([num_blocks, out_block]))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, T, E] -> [B, T, E] in x's dtype."""
+        """[B, T, width] -> [B, T, out_width] in x's dtype."""
         return block_diagonal_linear(x, self.kernel[...], self.bias[...])
 
 
@@ -177,7 +192,7 @@ class CausalConv1D(nnx.Module):
     def __call__(
         self, x: jax.Array, chunk: Chunk, state: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """[B, T, E], state [B, taps - 1, E] -> the same shapes."""
+        """[B, T, E], state [B, S, E] -> the same shapes."""
         return causal_conv1d(x, self.kernel[...], self.bias[...], chunk, state)
 
 
@@ -196,14 +211,53 @@ class RGLRU(nnx.Module):
         self, x: jax.Array, chunk: Chunk, h0: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """x [B, T, E], h0 float32 [B, E] -> y [B, T, E], h_last float32 [B, E]."""
+        return self._scan(x, x, chunk, h0)
+
+    def states(self, x: jax.Array, chunk: Chunk, h0: jax.Array) -> jax.Array:
+        """float32 [B, T, E]: the state after every token, y before it is rounded."""
+        return self._scan(x, x.astype(jnp.float32), chunk, h0)[0]
+
+    def _scan(self, x, scanned, chunk, h0):
         return rg_lru(
-            x,
+            scanned,
             self.recurrence_gate(x),
             self.input_gate(x),
             self.a_param[...],
             chunk.positions,
             h0,
             implementation=self.runtime.rg_lru,
+        )
+
+
+class ComplexRGLRU(RGLRU):
+    """The complex one, CG-LRU (Griffin, appendix B): E / 2 real parts come first."""
+
+    def __init__(
+        self, width: int, num_gate_blocks: int, runtime: Runtime, *, rngs: nnx.Rngs
+    ):
+        half = width // 2
+        self.recurrence_gate = BlockDiagonalLinear(
+            width, num_gate_blocks, out_width=half, rngs=rngs
+        )
+        self.input_gate = BlockDiagonalLinear(
+            width, num_gate_blocks, out_width=half, rngs=rngs
+        )
+        self.a_param = nnx.Param(_init_a_param(rngs.params(), half))
+        self.a_imag_param = nnx.Param(
+            jax.random.uniform(rngs.params(), (half,), maxval=CG_LRU_MAX_PHASE)
+        )
+        self.runtime = runtime
+
+    def _scan(self, x, scanned, chunk, h0):
+        return complex_rg_lru(
+            scanned,
+            self.recurrence_gate(x),
+            self.input_gate(x),
+            self.a_param[...],
+            self.a_imag_param[...],
+            chunk.positions,
+            h0,
+            implementation=self.runtime.linear_scan,
         )
 
 

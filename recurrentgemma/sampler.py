@@ -1,43 +1,31 @@
-"""Text in, text out: prompts are read in chunks, tokens drawn in blocks.
+"""Text in, text out: continue, stream, read ahead and score with one model.
 
-All of a prompt but its last token is read in chunks of three sizes, so that a new
-prompt length compiles nothing; a ragged batch is as long as its longest row. Then the
-host calls one decode block after another (see `recurrentgemma.decoding`) and looks at
-the tokens between them. Neither the cache nor the programs grow with the text.
+Prompts are read in chunks of three sizes, so that a new prompt length compiles nothing,
+and continued in blocks of decode steps (see `recurrentgemma.generation`). What a text
+leaves behind is a `Prefix`, of one size for a Griffin model, which everything here can
+start from. Neither the cache nor the programs grow with the text.
 """
 
 import dataclasses
+import functools
+import itertools
 import numbers
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from recurrentgemma.decoding import (
-    BLOCK_STEPS,
-    CHUNK_SIZES,
-    BlockOutput,
-    DecodeState,
-    decode_block,
-    new_cache,
-    plan_chunks,
-    read_chunk,
-)
+from recurrentgemma.generation import Generation, Part, Request, Settings
 from recurrentgemma.griffin import Griffin
+from recurrentgemma.prefix import Prefix, model_digest
+from recurrentgemma.reading import Progress, RowReader, pieces_of
 from recurrentgemma.sampling import Sampling, check_seed
 from recurrentgemma.tokenizer import END_OF_TURN, Tokenizer
 
-MIN_CAPACITY = 128
-"""Least size of a global-attention cache; others are this times a power of two."""
+Prompt = str | Sequence[int]
+"""A text, or token ids (the begin token first, usually)."""
 
-# Streaming: steps before the first text, and how often text should come after it.
-_FIRST_STEPS = 4
-_STREAM_INTERVAL_S = 0.1
-
-Progress = Callable[[int, int], None]
-"""Called while a prompt is read with the tokens read so far and in all (a row)."""
+MAX_DRAFT_TOKENS = 32
+"""Most tokens that a draft may propose at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,37 +33,117 @@ class Sample:
     """What was generated for one prompt."""
 
     text: str
-    """The generated text without its end token, after the prompt if echoed; empty if
-    the sampler has no tokenizer."""
+    """The generated text without its end token or stop string; empty if the sampler has
+    no tokenizer."""
     prompt_tokens: list[int]
-    """The prompt as the model read it."""
+    """The prompt as the model read it, without the prefix."""
     tokens: list[int]
-    """The generated tokens, the end token included."""
+    """The generated tokens, to the end token or the end of a stop string."""
     log_probs: np.ndarray
-    """Log-probability of each of `tokens` under the model, before temperature and
-    filters; float32, natural logarithm."""
+    """Log-probability of each of `tokens` under the model, before penalty, temperature
+    and filters; float32, natural logarithm."""
     ended: bool
-    """Whether the last token is an end token."""
+    """Whether an end token or a stop string came, rather than `max_new_tokens`."""
+    num_calls: int
+    """Calls of the model that wrote them; fewer than `tokens` with a draft."""
     logits: np.ndarray | None = None
-    """The logits each of `tokens` was chosen from, float32 [len(tokens), V], if asked
+    """The model's logits before each of `tokens`, float32 [len(tokens), V], if asked
     for."""
 
 
-class _Block:
-    """A block's output on the host, by row, without the steps after a row's end."""
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How probable a text is to the model, token by token."""
 
-    def __init__(self, output: BlockOutput, drawn: np.ndarray):
-        def by_row(values):
-            values = np.asarray(values)
-            return [values[:count, i] for i, count in enumerate(drawn)]
+    tokens: list[int]
+    """The scored tokens. The first of a text that starts from no prefix (the begin
+    token, usually) is not among them: nothing comes before it."""
+    log_probs: np.ndarray
+    """Of each of `tokens` given all before it; float32 [len(tokens)], natural
+    logarithm."""
+    num_bytes: int | None
+    """Bytes of the text in UTF-8; None if token ids were scored."""
+    prefix: Prefix
+    """Everything up to here, to continue from."""
 
-        self.tokens = [tokens.tolist() for tokens in by_row(output.tokens)]
-        self.log_probs = by_row(output.log_probs)
-        self.logits = None if output.logits is None else by_row(output.logits)
+    @property
+    def total_log_prob(self) -> float:
+        """Sum of `log_probs`, in nats."""
+        return float(np.sum(self.log_probs, dtype=np.float64))
+
+    @property
+    def perplexity(self) -> float:
+        """exp of minus the mean log-probability of a token; nan of no tokens."""
+        if not self.tokens:
+            return float("nan")
+        return float(np.exp(-self.total_log_prob / len(self.tokens)))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Minus the log-probability in bits for a byte of text; nan of no bytes."""
+        if not self.num_bytes:
+            return float("nan")
+        return -self.total_log_prob / np.log(2) / self.num_bytes
+
+
+class TextStream(Iterator[str]):
+    """The text of one prompt as it comes; pieces that never split a character.
+
+    Joined, the pieces are the text of a call with the same arguments. The memory does
+    not grow with the text.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        request: Request,
+        *,
+        vocab_size: int,
+        model_digest: str,
+        has_stop: bool,
+    ):
+        self._generation = generation
+        self._parts = iter(generation)
+        self._num_tokens = request.num_tokens
+        self._seen = request.seen(vocab_size)
+        self._model_digest = model_digest
+        self._has_stop = has_stop
+        self.ended = False
+        """Whether an end token or a stop string has come."""
+
+    def __next__(self) -> str:
+        while True:
+            part = next(self._parts)
+            self._num_tokens += len(part.tokens)
+            self._seen[0, part.tokens] = True
+            self.ended = part.ended
+            if part.text:
+                return part.text
+
+    def prefix(self) -> Prefix:
+        """The prompt and what was written so far, to continue from.
+
+        Raises:
+          ValueError: there are stop strings, past which the model has read already; or
+            nothing was taken from the stream yet.
+        """
+        if self._has_stop:
+            raise ValueError(
+                "stop: expected none for a prefix, as the model reads past a stop "
+                "string; continue from the text instead"
+            )
+        cache, last_token = self._generation.read_so_far(0)
+        return Prefix(
+            cache=cache,
+            last_token=last_token,
+            num_tokens=np.array([self._num_tokens]),
+            seen=self._seen.copy(),
+            model_digest=self._model_digest,
+        )
 
 
 class Sampler:
-    """Generates text with a model.
+    """Generates and scores text with a model.
 
     A row's text depends on its own prompt and seed, never on the other rows. The model
     is never changed; each call keeps its cache to itself.
@@ -86,6 +154,8 @@ class Sampler:
       >>> [sample] = sampler(["def "], max_new_tokens=50)
       >>> for piece in sampler.stream("import ", max_new_tokens=1000):
       ...     print(piece, end="")
+      >>> book = sampler.prefill(open("book.txt", encoding="utf-8"))
+      >>> answers = sampler(questions, prefix=book)
     """
 
     def __init__(
@@ -93,21 +163,38 @@ class Sampler:
         model: Griffin,
         tokenizer: Tokenizer | None = None,
         *,
+        draft: Griffin | None = None,
+        num_draft_tokens: int = 4,
         compile_ahead: bool = True,
     ):
         """Compiles nothing yet.
 
         Args:
           model: the model, its layers not stacked.
-          tokenizer: needed for text; `generate_tokens` works without one.
+          tokenizer: needed for text; token ids work without one.
+          draft: a smaller model of the same tokenizer, for speculative decoding: it
+            proposes tokens, which the model checks several at a time. The text is the
+            same, and sooner there if the draft guesses well.
+          num_draft_tokens: how many it proposes at a time, 1 to 32.
           compile_ahead: the first call with a batch size compiles the programs of all
             chunk sizes at once, so that no later prompt length compiles anything.
             False compiles each when it is needed first: for a single prompt.
 
         Raises:
-          ValueError: the tokenizer has more pieces than the model has embeddings.
+          ValueError: the tokenizer has more pieces than the model has embeddings; the
+            draft has another vocabulary; num_draft_tokens is out of its range.
         """
         vocab_size = model.config.vocab_size
+        if draft is not None and draft.config.vocab_size != vocab_size:
+            raise ValueError(
+                f"draft: expected a model of the same {vocab_size} tokens, got one of "
+                f"{draft.config.vocab_size}"
+            )
+        if _check_count("num_draft_tokens", num_draft_tokens) > MAX_DRAFT_TOKENS:
+            raise ValueError(
+                f"num_draft_tokens: expected at most {MAX_DRAFT_TOKENS}, got "
+                f"{num_draft_tokens}"
+            )
         if tokenizer is not None and tokenizer.vocab_size > vocab_size:
             raise ValueError(
                 f"tokenizer: expected at most the {vocab_size} pieces that the model "
@@ -116,263 +203,353 @@ class Sampler:
             )
         self.model = model
         self.tokenizer = tokenizer
-        self._compile_ahead = compile_ahead
-        self._compiled: set[tuple[int, int | None]] = set()
+        self.draft = draft
+        self.num_draft_tokens = num_draft_tokens
+        self._compiled: set | None = set() if compile_ahead else None
 
     def __call__(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
-        max_new_tokens: int = 100,
+        max_new_tokens: int | Sequence[int] = 100,
         sampling: Sampling = Sampling(),
         seed: int | Sequence[int] = 0,
-        echo: bool = False,
+        num_samples: int = 1,
+        prefix: Prefix | None = None,
+        stop: Sequence[str] = (),
         end_tokens: Sequence[int] | None = None,
         return_logits: bool = False,
+        batch_size: int | None = None,
         progress: Progress | None = None,
     ) -> list[Sample]:
         """Continues every prompt.
 
         Args:
-          prompts: texts; an empty one starts from the begin token alone.
-          max_new_tokens: most tokens to generate for each, at least 1.
+          prompts: texts (an empty one starts from the begin token alone, or from the
+            prefix) or lists of token ids, each at least one unless there is a prefix.
+          max_new_tokens: most tokens to generate for each, at least 1; one number or
+            one for each prompt.
           sampling: how tokens are chosen.
-          seed: one for each row; an int s means s + i for row i. In [0, 2**32).
-          echo: whether `Sample.text` begins with the prompt.
+          seed: one for each sample; an int s means s + i for sample i. In [0, 2**32).
+          num_samples: samples of each prompt, which is read once.
+          prefix: what comes before each prompt: one row for all of them, or one for
+            each. Texts then get no begin token.
+          stop: strings that end a row; not part of its text.
           end_tokens: ids that end a row; None means the tokenizer's end token and, if
             it has one, <end_of_turn>. An empty list never ends.
           return_logits: whether `Sample.logits` is kept (4 V bytes a token).
-          progress: called while the prompts are read.
+          batch_size: rows at a time; a finished row's place is taken by the next
+            prompt. None: all at once.
+          progress: called while the first prompts are read.
 
         Returns:
-          A `Sample` for each prompt.
+          `num_samples` samples for each prompt, side by side.
 
         Raises:
-          ValueError: an argument is out of its range, or there is no tokenizer.
+          ValueError: an argument is out of its range, a prompt has no tokens or one
+            that is not in the vocabulary, the prefix was made by another model, or
+            there is no tokenizer for text.
         """
-        if isinstance(prompts, str):
-            raise ValueError(  # noqa: TRY004 - all wrong arguments are ValueErrors
-                f"prompts: expected a list of texts, got {prompts!r:.40}"
-            )
-        tokenizer = self._require_tokenizer()
-        samples = self.generate_tokens(
-            [tokenizer.encode(prompt) for prompt in prompts],
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed,
-            end_tokens=end_tokens,
-            return_logits=return_logits,
+        if isinstance(prompts, str) or len(prompts) == 0:
+            got = repr(prompts)[:40] if isinstance(prompts, str) else "none"
+            raise ValueError(f"prompts: expected a list of at least one, got {got}")
+        count = len(prompts)
+        rows = count * _check_count("num_samples", num_samples)
+        limits = _each("max_new_tokens", max_new_tokens, count, _check_count)
+        if isinstance(seed, numbers.Integral):
+            seed = [check_seed(seed) + i for i in range(rows)]
+        seeds = _each("seed", seed, rows, lambda _, one: check_seed(one))
+        prefixes = self._prefix_rows(prefix, count)
+        asked = [
+            Request(self._encode(f"prompts[{i}]", *pair), limits[i], 0, pair[1])
+            for i, pair in enumerate(zip(prompts, prefixes, strict=True))
+        ]
+        settings = self._settings(sampling, end_tokens, stop, return_logits)
+        generation = Generation(
+            self.model,
+            settings,
+            self._forked(asked, seeds, num_samples),
+            rows if batch_size is None else _check_count("batch_size", batch_size),
+            compiled=self._compiled,
             progress=progress,
         )
-        if not echo:
-            return samples
-        return [
-            dataclasses.replace(s, text=prompt + s.text)
-            for prompt, s in zip(prompts, samples, strict=True)
-        ]
+        samples: list[Sample | None] = [None] * rows
+        for index, sample in _collect(
+            generation, [r.tokens for r in asked], num_samples
+        ):
+            samples[index] = sample
+        return [sample for sample in samples if sample is not None]
 
     def stream(
         self,
-        prompt: str,
+        prompt: Prompt,
         *,
         max_new_tokens: int = 100,
         sampling: Sampling = Sampling(),
         seed: int = 0,
-        echo: bool = False,
+        prefix: Prefix | None = None,
+        stop: Sequence[str] = (),
         end_tokens: Sequence[int] | None = None,
         progress: Progress | None = None,
-    ) -> Iterator[str]:
+    ) -> TextStream:
         """Continues one prompt and yields the text as it comes.
 
-        Joined, the pieces are the text that a call with the same arguments returns.
-        They never split a character; memory does not grow with `max_new_tokens`.
-
         Args: as for a call; see there.
-
-        Returns:
-          An iterator of texts that are not empty.
 
         Raises:
           ValueError: as for a call, at once.
         """
-        tokenizer = self._require_tokenizer()
-        # Not in the generator below: errors are for the caller, not for the first use.
-        blocks = self._generate(
-            self._check_prompts([tokenizer.encode(prompt)]),
+        self._require_tokenizer()
+        [row] = self._prefix_rows(prefix, 1)
+        request = Request(
+            self._encode("prompt", prompt, row),
             _check_count("max_new_tokens", max_new_tokens),
-            sampling,
-            _row_seeds(seed, 1),
-            end_mask := self._end_mask(end_tokens),
+            check_seed(seed),
+            row,
+        )
+        settings = dataclasses.replace(
+            self._settings(sampling, end_tokens, stop), streams=True
+        )
+        generation = Generation(
+            self.model,
+            settings,
+            [request],
+            1,
+            compiled=self._compiled,
             progress=progress,
-            interval_s=_STREAM_INTERVAL_S,
+        )
+        return TextStream(
+            generation,
+            request,
+            vocab_size=self.model.config.vocab_size,
+            model_digest=self._model_digest,
+            has_stop=bool(stop),
         )
 
-        def pieces():
-            if echo:
-                yield prompt
-            decoder = tokenizer.stream_decoder()
-            for block in blocks:
-                tokens = block.tokens[0]
-                yield decoder.push(tokens[:-1] if _ended(tokens, end_mask) else tokens)
-            yield decoder.flush()
-
-        return (piece for piece in pieces() if piece)
-
-    def generate_tokens(
+    def iterate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Iterable[Prompt],
         *,
+        batch_size: int,
         max_new_tokens: int = 100,
         sampling: Sampling = Sampling(),
-        seed: int | Sequence[int] = 0,
+        seed: int | Iterable[int] = 0,
+        stop: Sequence[str] = (),
         end_tokens: Sequence[int] | None = None,
-        return_logits: bool = False,
-        progress: Progress | None = None,
-    ) -> list[Sample]:
-        """Continues every list of tokens.
+    ) -> Iterator[tuple[int, Sample]]:
+        """Continues any number of prompts, a batch at a time, for as long as they come.
 
-        Args: as for a call, but `prompts` holds token ids, each list at least one (the
-          begin token first, usually). Without a tokenizer `end_tokens` must be given.
+        A finished row's place is taken by the next prompt, so that rows of different
+        lengths keep the device busy. A prompt is taken when there is room for it.
 
-        Returns:
-          A `Sample` for each prompt.
+        Args: as for a call; the seed of prompt i is seed + i, or the i-th of `seed`.
+
+        Yields:
+          The index of a prompt and its sample, in the order in which they finish.
 
         Raises:
-          ValueError: an argument is out of its range; a prompt has no tokens, or a
-            token that is not in the vocabulary.
+          ValueError: as for a call; of a prompt when its turn comes.
         """
-        rows = self._check_prompts(prompts)
-        end_mask = self._end_mask(end_tokens)
-        blocks = list(
-            self._generate(
-                rows,
-                _check_count("max_new_tokens", max_new_tokens),
-                sampling,
-                _row_seeds(seed, len(rows)),
-                end_mask,
-                keep_logits=return_logits,
-                progress=progress,
-            )
-        )
-        samples = []
-        for i, prompt in enumerate(rows):
-            tokens = [token for block in blocks for token in block.tokens[i]]
-            ended = _ended(tokens, end_mask)
-            text = ""
-            if self.tokenizer is not None:
-                text = self.tokenizer.decode(tokens[:-1] if ended else tokens)
-            log_probs = np.concatenate([block.log_probs[i] for block in blocks])
-            kept = [block.logits[i] for block in blocks if block.logits is not None]
-            logits = np.concatenate(kept) if kept else None
-            samples.append(Sample(text, prompt, tokens, log_probs, ended, logits))
-        return samples
+        limit = _check_count("max_new_tokens", max_new_tokens)
+        if isinstance(seed, numbers.Integral):
+            seed = itertools.count(check_seed(seed))
+        read: dict[int, list[int]] = {}
 
-    def _generate(
+        def requests():
+            for i, (prompt, one) in enumerate(zip(prompts, seed, strict=False)):
+                read[i] = self._encode(f"prompts[{i}]", prompt, None)
+                yield Request(read[i], limit, check_seed(one))
+
+        generation = Generation(
+            self.model,
+            self._settings(sampling, end_tokens, stop),
+            requests(),
+            _check_count("batch_size", batch_size),
+            compiled=self._compiled,
+        )
+
+        def samples():
+            for index, sample in _collect(generation, read):
+                del read[index]
+                yield index, sample
+
+        return samples()
+
+    def prefill(
         self,
-        prompts: list[list[int]],
-        max_new_tokens: int,
-        sampling: Sampling,
-        seeds: np.ndarray,
-        end_mask: np.ndarray,
+        text: str | Iterable[str] | Iterable[int],
         *,
-        keep_logits: bool = False,
+        prefix: Prefix | None = None,
         progress: Progress | None = None,
-        interval_s: float | None = None,
-    ) -> Iterator[_Block]:
-        """The tokens of all rows, block by block; `interval_s` apart if given."""
-        state = self._prefill(prompts, max_new_tokens, progress)
-        steps = np.zeros(len(prompts), np.int32)
-        end_mask_on_device = jnp.asarray(end_mask)
-        count = BLOCK_STEPS if interval_s is None else _FIRST_STEPS
-        drawn = 0
-        while drawn < max_new_tokens:
-            count = min(count, max_new_tokens - drawn)
-            start = time.perf_counter()
-            state, output = decode_block(
-                self.model,
-                state,
-                seeds,
-                sampling,
-                end_mask_on_device,
-                np.int32(count),
-                keep_logits=keep_logits,
-            )
-            # Rows that have ended draw nothing.
-            new_steps, done = np.asarray(state.steps), np.asarray(state.done)
-            yield _Block(output, new_steps - steps)
-            steps, drawn = new_steps, drawn + count
-            if done.all():
-                return
-            if interval_s is not None:
-                rate = count / (time.perf_counter() - start)
-                count = max(1, min(BLOCK_STEPS, int(rate * interval_s)))
+    ) -> Prefix:
+        """Reads a text of any length, in memory that does not depend on it.
 
-    def _prefill(self, prompts, max_new_tokens, progress) -> DecodeState:
-        """The state after all tokens of each prompt but the last."""
-        lengths = np.array([len(prompt) - 1 for prompt in prompts], np.int32)
-        longest = int(lengths.max())
-        capacity = self._capacity(longest + max_new_tokens)
-        cache = new_cache(self.model, batch_size=len(prompts), capacity=capacity)
-        if self._compile_ahead and (len(prompts), capacity) not in self._compiled:
-            for size in CHUNK_SIZES:
-                shape = jax.ShapeDtypeStruct((len(prompts), size), jnp.int32)
-                read_chunk.lower(self.model, cache, shape, lengths).compile()
-            self._compiled.add((len(prompts), capacity))
-        start = 0
-        for size in plan_chunks(longest):
-            tokens = np.zeros((len(prompts), size), np.int32)
-            for row, prompt in zip(tokens, prompts, strict=True):
-                piece = prompt[start : min(start + size, len(prompt) - 1)]
-                row[: len(piece)] = piece
-            read = np.clip(lengths - start, 0, size)
-            cache = read_chunk(self.model, cache, tokens, read)
-            start += size
-            if progress is not None:
-                jax.block_until_ready(cache.next_position)
-                progress(min(start, longest), longest)
-        zeros = np.zeros(len(prompts), np.int32)
-        last = np.array([prompt[-1] for prompt in prompts], np.int32)
-        return DecodeState(
-            cache, jnp.asarray(last), jnp.asarray(zeros), jnp.asarray(zeros > 0)
+        Args:
+          text: a text; its lines, each tokenised by itself (an open file, for
+            example); or token ids, the begin token first, usually.
+          prefix: one row to continue; None begins with the begin token.
+          progress: called while the text is read.
+
+        Returns:
+          What was read, one row. `Prefix.repeat` and `prefix.concatenate` make more.
+
+        Raises:
+          ValueError: the text or the prefix is not as described; there is no tokenizer
+            for text, or nothing at all was read.
+        """
+        reader, pieces = self._open(text, prefix)
+        total = None
+        for piece in pieces:
+            if isinstance(text, str):
+                total = len(piece.tokens)
+            before = reader.num_tokens
+
+            def show(read, _, before=before, total=total):
+                if progress is not None:
+                    progress(before + read, total)
+
+            reader.read(piece.tokens, show)
+        return reader.prefix()
+
+    def score(
+        self,
+        text: str | Iterable[str] | Iterable[int],
+        *,
+        prefix: Prefix | None = None,
+    ) -> Score:
+        """The log-probability of every token of a text.
+
+        Args: as for `prefill`.
+
+        Returns:
+          The scores of the whole text; `score_stream` gives them piece by piece.
+
+        Raises:
+          ValueError: as for `prefill`.
+        """
+        scores = list(self.score_stream(text, prefix=prefix))
+        if not scores:
+            raise ValueError("text: expected at least one token, got none")
+        known = [score.num_bytes for score in scores if score.num_bytes is not None]
+        return Score(
+            tokens=[token for score in scores for token in score.tokens],
+            log_probs=np.concatenate([score.log_probs for score in scores]),
+            num_bytes=sum(known) if known else None,
+            prefix=scores[-1].prefix,
         )
 
-    def _capacity(self, tokens: int) -> int | None:
-        """Slots of global attention for a text; few sizes, so few compilations."""
-        if "global_attention" not in self.model.config.block_types:
-            return None
-        capacity = MIN_CAPACITY
-        while capacity < tokens:
-            capacity *= 2
-        return capacity
+    def score_stream(
+        self,
+        text: str | Iterable[str] | Iterable[int],
+        *,
+        prefix: Prefix | None = None,
+    ) -> Iterator[Score]:
+        """Scores a text that may never end, in memory that does not grow.
+
+        Args: as for `prefill`.
+
+        Yields:
+          The scores of about a thousand tokens, whole lines, and where they end.
+
+        Raises:
+          ValueError: as for `prefill`; of a line when its turn comes.
+        """
+        reader, pieces = self._open(text, prefix)
+        skip = prefix is None
+
+        def scores():
+            nonlocal skip
+            for piece in pieces:
+                log_probs = reader.score(piece.tokens)
+                tokens = piece.tokens[1:] if skip else piece.tokens
+                skip = False
+                yield Score(tokens, log_probs, piece.num_bytes, reader.prefix())
+
+        return scores()
+
+    @functools.cached_property
+    def _model_digest(self) -> str:
+        return model_digest(self.model)
+
+    def _open(self, text, prefix):
+        """A reader after the prefix, and the pieces of the text."""
+        reader = RowReader(self.model, self._model_digest, prefix)
+        vocab_size = self.model.config.vocab_size
+        return reader, pieces_of(text, self.tokenizer, vocab_size, begin=prefix is None)
+
+    def _forked(
+        self, requests: list[Request], seeds: Sequence[int], num_samples: int
+    ) -> Iterator[Request]:
+        """Each request `num_samples` times, its prompt read when the first is taken."""
+        for i, request in enumerate(requests):
+            if num_samples > 1:
+                reader = RowReader(self.model, self._model_digest, request.prefix)
+                reader.read(request.tokens)
+                request = dataclasses.replace(
+                    request, tokens=[], prefix=reader.prefix()
+                )
+            for seed in seeds[i * num_samples : (i + 1) * num_samples]:
+                yield dataclasses.replace(request, seed=seed)
+
+    def _settings(self, sampling, end_tokens, stop, keep_logits=False) -> Settings:
+        if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
+            raise ValueError(
+                f"stop: expected a list of strings, none of them empty, got {stop!r}"
+            )
+        if stop:
+            self._require_tokenizer()
+        return Settings(
+            tokenizer=self.tokenizer,
+            sampling=sampling,
+            end_mask=self._end_mask(end_tokens),
+            stop=tuple(stop),
+            keep_logits=keep_logits,
+            draft=self.draft,
+            num_draft_tokens=0 if self.draft is None else self.num_draft_tokens,
+        )
+
+    def _prefix_rows(self, prefix: Prefix | None, count: int) -> list[Prefix | None]:
+        """The row that each of `count` prompts continues."""
+        if prefix is None:
+            return [None] * count
+        prefix.check_model(self._model_digest)
+        if prefix.batch_size == 1:
+            return [prefix] * count
+        if prefix.batch_size != count:
+            raise ValueError(
+                f"prefix: expected 1 or {count} rows, as there are {count} prompts, "
+                f"got {prefix.batch_size}"
+            )
+        return [prefix.take([i]) for i in range(count)]
+
+    def _encode(self, name: str, prompt: Prompt, prefix: Prefix | None) -> list[int]:
+        """The tokens of a prompt, checked."""
+        if isinstance(prompt, str):
+            return self._require_tokenizer().encode(prompt, add_bos=prefix is None)
+        tokens = [int(token) for token in prompt]
+        if not tokens and prefix is None:
+            raise ValueError(
+                f"{name}: expected at least one token, got none; start from the begin "
+                "token"
+            )
+        vocab_size = self.model.config.vocab_size
+        wrong = next((t for t in tokens if not 0 <= t < vocab_size), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{name}: expected tokens in [0, {vocab_size}), got {wrong}"
+            )
+        return tokens
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise ValueError(
                 "tokenizer: expected one to work with text, got None; pass it to "
-                "Sampler, or use generate_tokens"
+                "Sampler, or use token ids"
             )
         return self.tokenizer
 
-    def _check_prompts(self, prompts) -> list[list[int]]:
-        if len(prompts) == 0:
-            raise ValueError("prompts: expected at least one, got none")
-        vocab_size = self.model.config.vocab_size
-        rows = [[int(token) for token in prompt] for prompt in prompts]
-        for i, row in enumerate(rows):
-            if not row:
-                raise ValueError(
-                    f"prompts[{i}]: expected at least one token, got none; start from "
-                    "the begin token"
-                )
-            if not 0 <= min(row) <= max(row) < vocab_size:
-                wrong = next(t for t in row if not 0 <= t < vocab_size)
-                raise ValueError(
-                    f"prompts[{i}]: expected tokens in [0, {vocab_size}), got {wrong}"
-                )
-        return rows
-
     def _end_mask(self, end_tokens) -> np.ndarray:
-        """bool [V], true at the end tokens: which they are compiles nothing."""
+        """bool [V], true at the end tokens."""
         vocab_size = self.model.config.vocab_size
         if end_tokens is None:
             tokenizer = self.tokenizer
@@ -396,8 +573,29 @@ class Sampler:
         return mask
 
 
-def _ended(tokens: Sequence[int], end_mask: np.ndarray) -> bool:
-    return len(tokens) > 0 and bool(end_mask[tokens[-1]])
+def _collect(
+    generation: Generation, prompts, num_samples: int = 1
+) -> Iterator[tuple[int, Sample]]:
+    """Whole samples from the parts of a run, as they finish."""
+    parts: dict[int, list[Part]] = {}
+    for part in generation:
+        parts.setdefault(part.index, []).append(part)
+        if not part.is_last:
+            continue
+        row = parts.pop(part.index)
+        kept = [one.logits for one in row if one.logits is not None]
+        yield (
+            part.index,
+            Sample(
+                text="".join(one.text for one in row),
+                prompt_tokens=prompts[part.index // num_samples],
+                tokens=[token for one in row for token in one.tokens],
+                log_probs=np.concatenate([one.log_probs for one in row]),
+                ended=part.ended,
+                num_calls=sum(one.num_calls for one in row),
+                logits=np.concatenate(kept) if kept else None,
+            ),
+        )
 
 
 def _check_count(name: str, value) -> int:
@@ -406,14 +604,12 @@ def _check_count(name: str, value) -> int:
     return int(value)
 
 
-def _row_seeds(seed, rows: int) -> np.ndarray:
-    """uint32 [rows]."""
-    if isinstance(seed, numbers.Integral):
-        seeds = [check_seed(seed) + i for i in range(rows)]
-    else:
-        seeds = list(seed)
-        if len(seeds) != rows:
+def _each(name: str, values, count: int, check) -> list[int]:
+    """One checked value for each of `count`; a single one holds for all."""
+    if isinstance(values, Sequence | np.ndarray):
+        if len(values) != count:
             raise ValueError(
-                f"seed: expected one for each of the {rows} rows, got {len(seeds)}"
+                f"{name}: expected one for each of the {count} rows, got {len(values)}"
             )
-    return np.array([check_seed(s) for s in seeds], np.uint32)
+        return [check(name, value) for value in values]
+    return [check(name, values)] * count

@@ -1,14 +1,18 @@
-"""From logits to a token: greedy, temperature, top-k and top-p.
+"""From logits to a token: penalty, temperature, top-k, top-p and min-p; or greedy.
 
-A row is scaled by 1 / temperature, cut to its top-k tokens, cut again to the smallest
-set of tokens whose probability reaches top-p, and sampled by the Gumbel trick with a
-key of its own, `fold_in(key(seed), step)`: what a row gets never depends on the rows
-beside it.
+The logits of tokens that a row holds already are penalised; the row is scaled by
+1 / temperature, cut to its top-k tokens, cut again to the smallest set of tokens whose
+probability reaches top-p, cut to those at least min-p times as probable as the first,
+and sampled by the Gumbel trick with a key of its own, `fold_in(key(seed), step)`: what a
+row gets never depends on the rows beside it.
 
-Both cuts keep the tokens above a threshold, which a binary search over the 32 bits of
+Top-k and top-p keep the tokens above a threshold, which a binary search over the 32 bits of
 a float32 finds: 32 passes over the logits instead of a sort of the vocabulary, and k
 and p may be traced, so that a new setting compiles nothing. Tokens that tie with the
 last one kept are kept too. All in float32.
+
+Sources: top-p is arXiv 1904.09751, min-p arXiv 2407.01082, the penalty arXiv 1909.05858,
+section 4.1.
 """
 
 import dataclasses
@@ -27,15 +31,20 @@ class Sampling:
     """How the next token is chosen.
 
     Example: `Sampling(temperature=0.7, top_p=0.95)`; `Sampling(temperature=0)` is
-    greedy. A pytree: under `jax.jit` the numbers are traced, and only whether `top_k`
-    and `top_p` are None is static.
+    greedy. A pytree: under `jax.jit` the numbers are traced, and only which of them are
+    None is static.
 
     Attributes:
       temperature: at least 0; the logits are divided by it. 0 takes the most probable
-        token, whatever `top_k` and `top_p` say.
+        token, whatever `top_k`, `top_p` and `min_p` say.
       top_k: how many of the most probable tokens may be chosen, at least 1, or None.
       top_p: in (0, 1]: only the most probable tokens that together reach this
         probability (after temperature and top-k) may be chosen, or None.
+      min_p: in [0, 1]: only tokens at least this times as probable as the most probable
+        one (after temperature) may be chosen, or None.
+      repetition_penalty: greater than 0: the logits of the tokens that the prompt or
+        the text so far holds are divided by it where positive and multiplied by it
+        where negative (above 1 discourages them), or None.
 
     Raises:
       ValueError: a number out of its range.
@@ -44,6 +53,8 @@ class Sampling:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
 
     def __post_init__(self):
         if not _is_number(self.temperature) or not 0 <= self.temperature < float("inf"):
@@ -65,12 +76,26 @@ class Sampling:
             raise ValueError(
                 f"top_p: expected a number in (0, 1] or None, got {self.top_p!r}"
             )
+        if self.min_p is not None and (
+            not _is_number(self.min_p) or not 0 <= self.min_p <= 1
+        ):
+            raise ValueError(
+                f"min_p: expected a number in [0, 1] or None, got {self.min_p!r}"
+            )
+        penalty = self.repetition_penalty
+        if penalty is not None and (
+            not _is_number(penalty) or not 0 < penalty < float("inf")
+        ):
+            raise ValueError(
+                "repetition_penalty: expected a finite number above 0 or None, got "
+                f"{penalty!r}"
+            )
         # One Python type each: 1 and 1.0 would be two programs under jax.jit.
-        object.__setattr__(self, "temperature", float(self.temperature))
-        if self.top_k is not None:
-            object.__setattr__(self, "top_k", int(self.top_k))
-        if self.top_p is not None:
-            object.__setattr__(self, "top_p", float(self.top_p))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                kind = int if field.name == "top_k" else float
+                object.__setattr__(self, field.name, kind(value))
 
 
 def _is_number(value) -> bool:
@@ -78,7 +103,8 @@ def _is_number(value) -> bool:
 
 
 def _flatten(sampling):
-    return (sampling.temperature, sampling.top_k, sampling.top_p), None
+    fields = dataclasses.fields(Sampling)
+    return tuple(getattr(sampling, field.name) for field in fields), None
 
 
 def _unflatten(_, children):
@@ -113,17 +139,27 @@ def row_keys(seeds: jax.Array, steps: jax.Array) -> jax.Array:
     return jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s), i))(seeds, steps)
 
 
-def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
+def sample(
+    logits: jax.Array,
+    keys: jax.Array,
+    sampling: Sampling,
+    seen: jax.Array | None = None,
+) -> jax.Array:
     """Chooses a token for every row.
 
     Args:
       logits: [B, V] float32.
       keys: typed key array [B], one for each row (see `row_keys`).
       sampling: how to choose.
+      seen: bool [B, V], the tokens of each row so far; needed for a repetition penalty
+        alone.
 
     Returns:
       int32 [B].
     """
+    if sampling.repetition_penalty is not None:
+        assert seen is not None, "a repetition penalty needs the tokens so far"
+        logits = penalize(logits, seen, sampling.repetition_penalty)
 
     def greedy():
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -137,12 +173,29 @@ def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     return jax.lax.cond(sampling.temperature > 0, draw, greedy)
 
 
+def penalize(
+    logits: jax.Array, seen: jax.Array, penalty: float | jax.Array
+) -> jax.Array:
+    """Makes tokens that were seen less likely (or, below 1, more likely).
+
+    Args:
+      logits: [B, V] float32.
+      seen: bool [B, V].
+      penalty: greater than 0.
+
+    Returns:
+      [B, V] float32: where seen, a positive logit divided, a negative one multiplied.
+    """
+    penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    return jnp.where(seen, penalized, logits)
+
+
 def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Cuts each row to its top-k, then to its top-p.
+    """Cuts each row to its top-k, then to its top-p, then to its min-p.
 
     Args:
       logits: [B, V] float32, already divided by the temperature.
-      sampling: its `top_k` and `top_p` are used.
+      sampling: its `top_k`, `top_p` and `min_p` are used.
 
     Returns:
       [B, V] float32: -inf where a token is cut, else unchanged.
@@ -151,6 +204,9 @@ def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
         logits = _keep_top(logits, jnp.ones_like(logits), sampling.top_k)
     if sampling.top_p is not None:
         logits = _keep_top(logits, jax.nn.softmax(logits, axis=-1), sampling.top_p)
+    if sampling.min_p is not None:
+        lowest = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(sampling.min_p)
+        logits = jnp.where(logits >= lowest, logits, -jnp.inf)
     return logits
 
 

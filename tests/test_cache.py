@@ -4,8 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+from recurrentgemma import Runtime
 from recurrentgemma import cache as cache_lib
 from tests.models import forward, random_model, random_tokens, tiny_config
+from tests.tolerances import assert_close
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,63 @@ def test_bad_rows(cache, model):
     other = random_model(tiny_config(attention_window=5)).init_cache(1)
     with pytest.raises(ValueError, match=r"caches\[1\] does not fit"):
         cache_lib.concatenate([cache, other])
+
+
+PATTERNS = [("recurrent", "recurrent", "local_attention"), ("global_attention",)]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids="-".join)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rewinding_is_as_if_the_tokens_had_not_come(pattern, dtype):
+    """Read, take back, read on: logits and cache, from rows of every length."""
+    config, most = tiny_config(block_pattern=pattern), 4
+    model = random_model(config, runtime=Runtime(compute_dtype=dtype))
+    tokens = random_tokens((5, 60))
+    lengths = np.array([0, 1, 5, 7, 40])
+    steps = np.arange(40)[None]
+    start = np.where(steps < lengths[:, None], steps, -1)
+    empty = model.init_cache(5, capacity=64)
+    plain = forward(model, tokens[:, :40], start, empty)[1]
+    cache = cache_lib.make_rewindable(plain, config, most)
+    for round_, counts in enumerate(([0, 4, 1, 2, 3], [4, 4, 4, 0, 1], [0] * 5)):
+        counts = np.array(counts)
+        chunk = random_tokens((5, 5), seed=round_)
+        steps = np.arange(5)[None]
+        positions = np.asarray(plain.next_position)[:, None] + steps
+        logits, cache = forward(model, chunk, positions, cache)
+        cache = cache_lib.rewind(cache, counts)
+        kept = np.where(steps < 5 - counts[:, None], positions, -1)
+        expected, plain = forward(model, chunk, kept, plain)
+        is_kept = (kept >= 0)[..., None]
+        assert_close(
+            np.where(is_kept, logits, 0),
+            np.where(is_kept, expected, 0),
+            "logits",
+            dtype,
+        )
+    again = cache_lib.make_rewindable(cache, config, 0)
+    assert jax.tree.structure(again) == jax.tree.structure(plain)
+    np.testing.assert_array_equal(again.next_position, plain.next_position)
+    np.testing.assert_array_equal(again.key_positions, plain.key_positions)
+    logits, _ = forward(model, tokens[:, 40:], None, again)
+    expected, _ = forward(model, tokens[:, 40:], None, plain)
+    assert_close(logits, expected, "logits", dtype)
+
+
+def test_growing_makes_room_and_changes_nothing():
+    config = tiny_config(block_pattern=("global_attention", "recurrent"))
+    model = random_model(config)
+    tokens = random_tokens((2, 60))
+    positions = np.array([[*range(30)], [*range(9), *[-1] * 21]])
+    cache = forward(model, tokens[:, :30], positions, model.init_cache(2, capacity=30))
+    grown = cache_lib.grow(cache[1], config, 64)
+    assert grown.global_key_positions.shape == (2, 64)
+    large = forward(model, tokens[:, :30], positions, model.init_cache(2, capacity=64))
+    logits, _ = forward(model, tokens[:, 30:], None, grown)
+    expected, _ = forward(model, tokens[:, 30:], None, large[1])
+    assert_close(logits, expected, "logits")
+    local = random_model(tiny_config()).init_cache(2)
+    assert cache_lib.grow(local, tiny_config(), 64) is local
 
 
 @pytest.mark.parametrize(

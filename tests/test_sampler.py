@@ -1,3 +1,4 @@
+import itertools
 import json
 import pathlib
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from recurrentgemma import decoding
+from recurrentgemma import decoding, reading
 from recurrentgemma import sampling as sampling_lib
 from recurrentgemma.config import GriffinConfig
 from recurrentgemma.griffin import Griffin
@@ -24,6 +25,7 @@ END = 1
 GREEDY = Sampling(0, top_k=9, top_p=0.9)
 PLAIN = Sampling(1, top_k=1000, top_p=1.0)
 FILTERED = Sampling(2, top_k=20, top_p=0.9)
+PENALIZED = Sampling(1.2, min_p=0.02, repetition_penalty=1.5)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +94,7 @@ def test_golden_case(case, sampler, golden_data):
     stops = case["end_sampling_at_eos_token"]
     samples = [None] * len(prompts)
     if steps:
-        samples = sampler.generate_tokens(
+        samples = sampler(
             prompts,
             max_new_tokens=steps,
             sampling=GREEDY,
@@ -122,7 +124,7 @@ def test_golden_case(case, sampler, golden_data):
 
 
 def test_text_of_a_call(sampler):
-    """The text is the tokens' without the end token; echo puts the prompt before."""
+    """The text is the tokens' without the end token."""
     case = next(case for case in CASES if case["name"] == "alone_0")
     [prompt] = case["prompts"]
     settings = {"max_new_tokens": 40, "sampling": GREEDY, "end_tokens": [END]}
@@ -130,9 +132,6 @@ def test_text_of_a_call(sampler):
     assert sample.ended and sample.tokens[-1] == END
     assert sample.text == sampler.tokenizer.decode(sample.tokens[:-1])
     assert case["text"][0].startswith(sample.text)
-    [echoed] = sampler([prompt], echo=True, return_logits=True, **settings)
-    assert echoed.text == prompt + sample.text
-    assert echoed.tokens == sample.tokens
     probability = jax.nn.log_softmax(sample.logits)
     np.testing.assert_allclose(
         sample.log_probs,
@@ -148,9 +147,9 @@ def test_text_of_a_call(sampler):
 def test_stream_is_the_call_in_pieces(sampler, settings):
     for seed in range(3):
         request = {"max_new_tokens": 90, "sampling": settings, "seed": seed}
-        [sample] = sampler(["The ferry"], echo=True, **request)
-        pieces = list(sampler.stream("The ferry", echo=True, **request))
-        assert all(pieces) and pieces[0] == "The ferry"
+        [sample] = sampler(["The ferry"], **request)
+        pieces = list(sampler.stream("The ferry", **request))
+        assert all(pieces) and len(pieces) > 1
         assert "".join(pieces) == sample.text
 
 
@@ -175,40 +174,135 @@ def test_empty_prompt_starts_from_the_begin_token(sampler):
 
 
 def test_an_end_token_that_comes_first_ends_the_row(tiny):
-    free = tiny.generate_tokens(
-        [[2, 3, 4]], max_new_tokens=5, sampling=GREEDY, end_tokens=[]
-    )[0]
+    free = tiny([[2, 3, 4]], max_new_tokens=5, sampling=GREEDY, end_tokens=[])[0]
     first = free.tokens[0]
     assert len(free.tokens) == 5 and not free.ended
-    [sample] = tiny.generate_tokens(
-        [[2, 3, 4]], max_new_tokens=5, sampling=GREEDY, end_tokens=[first]
-    )
+    [sample] = tiny([[2, 3, 4]], max_new_tokens=5, sampling=GREEDY, end_tokens=[first])
     assert sample.tokens == [first] and sample.ended
     assert sample.log_probs.shape == (1,)
 
 
-@pytest.mark.parametrize("settings", [GREEDY, PLAIN, FILTERED], ids=str)
+@pytest.mark.parametrize("settings", [GREEDY, PLAIN, FILTERED, PENALIZED], ids=str)
 def test_a_row_in_a_batch_is_what_it_is_alone(tiny, settings):
     """Other rows longer, shorter, of one token, ended early: nothing shows."""
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 60, n).tolist() for n in (1, 2, 23, 150)]
     request = {"max_new_tokens": 70, "sampling": settings}
     seeds = [5, 5, 7, 1]
-    free = tiny.generate_tokens(prompts, seed=seeds, end_tokens=[], **request)
+    free = tiny(prompts, seed=seeds, end_tokens=[], **request)
     # Ends the second row early, and others where they happen to draw it.
     ends = [free[1].tokens[20]]
-    batch = tiny.generate_tokens(prompts, seed=seeds, end_tokens=ends, **request)
+    batch = tiny(prompts, seed=seeds, end_tokens=ends, **request)
     assert batch[1].ended and len(batch[1].tokens) <= 21
     for prompt, seed, together in zip(prompts, seeds, batch, strict=True):
-        [alone] = tiny.generate_tokens([prompt], seed=seed, end_tokens=ends, **request)
+        [alone] = tiny([prompt], seed=seed, end_tokens=ends, **request)
         assert together.tokens == alone.tokens
         np.testing.assert_allclose(together.log_probs, alone.log_probs, atol=1e-5)
 
 
+@pytest.mark.parametrize("settings", [GREEDY, PLAIN, FILTERED, PENALIZED], ids=str)
+def test_a_row_in_a_refilled_batch_is_what_it_is_alone(tiny, settings):
+    """Seven prompts through two slots, their lengths and limits all different."""
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, 60, n).tolist() for n in (5, 40, 1, 130, 2, 17, 60)]
+    limits = [30, 3, 70, 1, 9, 65, 20]
+    ends = {"end_tokens": [11], "sampling": settings}
+    together = tiny(prompts, max_new_tokens=limits, batch_size=2, seed=4, **ends)
+    assert any(sample.ended for sample in together) or settings == GREEDY
+    for i, sample in enumerate(together):
+        assert sample.prompt_tokens == prompts[i]
+        [alone] = tiny([prompts[i]], max_new_tokens=limits[i], seed=4 + i, **ends)
+        assert sample.tokens == alone.tokens and sample.ended == alone.ended
+        np.testing.assert_allclose(sample.log_probs, alone.log_probs, atol=1e-5)
+
+
+def test_refilling_grows_a_global_cache():
+    """The later prompt needs more room than the slots were made with."""
+    model = _model(block_pattern=("global_attention", "recurrent"), num_layers=2)
+    sampler = Sampler(model, compile_ahead=False)
+    rng = np.random.default_rng(4)
+    prompts = [rng.integers(0, 60, n).tolist() for n in (5, 9, 300, 4)]
+    request = {"max_new_tokens": 12, "end_tokens": [], "sampling": PLAIN}
+    together = sampler(prompts, batch_size=2, **request)
+    for i, sample in enumerate(together):
+        [alone] = sampler([prompts[i]], seed=i, **request)
+        assert sample.tokens == alone.tokens
+
+
+def test_samples_of_one_prompt_read_it_once(tiny, monkeypatch):
+    """They are what the prompt gives with each seed; at most one reading a prompt."""
+    prompts = [[2, 3, 4] * 20, [7]]
+    request = {"max_new_tokens": 15, "end_tokens": [], "sampling": PLAIN}
+    alone = tiny([prompts[0]] * 3 + [prompts[1]] * 3, seed=9, **request)
+    calls = []
+    read_chunk = decoding.read_chunk
+    monkeypatch.setattr(
+        reading,
+        "read_chunk",
+        lambda *args: calls.append(args[2].shape) or read_chunk(*args),
+    )
+    forked = tiny(prompts, num_samples=3, seed=9, **request)
+    assert [s.tokens for s in forked] == [s.tokens for s in alone]
+    assert calls == [(1, size) for size in decoding.plan_chunks(59)]
+    few = tiny(prompts, num_samples=3, seed=9, batch_size=2, **request)
+    assert [s.tokens for s in few] == [s.tokens for s in alone]
+
+
+def test_iterate_takes_prompts_as_it_needs_them(tiny):
+    """Endless prompts; what finishes is handed out while others are waiting."""
+    taken = []
+
+    def prompts():
+        for i in itertools.count():
+            taken.append(i)
+            yield [2, i % 60]
+
+    request = {"max_new_tokens": 4, "end_tokens": [], "sampling": PLAIN}
+    results = tiny.iterate(prompts(), batch_size=3, seed=5, **request)
+    first = [next(results) for _ in range(6)]
+    assert len(taken) <= 12
+    assert sorted(index for index, _ in first) == [0, 1, 2, 3, 4, 5]
+    for index, sample in first:
+        [alone] = tiny([[2, index]], seed=5 + index, **request)
+        assert sample.tokens == alone.tokens
+
+
+STOP = Sampling(1.0, top_k=1000, top_p=1.0)
+
+
+def test_a_stop_string_ends_a_row_and_is_cut_off(sampler):
+    """Wherever it falls among the tokens; the text is the free one's up to it."""
+    prompts = ["The ferry", "A", "Rain on"]
+    request = {"max_new_tokens": 90, "sampling": STOP, "end_tokens": []}
+    free = sampler(prompts, **request)
+    cuts = 0
+    for length in (1, 2, 3):
+        for start in (4, 11, 30):
+            stop = [sample.text[start : start + length] for sample in free]
+            # The bytes of what may yet become a character are held back.
+            if not all(stop) or "\ufffd" in "".join(stop):
+                continue
+            stopped = sampler(prompts, stop=stop, **request)
+            for before, after in zip(free, stopped, strict=True):
+                at = [before.text.find(s) for s in stop if s in before.text]
+                assert after.text == before.text[: min(at)]
+                assert after.ended and len(after.log_probs) == len(after.tokens)
+                assert before.tokens[: len(after.tokens)] == after.tokens
+                shown = sampler.tokenizer.decode(after.tokens)
+                assert any(s in shown for s in stop)
+                assert not any(
+                    s in sampler.tokenizer.decode(after.tokens[:-1]) for s in stop
+                )
+                cuts += 1
+    assert cuts >= 9
+    pieces = sampler.stream(prompts[0], stop=[free[0].text[30:33]], **request)
+    assert "".join(pieces) == free[0].text[: free[0].text.find(free[0].text[30:33])]
+
+
 def test_an_int_seed_counts_up_along_the_rows(tiny):
     request = {"max_new_tokens": 20, "end_tokens": [], "sampling": PLAIN}
-    counted = tiny.generate_tokens([[2]] * 4, seed=8, **request)
-    listed = tiny.generate_tokens([[2]] * 4, seed=[8, 9, 10, 11], **request)
+    counted = tiny([[2]] * 4, seed=8, **request)
+    listed = tiny([[2]] * 4, seed=[8, 9, 10, 11], **request)
     assert [s.tokens for s in counted] == [s.tokens for s in listed]
     assert len({tuple(s.tokens) for s in counted}) == 4
 
@@ -219,7 +313,7 @@ def test_decoding_equals_the_plain_forward(pattern):
     model = _model(block_pattern=(pattern,), num_layers=1)
     sampler = Sampler(model, compile_ahead=False)
     prompt = np.random.default_rng(1).integers(0, 60, 180).tolist()
-    [sample] = sampler.generate_tokens(
+    [sample] = sampler(
         [prompt],
         max_new_tokens=80,
         sampling=PLAIN,
@@ -252,9 +346,7 @@ def test_a_new_prompt_length_compiles_nothing():
 
     def generate(length, **settings):
         prompt = rng.integers(0, 60, length).tolist()
-        sampler.generate_tokens(
-            [prompt], max_new_tokens=2, end_tokens=[length % 60], **settings
-        )
+        sampler([prompt], max_new_tokens=2, end_tokens=[length % 60], **settings)
 
     generate(3, sampling=GREEDY)
     compiled = []
@@ -275,7 +367,7 @@ def test_a_new_prompt_length_compiles_nothing():
 def test_a_thousand_calls_leave_nothing_behind(tiny):
     def generate(i):
         prompt = [2] * (i % 40 + 1)
-        tiny.generate_tokens([prompt], max_new_tokens=3, sampling=PLAIN, end_tokens=[])
+        tiny([prompt], max_new_tokens=3, sampling=PLAIN, end_tokens=[])
 
     def count():
         programs = (decoding.new_cache, decoding.read_chunk, decoding.decode_block)
@@ -300,9 +392,7 @@ def test_arguments_are_not_invalidated_or_changed(tiny):
     prompts, seeds, ends = [[2, 3]], [4], [5]
     leaves = [np.array(leaf) for leaf in jax.tree.leaves(tiny.model)]
     for _ in range(2):
-        tiny.generate_tokens(
-            prompts, max_new_tokens=3, sampling=PLAIN, seed=seeds, end_tokens=ends
-        )
+        tiny(prompts, max_new_tokens=3, sampling=PLAIN, seed=seeds, end_tokens=ends)
     assert (prompts, seeds, ends) == ([[2, 3]], [4], [5])
     for leaf, now in zip(leaves, jax.tree.leaves(tiny.model), strict=True):
         np.testing.assert_array_equal(leaf, now)
@@ -312,16 +402,23 @@ def test_a_decode_step_copies_no_weights_and_no_cache():
     """The parameters are read where they lie, the cache is updated in place."""
     model = _model(vocab_size=3000, attention_window=2000)
     cache = decoding.new_cache(model, batch_size=2, capacity=None)
+    zeros = jnp.zeros(2, jnp.int32)
     state = decoding.DecodeState(
-        cache, jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.int32), jnp.zeros(2, bool)
+        cache=cache,
+        token=zeros,
+        seeds=zeros.astype(jnp.uint32),
+        steps=zeros,
+        limits=zeros,
+        done=zeros > 0,
+        seen=None,
     )
     program = decoding.decode_block.lower(
         model,
         state,
-        np.zeros(2, np.uint32),
         GREEDY,
         np.zeros(3000, bool),
         np.int32(8),
+        np.int32(2),
         keep_logits=False,
     ).compile()
     copies = [line for line in program.as_text().splitlines() if " copy(" in line]
@@ -331,7 +428,7 @@ def test_a_decode_step_copies_no_weights_and_no_cache():
 
 def test_progress_counts_the_prompt(tiny):
     calls = []
-    tiny.generate_tokens(
+    tiny(
         [[2] * 300],
         max_new_tokens=1,
         sampling=PLAIN,
@@ -345,23 +442,29 @@ def test_progress_counts_the_prompt(tiny):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"prompts": []}, "prompts: expected at least one"),
+        ({"prompts": []}, "prompts: expected a list of at least one, got none"),
         ({"prompts": [[2], []]}, r"prompts\[1\]: expected at least one token"),
         ({"prompts": [[2, 60]]}, r"prompts\[0\]: expected tokens in \[0, 60\), got 60"),
         ({"prompts": [[-1]]}, "got -1"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected .* at least 1, got 0"),
         ({"max_new_tokens": -3}, "max_new_tokens: .*got -3"),
         ({"max_new_tokens": 1.5}, "max_new_tokens: .*got 1.5"),
+        ({"max_new_tokens": [1, 2]}, "max_new_tokens: expected one for each of the 1"),
         ({"seed": [1, 2]}, "seed: expected one for each of the 1 rows, got 2"),
         ({"seed": -1}, "seed: expected"),
         ({"end_tokens": [60]}, "end_tokens: expected ids"),
         ({"end_tokens": None}, "end_tokens: expected a list"),
+        ({"num_samples": 0}, "num_samples: expected .* at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size: expected .* at least 1, got 0"),
+        ({"stop": [""]}, "stop: expected a list of strings, none of them empty"),
+        ({"stop": "x"}, "stop: expected a list of strings"),
+        ({"stop": ["x"]}, "tokenizer: expected one"),
     ],
 )
 def test_a_bad_argument_is_named(tiny, kwargs, message):
     good = {"prompts": [[2]], "max_new_tokens": 1, "end_tokens": []}
     with pytest.raises(ValueError, match=message):
-        tiny.generate_tokens(**{**good, **kwargs})
+        tiny(**{**good, **kwargs})
 
 
 def test_text_needs_a_tokenizer_that_fits(tiny, sampler):
@@ -369,7 +472,9 @@ def test_text_needs_a_tokenizer_that_fits(tiny, sampler):
         tiny(["text"])
     with pytest.raises(ValueError, match="tokenizer: expected at most the 60"):
         Sampler(tiny.model, sampler.tokenizer)
-    with pytest.raises(ValueError, match="prompts: expected a list of texts"):
+    with pytest.raises(
+        ValueError, match="prompts: expected a list of at least one, got 'text'"
+    ):
         sampler("text")
     with pytest.raises(ValueError, match="max_new_tokens"):
         sampler.stream("text", max_new_tokens=0)

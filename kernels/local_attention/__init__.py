@@ -11,7 +11,7 @@ from recurrentgemma.kernels.local_attention import blocked, reference, ring
 from recurrentgemma.kernels.local_attention.ring import KVCache
 
 IMPLEMENTATIONS = {"reference": reference.attend, "blocked": blocked.attend}
-PLATFORM_DEFAULTS = {"default": "blocked"}
+PLATFORM_DEFAULTS = {"default": ("blocked",)}
 
 
 def local_attention(
@@ -40,8 +40,8 @@ def local_attention(
       positions: int32 [B, T]. 0 starts a document, otherwise previous + 1, where the
         previous of the first token is the newest in the cache (an empty row may begin
         anywhere). -1 is padding, at the end of a row only; its output is finite.
-      cache: the tokens before the chunk, `window` slots (for global attention any
-        number, which the row's positions must stay below); None if there are none.
+      cache: the tokens before the chunk, at least `window` slots (for global attention
+        any number, which the row's positions must stay below); None if there are none.
       window: how many past keys a query sees; None is all of its document.
       scale: factor of the scores.
       soft_cap: scores become soft_cap * tanh(scores / soft_cap); None is no cap.
@@ -60,18 +60,9 @@ def local_attention(
     """
     _validate(q, k, v, positions, cache, window)
 
-    def attend(function):
-        def run(q, k, v, positions, cache):
-            return function(q, k, v, positions, cache, window, scale, soft_cap)
-
-        return run
-
-    implementations = {
-        name: attend(function) for name, function in IMPLEMENTATIONS.items()
-    }
     out = dispatch(
         "local_attention",
-        implementations,
+        IMPLEMENTATIONS,
         PLATFORM_DEFAULTS,
         implementation,
         q,
@@ -79,6 +70,9 @@ def local_attention(
         v,
         positions,
         cache,
+        window=window,
+        scale=scale,
+        soft_cap=soft_cap,
     )
     if cache is None:
         slots = k.shape[1] if window is None else window
@@ -120,7 +114,12 @@ def _validate(q, k, v, positions, cache, window):
         raise ValueError(f"window must be at least 1 or None; got {window}.")
     if cache is None:
         return
-    slots = cache.positions.shape[-1] if window is None else window
+    slots = cache.positions.shape[-1]
+    if window is not None and slots < window:
+        raise ValueError(
+            f"cache must have at least {window} slots, one for each past key that a "
+            f"query sees; got {slots}."
+        )
     for name, array, shape in (
         ("cache.keys", cache.keys, (batch, slots, *k.shape[2:])),
         ("cache.values", cache.values, (batch, slots, *k.shape[2:])),
@@ -128,6 +127,6 @@ def _validate(q, k, v, positions, cache, window):
     ):
         if array.shape != shape:
             raise ValueError(
-                f"{name} must have shape {shape} beside k {k.shape} and window "
-                f"{window}; got {array.shape}."
+                f"{name} must have shape {shape} beside k {k.shape} and {slots} "
+                f"positions; got {array.shape}."
             )

@@ -122,7 +122,7 @@ def _visible_range(positions, cached, front, window):
 def _group_blocks(blocks, block, front, window):
     keys = front + blocks * block
     span = keys if window is None else min(window + block, keys)
-    growing = min((span - front) // block, blocks)
+    growing = max(min((span - front) // block, blocks), 0)
     if growing == 1:
         growing = 0
     bounds = sorted({growing * i // GROWING_GROUPS for i in range(GROWING_GROUPS + 1)})

@@ -1,12 +1,13 @@
 """What this machine's arithmetic and memory allow: the ceiling beside each figure.
 
 Prefill and training are bound by matrix products, decode by reading every parameter
-once a step. The two rates are measured here with the model's own shapes; what the model
-needs comes from `recurrentgemma.cost`.
+once a step. The rates are those of XLA's own products here, of the model's shapes and
+over more memory than any cache holds; what the model needs comes from
+`recurrentgemma.cost`.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,14 @@ from recurrentgemma.config import GriffinConfig
 ROWS = 1024
 """Rows of the matrix product: a chunk of prefill."""
 REPETITIONS = 10
+WORKING_SET_BYTES = 1 << 28
+"""Of the weights that a few rows are multiplied with: as in decode, nothing stays in a
+cache until it is read again."""
 
 
-def rates(config: GriffinConfig) -> dict[str, float]:
-    """Best of several matrix products (FLOP/s) and matrix-vector products (bytes/s)."""
+def rates(config: GriffinConfig, batches: Sequence[int]) -> dict[str, float]:
+    """Best of several matrix products (FLOP/s), and of products of as many rows as each
+    batch has with weights that come from memory (bytes/s)."""
     rng = np.random.default_rng(0)
 
     def matrix(*shape: int) -> jax.Array:
@@ -31,10 +36,21 @@ def rates(config: GriffinConfig) -> dict[str, float]:
     product = jax.jit(jnp.matmul)
     x, w = matrix(ROWS, config.width), matrix(config.width, config.mlp_width)
     flops = 2 * ROWS * w.size / _best_seconds(lambda: product(x, w))
-    row, embedding = matrix(1, config.width), matrix(config.vocab_size, config.width)
-    score = jax.jit(lambda row, embedding: row @ embedding.T)
-    bandwidth = embedding.nbytes / _best_seconds(lambda: score(row, embedding))
-    return {"matmul_flops_per_s": flops, "matvec_bytes_per_s": bandwidth}
+
+    count = WORKING_SET_BYTES // w.nbytes
+    weights = [matrix(config.width, config.mlp_width) for _ in range(count)]
+
+    @jax.jit
+    def read_all(x, weights):
+        for w in weights:
+            x = jnp.tanh(x @ w)[:, : config.width]
+        return x
+
+    measured = {"matmul_flops_per_s": flops}
+    for batch in batches:
+        seconds = _best_seconds(lambda rows=x[:batch]: read_all(rows, weights))
+        measured[f"read_{batch}_rows_bytes_per_s"] = count * w.nbytes / seconds
+    return measured
 
 
 def limits(config: GriffinConfig, plan: Plan, measured: dict[str, float]) -> dict:
@@ -55,7 +71,7 @@ def limits(config: GriffinConfig, plan: Plan, measured: dict[str, float]) -> dic
     ceilings[f"train step {plan.train_length}"] = train
     for batch in plan.decode_batches:
         moved = cost.decode_bytes(config, batch, dtype=jnp.float32)
-        steps_per_s = measured["matvec_bytes_per_s"] / moved
+        steps_per_s = measured[f"read_{batch}_rows_bytes_per_s"] / moved
         ceilings[f"decode, batch {batch}"] = batch * steps_per_s
     return ceilings
 

@@ -84,7 +84,7 @@ def run(
         findings += agreement.check_generation(workers, plan)
         findings += agreement.check_loss(workers, plan, window)
         _report(f"All agree: {len(findings)} comparisons.")
-        measured = rates(config)
+        measured = rates(config, plan.decode_batches)
         for measure in measures(plan):
             results.append(compare(measure, workers))
             _report(table(results[-1:]))

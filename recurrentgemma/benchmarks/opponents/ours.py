@@ -56,7 +56,7 @@ class Opponent:
     def generate(self, batch: int, prompt: int, new_tokens: int) -> dict:
         rows = [[BOS, *row] for row in self.tokens[:batch, 1:prompt].tolist()]
         start = time.perf_counter()
-        samples = self.sampler.generate_tokens(
+        samples = self.sampler(
             rows,
             max_new_tokens=new_tokens,
             sampling=Sampling(temperature=0),

@@ -1,0 +1,187 @@
+"""A conversation on a kept prefix: each turn reads only what is new.
+
+The model has read everything said so far; that is its prefix, of one size however long
+the conversation is. A turn reads
+
+    <start_of_turn>user\\n{text}<end_of_turn>\\n<start_of_turn>model\\n
+
+and the answer to its <end_of_turn> is written behind it. The prefix before a turn is
+kept, so that the turn can be taken back.
+"""
+
+import collections
+import os
+import warnings
+from collections.abc import Iterator
+
+from recurrentgemma.prefix import Prefix
+from recurrentgemma.sampler import Sampler
+from recurrentgemma.sampling import Sampling
+from recurrentgemma.tokenizer import END_OF_TURN
+
+MAX_UNDO = 16
+"""Turns that can be taken back; each costs the memory of a prefix."""
+
+# A model that was taught to take turns ends this answer within a few words.
+_PROBE = "Reply with one word only: yes or no?"
+_PROBE_TOKENS = 16
+
+
+class Chat:
+    """A conversation with a model.
+
+    Example:
+      >>> chat = Chat(Sampler(*load("recurrentgemma-2b-it")))
+      >>> for piece in chat.stream("Who wrote Faust?"):
+      ...     print(piece, end="")
+      >>> print(chat.send("And when?"))
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        *,
+        system: str = "",
+        sampling: Sampling = Sampling(),
+        max_new_tokens: int = 1024,
+        seed: int = 0,
+    ):
+        """Reads nothing yet.
+
+        Args:
+          sampler: with the tokenizer of an instruction-tuned model. Another model gets
+            a warning at the first turn.
+          system: what the model is told first. These models know no system turn: it is
+            put before the text of the first user turn.
+          sampling: how tokens are chosen.
+          max_new_tokens: most tokens of an answer.
+          seed: of the first turn; later ones count up.
+
+        Raises:
+          ValueError: the tokenizer is missing or has no turn markers.
+        """
+        if sampler.tokenizer is None:
+            raise ValueError("sampler: expected one with a tokenizer, to chat")
+        self.sampler = sampler
+        self.system = system
+        self.sampling = sampling
+        self.max_new_tokens = max_new_tokens
+        self.seed = seed
+        self._tokenizer = sampler.tokenizer
+        self._end_of_turn = self._tokenizer.special_id(END_OF_TURN)
+        self._was_checked = False
+        self._prefix: Prefix | None = None
+        self._earlier: collections.deque[Prefix | None] = collections.deque(
+            maxlen=MAX_UNDO
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the conversation in tokens."""
+        return 0 if self._prefix is None else int(self._prefix.num_tokens[0])
+
+    def send(self, text: str) -> str:
+        """Says something; returns the whole answer. See `stream`."""
+        return "".join(self.stream(text))
+
+    def stream(self, text: str) -> Iterator[str]:
+        """Says something; yields the answer as it comes.
+
+        The turn counts once the answer is complete: if the iterator is left before its
+        end, the conversation is as it was.
+
+        Args:
+          text: what the user says.
+
+        Raises:
+          ValueError: the text is empty or not valid UTF-8.
+        """
+        if not text.strip():
+            raise ValueError("text: expected something to say, got nothing")
+        self._check_model()
+        stream = self.sampler.stream(
+            self._turn(text),
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+            seed=self.seed,
+            prefix=self._prefix,
+        )
+
+        def pieces():
+            yield from stream
+            self._earlier.append(self._prefix)
+            self._prefix = stream.prefix()
+            self.seed += 1
+
+        return pieces()
+
+    def undo(self) -> None:
+        """Takes the last turn back, text and answer.
+
+        Raises:
+          ValueError: there is none, or it is too long ago.
+        """
+        if not self._earlier:
+            raise ValueError("There is no turn to take back.")
+        self._prefix = self._earlier.pop()
+
+    def reset(self) -> None:
+        """Forgets the conversation."""
+        self._prefix = None
+        self._earlier.clear()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the conversation as a prefix file.
+
+        Raises:
+          ValueError: nothing was said yet, or the file cannot be written.
+        """
+        if self._prefix is None:
+            raise ValueError("There is nothing to save: nothing was said yet.")
+        self._prefix.save(path)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Continues a saved conversation, or any text that was read, instead of this.
+
+        Raises:
+          ValueError: see `Prefix.load`; the conversation is then as it was.
+        """
+        prefix = Prefix.load(path, self.sampler.model)
+        if prefix.batch_size != 1:
+            raise ValueError(f"{path} holds {prefix.batch_size} texts; expected one.")
+        self._earlier.append(self._prefix)
+        self._prefix = prefix
+
+    def _turn(self, text: str) -> list[int]:
+        """The tokens of a turn, behind those of the conversation."""
+        if self._prefix is None:
+            return self._tokenizer.format_turn(
+                f"{self.system}\n\n{text}" if self.system else text
+            )
+        # An answer that was cut off, or a text that is no conversation, ends here.
+        ended = self._prefix.last_token[0] == self._end_of_turn
+        return [
+            *([] if ended else [self._end_of_turn]),
+            *self._tokenizer.encode("\n", add_bos=False),
+            *self._tokenizer.format_turn(text, add_bos=False),
+        ]
+
+    def _check_model(self) -> None:
+        """Warns, once, of a model that was not taught to take turns."""
+        if self._was_checked:
+            return
+        self._was_checked = True
+        probe = self.sampler.stream(
+            self._tokenizer.format_turn(_PROBE),
+            max_new_tokens=_PROBE_TOKENS,
+            sampling=Sampling(temperature=0),
+            end_tokens=[self._end_of_turn],
+        )
+        for _ in probe:
+            pass
+        if not probe.ended:
+            warnings.warn(
+                "This model does not end its turns: it seems to be pretrained only, not "
+                "instruction-tuned, and will continue the text rather than answer.",
+                stacklevel=3,
+            )

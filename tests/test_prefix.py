@@ -1,0 +1,318 @@
+"""A prefix is what was read: continued, saved, forked, it gives what the text gives."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from recurrentgemma import Runtime, reading
+from recurrentgemma import prefix as prefix_lib
+from recurrentgemma.prefix import Prefix
+from recurrentgemma.sampler import Sampler
+from recurrentgemma.sampling import Sampling
+from tests.golden_models import load_golden
+from tests.models import random_model, tiny_config
+from tests.test_sampler import GOLDEN, Tokenizer, assert_close
+
+SETTINGS = [
+    Sampling(0),
+    Sampling(0.9, top_k=30, top_p=0.95, min_p=0.01, repetition_penalty=1.3),
+]
+PATTERNS = [("recurrent", "local_attention"), ("global_attention", "recurrent")]
+VOCAB = 61
+
+
+@pytest.fixture(scope="module", params=PATTERNS, ids="-".join)
+def sampler(request):
+    config = tiny_config(block_pattern=request.param, vocab_size=VOCAB)
+    return Sampler(random_model(config), compile_ahead=False)
+
+
+@pytest.fixture(scope="module")
+def text_sampler():
+    tokenizer = Tokenizer(GOLDEN / "tokenizer.model")
+    return Sampler(load_golden(GOLDEN), tokenizer, compile_ahead=False)
+
+
+def _tokens(count, seed=0):
+    return np.random.default_rng(seed).integers(0, VOCAB, count).tolist()
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=["greedy", "all"])
+@pytest.mark.parametrize("read", [1, 17, 150])
+def test_continuing_is_as_if_there_were_no_break(sampler, settings, read):
+    """For every split: also before the first and after the last token."""
+    tokens = _tokens(150)
+    request = {"max_new_tokens": 20, "sampling": settings, "end_tokens": [], "seed": 3}
+    [whole] = sampler([tokens], **request)
+    prefix = sampler.prefill(tokens[:read])
+    assert prefix.num_tokens.tolist() == [read]
+    [after] = sampler([tokens[read:]], prefix=prefix, **request)
+    assert after.tokens == whole.tokens
+    [again] = sampler([tokens[read:]], prefix=prefix, **request)
+    assert again.tokens == whole.tokens, "the prefix was changed by its use"
+
+
+def test_extending_reads_on(sampler):
+    tokens = _tokens(300)
+    once = sampler.prefill(tokens)
+    parts = None
+    for start, stop in itertools.pairwise((0, 1, 2, 40, 299, 300)):
+        parts = sampler.prefill(tokens[start:stop], prefix=parts)
+    assert parts.num_tokens.tolist() == [300] and parts.last_token == tokens[-1]
+    np.testing.assert_array_equal(parts.seen, once.seen)
+    request = {"max_new_tokens": 10, "sampling": SETTINGS[1], "end_tokens": []}
+    [a], [b] = (sampler([[]], prefix=p, **request) for p in (once, parts))
+    assert a.tokens == b.tokens
+
+
+def test_a_stream_of_tokens_is_read_piece_by_piece(sampler, monkeypatch):
+    monkeypatch.setattr(reading, "PIECE_TOKENS", 64)
+    tokens = _tokens(500)
+    taken = []
+
+    def stream():
+        for token in tokens:
+            taken.append(token)
+            yield token
+
+    seen = []
+    progress = lambda read, total: seen.append((read, total, len(taken)))
+    streamed = sampler.prefill(stream(), progress=progress)
+    assert all(total is None for _, total, _ in seen)
+    assert all(ahead - read <= 65 for read, _, ahead in seen)
+    plain = sampler.prefill(tokens)
+    for a, b in zip(
+        jax.tree.leaves(streamed.cache), jax.tree.leaves(plain.cache), strict=True
+    ):
+        if a.shape == b.shape:
+            assert_close(a, b, "caches")
+    request = {"max_new_tokens": 10, "sampling": SETTINGS[0], "end_tokens": []}
+    [a], [b] = (sampler([[]], prefix=p, **request) for p in (streamed, plain))
+    assert a.tokens == b.tokens
+
+
+def test_one_prefix_answers_many_questions(sampler):
+    """Forked over a batch, also through fewer slots; nothing of it is read again."""
+    text = _tokens(200)
+    prefix = sampler.prefill(text)
+    questions = [_tokens(n, seed=n) for n in (3, 1, 30, 12, 7)]
+    request = {
+        "max_new_tokens": 12,
+        "sampling": SETTINGS[1],
+        "end_tokens": [],
+        "seed": 1,
+    }
+    read = []
+    progress = lambda done, total: read.append(total)
+    answers = sampler(questions, prefix=prefix, progress=progress, **request)
+    assert set(read) == {30}
+    refilled = sampler(questions, prefix=prefix, batch_size=2, **request)
+    for i, question in enumerate(questions):
+        [alone] = sampler([text + question], **{**request, "seed": 1 + i})
+        assert answers[i].tokens == refilled[i].tokens == alone.tokens
+
+
+def test_rows_are_taken_repeated_and_joined(sampler):
+    texts = [_tokens(n, seed=n) for n in (30, 90, 5)]
+    rows = [sampler.prefill(text) for text in texts]
+    joined = prefix_lib.concatenate(rows)
+    picked = joined.take([2, 0]).repeat(2)
+    assert picked.num_tokens.tolist() == [5, 5, 30, 30]
+    request = {"max_new_tokens": 8, "sampling": SETTINGS[1], "end_tokens": []}
+    seeds = [7, 8, 9, 10]
+    answers = sampler([[1]] * 4, prefix=picked, seed=seeds, **request)
+    for seed, which, answer in zip(seeds, (2, 2, 0, 0), answers, strict=True):
+        [alone] = sampler([[*texts[which], 1]], seed=seed, **request)
+        assert answer.tokens == alone.tokens
+
+
+def test_a_saved_prefix_continues_like_the_one_in_memory(sampler, tmp_path):
+    prefix = prefix_lib.concatenate([sampler.prefill(_tokens(n)) for n in (50, 70)])
+    path = tmp_path / "deep" / "text.prefix"
+    prefix.save(path)
+    prefix.take([0]).save(path)
+    prefix.save(path)
+    assert [file.name for file in path.parent.iterdir()] == ["text.prefix"]
+    loaded = Prefix.load(path, sampler.model)
+    for a, b in zip(
+        jax.tree.leaves(prefix.cache), jax.tree.leaves(loaded.cache), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    for name in ("last_token", "num_tokens", "seen"):
+        np.testing.assert_array_equal(getattr(prefix, name), getattr(loaded, name))
+        assert getattr(prefix, name).dtype == getattr(loaded, name).dtype
+    with safe_open(path, framework="numpy") as file:
+        assert file.metadata()["version"] == "1"
+
+
+def test_a_bfloat16_prefix_survives_its_file(tmp_path):
+    config = tiny_config(block_pattern=PATTERNS[0], vocab_size=VOCAB)
+    sampler = Sampler(
+        random_model(config, runtime=Runtime(compute_dtype="bfloat16")),
+        compile_ahead=False,
+    )
+    prefix = sampler.prefill(_tokens(40))
+    prefix.save(tmp_path / "p")
+    loaded = Prefix.load(tmp_path / "p", sampler.model)
+    for a, b in zip(
+        jax.tree.leaves(prefix.cache), jax.tree.leaves(loaded.cache), strict=True
+    ):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_prefix_has_one_size_unless_attention_is_global(sampler):
+    short, long = (sampler.prefill(_tokens(n)) for n in (10, 1500))
+    grows = "global_attention" in sampler.model.config.block_types
+    assert (long.num_bytes > short.num_bytes) == grows
+
+
+def _tune(model, name):
+    """The model with every parameter of a name changed a little."""
+
+    def change(path, leaf):
+        changed = name in jax.tree_util.keystr(path)
+        return leaf * 1.02 + 0.01 if changed else leaf
+
+    return jax.tree_util.tree_map_with_path(change, model)
+
+
+def test_only_the_model_that_read_it_may_use_it(sampler, tmp_path):
+    prefix = sampler.prefill(_tokens(20))
+    prefix.save(tmp_path / "p")
+    tuned = Sampler(_tune(sampler.model, "scale"), compile_ahead=False)
+    config = tiny_config(vocab_size=VOCAB, mlp_width=40)
+    other = Sampler(random_model(config), compile_ahead=False)
+    for stranger, why in ((tuned, "fine-tuned sibling"), (other, "another architect")):
+        with pytest.raises(ValueError, match=why):
+            Prefix.load(tmp_path / "p", stranger.model)
+        with pytest.raises(ValueError, match=why):
+            stranger([[1]], prefix=prefix, end_tokens=[])
+        with pytest.raises(ValueError, match=why):
+            stranger.prefill([1], prefix=prefix)
+
+
+def test_a_bad_file_is_refused(sampler, tmp_path):
+    path, model = tmp_path / "p", sampler.model
+    sampler.prefill(_tokens(20)).save(path)
+    good = path.read_bytes()
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata()
+    arrays = load_file(path)
+
+    def refused(match):
+        with pytest.raises(ValueError, match=match):
+            Prefix.load(path, model)
+
+    path.write_bytes(good[: len(good) // 2])
+    refused("damaged")
+    path.write_bytes(b"no such thing")
+    refused("no prefix, or a damaged one")
+    path.write_bytes(good[:-3] + bytes([good[-3] ^ 1]) + good[-2:])
+    refused("do not fit their digest")
+    save_file(arrays, path, {**metadata, "version": "2"})
+    refused("version 2 of the prefix format, which is newer")
+    save_file(arrays, path)
+    refused("not a prefix")
+    path.unlink()
+    refused("There is no prefix")
+
+
+def test_a_failed_save_leaves_what_was_there(sampler, tmp_path, monkeypatch):
+    path = tmp_path / "p"
+    prefix = sampler.prefill(_tokens(20))
+    path.write_bytes(b"mine")
+
+    def no_space(arrays, file, metadata):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prefix_lib, "save_file", no_space)
+    with pytest.raises(ValueError, match="No space left"):
+        prefix.save(path)
+    assert path.read_bytes() == b"mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_scores_are_the_plain_forwards(sampler):
+    """For any chunking: whole, after a prefix, token by token."""
+    tokens = _tokens(200)
+    logits = sampler.model.logits(sampler.model(np.array([tokens]))[0])[0, :-1]
+    expected = jax.nn.log_softmax(logits)[np.arange(199), np.array(tokens[1:])]
+    whole = sampler.score(tokens)
+    assert whole.tokens == tokens[1:]
+    assert_close(whole.log_probs, expected, "logits")
+    assert whole.prefix.num_tokens.tolist() == [200]
+    prefix, parts = None, []
+    for start, stop in itertools.pairwise((0, 1, 2, 19, 150, 200)):
+        score = sampler.score(tokens[start:stop], prefix=prefix)
+        prefix = score.prefix
+        parts.append(score.log_probs)
+    assert_close(np.concatenate(parts), expected, "logits")
+    assert whole.perplexity == pytest.approx(np.exp(-np.mean(expected)), rel=1e-4)
+    assert np.isnan(whole.bits_per_byte)
+
+
+def test_text_is_scored_in_bits_per_byte(text_sampler):
+    text = "Rain fell on the harbour – and on the ferry.\n"
+    score = text_sampler.score(text)
+    assert score.num_bytes == len(text.encode()) == len(text) + 2
+    assert score.tokens == text_sampler.tokenizer.encode(text, add_bos=False)
+    bits = -np.sum(score.log_probs) / np.log(2)
+    assert score.bits_per_byte == pytest.approx(bits / score.num_bytes, rel=1e-5)
+
+
+def test_an_endless_stream_is_scored_as_it_comes(text_sampler, monkeypatch):
+    monkeypatch.setattr(reading, "PIECE_TOKENS", 100)
+    lines = [f"line {i} of the harbour\n" for i in range(60)]
+    taken = []
+
+    def endless():
+        for i in itertools.count():
+            taken.append(i)
+            yield lines[i % 60]
+
+    scores = list(itertools.islice(text_sampler.score_stream(endless()), 5))
+    count = len(taken)
+    ids = [text_sampler.tokenizer.bos_id]
+    for i in range(count):
+        ids += text_sampler.tokenizer.encode(lines[i % 60], add_bos=False)
+    assert sum(score.num_bytes for score in scores) == sum(
+        len(lines[i % 60].encode()) for i in range(count)
+    )
+    plain = text_sampler.score(ids)
+    streamed = np.concatenate([score.log_probs for score in scores])
+    assert_close(streamed, plain.log_probs, "logits")
+    assert all(len(score.tokens) < 150 for score in scores)
+
+
+@pytest.mark.parametrize("empty", ["", [], iter(())])
+def test_nothing_to_read_is_an_error_except_after_the_begin_token(text_sampler, empty):
+    if empty == "":
+        assert text_sampler.prefill(empty).num_tokens.tolist() == [1]
+        assert text_sampler.score(empty).tokens == []
+    else:
+        with pytest.raises(ValueError, match="at least one token"):
+            text_sampler.prefill(empty)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda s, p: s.prefill([1, 999]), "token ids in"),
+        (lambda s, p: s.prefill([1.5]), "token ids in"),
+        (lambda s, p: s.prefill("text"), "tokenizer: expected one"),
+        (lambda s, p: s.prefill([1], prefix=p), "expected one row, got 2"),
+        (lambda s, p: s([[1]] * 3, prefix=p, end_tokens=[]), "expected 1 or 3 rows"),
+        (lambda s, p: p.take([2]), "rows must be"),
+        (lambda s, p: p.repeat(0), "at least 1"),
+        (lambda s, p: prefix_lib.concatenate([]), "at least one"),
+    ],
+)
+def test_a_bad_argument_is_named(sampler, call, match):
+    two = sampler.prefill([1, 2]).repeat(2)
+    with pytest.raises(ValueError, match=match):
+        call(sampler, two)
