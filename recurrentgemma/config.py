@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-BLOCK_TYPES = ("recurrent", "local_attention", "global_attention")
+BLOCK_TYPES = ("recurrent", "local_attention", "global_attention", "min_gru")
 
 _SIZES = (
     "vocab_size",
@@ -72,6 +72,9 @@ class GriffinConfig:
     """E, channels of the RG-LRU."""
     num_gate_blocks: int
     """Diagonal blocks of the RG-LRU gate matrices."""
+    complex_rg_lru: bool = False
+    """Whether the RG-LRU is complex (CG-LRU, Griffin paper, appendix B): the first half
+    of its channels holds real parts, the second half imaginary ones."""
     conv_width: int = 4
     """Taps of the causal convolution before the RG-LRU."""
     mlp_bias: bool = True
@@ -106,6 +109,11 @@ class GriffinConfig:
             raise ValueError(
                 f"lru_width ({self.lru_width}) must be a multiple of num_gate_blocks "
                 f"({self.num_gate_blocks})."
+            )
+        if self.complex_rg_lru and self.lru_width % (2 * self.num_gate_blocks):
+            raise ValueError(
+                f"lru_width ({self.lru_width}) must be a multiple of twice "
+                f"num_gate_blocks ({self.num_gate_blocks}) if complex_rg_lru is true."
             )
         for name in ("attention_soft_cap", "logits_soft_cap", "query_scale"):
             value = getattr(self, name)

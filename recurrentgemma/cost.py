@@ -21,17 +21,17 @@ def parameter_counts(config: GriffinConfig) -> dict[str, int]:
     """Parameters by part of the model.
 
     Returns:
-      embedding (V D, tied with the output), recurrent blocks, attention blocks, MLPs
-      and norms; the sum is the size of the model.
+      embedding (V D, tied with the output), recurrent blocks (of every kind), attention
+      blocks, MLPs and norms; the sum is the size of the model.
     """
-    types = config.block_types
-    num_recurrent = types.count("recurrent")
-    num_attention = config.num_layers - num_recurrent
+    mixers = {"recurrent blocks": 0, "attention blocks": 0}
+    for block_type in config.block_types:
+        part = "attention" if block_type in _ATTENTION else "recurrent"
+        mixers[f"{part} blocks"] += sum(_MIXER_PARAMETERS[block_type](config))
     norms = 1 + config.num_layers * (4 if config.post_norms else 2)
     return {
         "embedding": config.vocab_size * config.width,
-        "recurrent blocks": num_recurrent * sum(_recurrent_parameters(config)),
-        "attention blocks": num_attention * sum(_attention_parameters(config)),
+        **mixers,
         "MLPs": config.num_layers * sum(_mlp_parameters(config)),
         "norms": norms * config.width,
     }
@@ -63,9 +63,9 @@ def cache_bytes(
     """Bytes of the generation cache.
 
     A recurrent layer keeps its float32 state and the last conv_width - 1 inputs of its
-    convolution, a local-attention layer the keys and values of W tokens, whatever the
-    length of the text: 17.2 MB for recurrentgemma-2b in bfloat16. A global-attention
-    layer keeps the keys and values of `capacity` tokens.
+    convolution (a minGRU its state alone), a local-attention layer the keys and values
+    of W tokens, whatever the length of the text: 17.2 MB for recurrentgemma-2b in
+    bfloat16. A global-attention layer keeps the keys and values of `capacity` tokens.
 
     Args:
       config: the model.
@@ -86,7 +86,9 @@ def cache_bytes(
     key_value = 2 * config.num_kv_heads * config.head_dim * itemsize
     convolution = (config.conv_width - 1) * config.lru_width * itemsize
     row = _INT32_BYTES  # the position of the next token
-    row += types.count("recurrent") * (config.lru_width * _FLOAT32_BYTES + convolution)
+    state = config.lru_width * _FLOAT32_BYTES
+    row += types.count("recurrent") * (state + convolution)
+    row += types.count("min_gru") * state
     # The positions of the keys are shared by the layers that see the same ones.
     for block_type, slots in (
         ("local_attention", config.attention_window),
@@ -101,8 +103,8 @@ def forward_flops_per_token(config: GriffinConfig, length: int) -> float:
     """FLOPs of the forward pass with logits, a token, averaged over a sequence.
 
     2 for each matrix parameter (the embedding counts once, as the output projection),
-    2 for each tap of the convolution, 2 for each channel of the recurrence, and
-    4 N H for each key that a query sees: the score and the weighted sum.
+    2 for each tap of the convolution, 2 for each channel of the recurrence (4 if it is
+    complex), and 4 N H for each key that a query sees: the score and the weighted sum.
 
     Args:
       config: the model.
@@ -111,7 +113,11 @@ def forward_flops_per_token(config: GriffinConfig, length: int) -> float:
     _check_length(length)
     types = config.block_types
     flops = 2.0 * (_matrix_parameters(config) + config.vocab_size * config.width)
-    flops += types.count("recurrent") * 2 * config.lru_width * (config.conv_width + 1)
+    scan = 4 if config.complex_rg_lru else 2
+    flops += (
+        types.count("recurrent") * config.lru_width * (2 * config.conv_width + scan)
+    )
+    flops += types.count("min_gru") * config.lru_width * 2
     per_key = 4 * config.num_heads * config.head_dim
     for block_type, window in (
         ("local_attention", config.attention_window),
@@ -157,11 +163,19 @@ def decode_bytes(
 def _recurrent_parameters(config):
     """(matrices, the rest) of a recurrent block."""
     d, e = config.width, config.lru_width
-    gates = 2 * e * (e // config.num_gate_blocks)
+    # A complex RG-LRU has one gate value for the two parts of a number.
+    gated = e // 2 if config.complex_rg_lru else e
+    gates = 2 * e * (gated // config.num_gate_blocks)
     matrices = 2 * d * e + e * d + gates
-    biases = 2 * e + d + 2 * e
+    biases = 2 * e + d + 2 * gated
     convolution = (config.conv_width + 1) * e
-    return matrices, biases + convolution + e  # and a_param
+    return matrices, biases + convolution + e  # and a_param, a_imag_param
+
+
+def _min_gru_parameters(config):
+    """(matrices, the rest) of a minGRU block."""
+    d, e = config.width, config.lru_width
+    return 3 * d * e, 2 * e + d
 
 
 def _attention_parameters(config):
@@ -177,14 +191,18 @@ def _mlp_parameters(config):
     return 3 * config.width * config.mlp_width, biases if config.mlp_bias else 0
 
 
+_ATTENTION = ("local_attention", "global_attention")
+_MIXER_PARAMETERS = {
+    "recurrent": _recurrent_parameters,
+    "min_gru": _min_gru_parameters,
+    **dict.fromkeys(_ATTENTION, _attention_parameters),
+}
+
+
 def _matrix_parameters(config):
     """Parameters of all matrices but the embedding."""
-    num_recurrent = config.block_types.count("recurrent")
-    return (
-        num_recurrent * _recurrent_parameters(config)[0]
-        + (config.num_layers - num_recurrent) * _attention_parameters(config)[0]
-        + config.num_layers * _mlp_parameters(config)[0]
-    )
+    mixers = (_MIXER_PARAMETERS[kind](config)[0] for kind in config.block_types)
+    return sum(mixers) + config.num_layers * _mlp_parameters(config)[0]
 
 
 def _mean_keys(length, window):

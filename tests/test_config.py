@@ -6,7 +6,8 @@ import json
 import pytest
 
 from recurrentgemma import PRESETS, GriffinConfig, Runtime
-from recurrentgemma.config import find_preset
+from recurrentgemma.blocks import TEMPORAL_MIXERS
+from recurrentgemma.config import BLOCK_TYPES, find_preset
 from tests.models import tiny_config
 
 
@@ -44,6 +45,10 @@ def test_fingerprint_tells_architectures_apart():
         ({"block_pattern": ("convolution",)}, "convolution.*expected some of"),
         ({"num_heads": 3, "num_kv_heads": 2}, "multiple of num_kv_heads"),
         ({"num_gate_blocks": 5}, "multiple of num_gate_blocks"),
+        (
+            {"lru_width": 36, "num_gate_blocks": 4, "complex_rg_lru": True},
+            "multiple of twice num_gate_blocks",
+        ),
         ({"rope_fraction": 1.5}, "rope_fraction"),
         ({"logits_soft_cap": 0.0}, "logits_soft_cap must be positive or None"),
     ],
@@ -51,6 +56,10 @@ def test_fingerprint_tells_architectures_apart():
 def test_illegal_fields(fields, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**fields)
+
+
+def test_every_block_type_has_a_mixer():
+    assert set(TEMPORAL_MIXERS) == set(BLOCK_TYPES)
 
 
 def test_from_dict_names_fields():

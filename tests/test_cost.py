@@ -33,6 +33,8 @@ VARIANTS = {
     "all three": dataclasses.replace(
         TINY, block_pattern=("recurrent", "local_attention", "global_attention")
     ),
+    "complex": dataclasses.replace(TINY, complex_rg_lru=True),
+    "minGRU": dataclasses.replace(TINY, block_pattern=("min_gru", "local_attention")),
     "no biases, post norms": dataclasses.replace(
         TINY, attention_bias=False, mlp_bias=False, post_norms=True
     ),
@@ -139,13 +141,31 @@ def test_flops_against_a_count_by_hand():
     assert cost.train_flops_per_token(config, 1) == 3 * matrices
 
 
-def test_a_recurrent_model_costs_the_same_at_any_length():
-    config = VARIANTS["recurrent"]
+@pytest.mark.parametrize("name", ["recurrent", "complex", "minGRU"])
+def test_a_recurrent_model_costs_the_same_at_any_length(name):
+    config = dataclasses.replace(
+        VARIANTS[name], block_pattern=VARIANTS[name].block_pattern[:1]
+    )
     assert cost.forward_flops_per_token(config, 1) == cost.forward_flops_per_token(
         config, 10**8
     )
     with pytest.raises(ValueError, match="length: expected"):
         cost.forward_flops_per_token(config, 0)
+
+
+def test_flops_of_the_recurrences_against_a_count_by_hand():
+    real, of_complex, min_gru = (
+        cost.forward_flops_per_token(dataclasses.replace(TINY, num_layers=1, **f), 9)
+        for f in (
+            {"block_pattern": ("recurrent",)},
+            {"block_pattern": ("recurrent",), "complex_rg_lru": True},
+            {"block_pattern": ("min_gru",)},
+        )
+    )
+    # Gates half as large; a complex product and sum for each pair of channels.
+    assert of_complex - real == -2 * (18 * 18 // 3) + 2 * 18
+    # Neither gates nor convolution.
+    assert real - min_gru == 2 * (2 * 18 * 18 // 3) + 2 * 3 * 18
 
 
 def test_decode_moves_parameters_and_cache_once():

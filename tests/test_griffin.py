@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from recurrentgemma import Griffin, Runtime
+from recurrentgemma import Griffin, Runtime, load, save
 from recurrentgemma.griffin import stack_layers, unstack_layers
 from tests.golden_models import named_leaves
 from tests.models import WINDOW, forward, random_model, random_tokens, tiny_config
@@ -42,6 +42,10 @@ CONFIGS = {
         post_norms=True,
         query_scale=0.3,
     ),
+    "complex_hawk": tiny_config(
+        block_pattern=("recurrent",), num_layers=1, complex_rg_lru=True
+    ),
+    "min_gru": tiny_config(block_pattern=("min_gru",), num_layers=2),
 }
 parametrize_config = pytest.mark.parametrize("name", CONFIGS)
 property_test = hypothesis.settings(
@@ -153,7 +157,7 @@ def test_packed_document_is_the_document_alone(name, positions):
         assert_close(logits[0, : end - start], packed[row, start:end], "logits")
 
 
-@pytest.mark.parametrize("name", ["griffin", "gemma2"])
+@pytest.mark.parametrize("name", ["griffin", "gemma2", "min_gru"])
 @hypothesis.settings(property_test, max_examples=3)
 @hypothesis.given(positions=documents(), places=splits())
 def test_gradients_flow_through_the_cache(name, positions, places):
@@ -295,8 +299,9 @@ def test_causal_and_isolated_by_gradients(name):
     assert (influence[1] == 0).all()
 
 
-def test_cache_shapes_do_not_depend_on_the_text():
-    model = _model("griffin")
+@pytest.mark.parametrize("name", ["griffin", "complex_hawk", "min_gru"])
+def test_cache_shapes_do_not_depend_on_the_text(name):
+    model = _model(name)
     empty = jax.eval_shape(lambda: model.init_cache(BATCH))
     for length in (1, LENGTH):
         _, cache = jax.eval_shape(forward, model, random_tokens((BATCH, length)))
@@ -324,6 +329,16 @@ def test_stacked_layers_give_the_same_numbers(remat):
     stacked_gradient = unstack_layers(_plain_gradient(stacked, tokens, None, weights))
     for key, value in named_leaves(gradient).items():
         assert_close(named_leaves(stacked_gradient)[key], value, "gradient")
+
+
+@parametrize_config
+def test_native_checkpoints_round_trip(name, tmp_path):
+    model = _model(name)
+    save(tmp_path / "saved", model, None)
+    loaded, _ = load(tmp_path / "saved")
+    assert loaded.config == model.config
+    for key, value in named_leaves(model).items():
+        np.testing.assert_array_equal(named_leaves(loaded)[key], value)
 
 
 def test_unstack_undoes_stack():

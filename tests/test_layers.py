@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file
 
-from recurrentgemma import layers
+from recurrentgemma import Runtime, layers
 from recurrentgemma.blocks.mlp import GatedMLP
 from recurrentgemma.cache import Chunk
 from recurrentgemma.rotary import apply_rotary, rotary_tables
@@ -68,6 +69,52 @@ def _chunk(positions):
     positions = jnp.asarray(positions, jnp.int32)
     lengths = jnp.full(len(positions), positions.shape[1], jnp.int32)
     return Chunk(positions, lengths, positions[:, -1] + 1, None)
+
+
+@pytest.mark.parametrize("h0", ["no_h0", "with_h0"])
+@pytest.mark.parametrize("positions", ["continuing", "documents"])
+def test_complex_rg_lru(positions, h0):
+    data, params = load_data(FOLDER / "rglru_complex"), _params("rglru_complex")
+    unit = layers.ComplexRGLRU(24, 3, Runtime(), rngs=nnx.Rngs(0))
+    unit.a_param[...] = params["a_param"]
+    unit.a_imag_param[...] = params["a_imag_param"]
+    gates = {"a_gate": unit.recurrence_gate, "input_gate": unit.input_gate}
+    for name, gate in gates.items():
+        gate.kernel[...] = params[f"{name}/w"]
+        gate.bias[...] = params[f"{name}/b"]
+    chunk = _chunk(data[f"segment_pos_{positions}"])
+    start = data["h0"] if h0 == "with_h0" else np.zeros_like(data["h0"])
+
+    @jax.jit
+    def run(unit, x, start):
+        def loss(unit, x, start):
+            y, last = unit(x, chunk, start)
+            total = jnp.sum(y * data["cotangent_y"])
+            return total + jnp.sum(last * data["cotangent_last"]), (y, last)
+
+        return jax.grad(loss, (0, 1, 2), has_aux=True)(unit, x, start)
+
+    (grad_unit, grad_x, grad_start), (y, last) = run(unit, data["x"], start)
+    expected = {
+        name.split("/", 1)[1]: array
+        for name, array in data.items()
+        if name.startswith(f"{positions}_{h0}/")
+    }
+    assert_close(y, expected["y"], "layer")
+    assert_close(last, expected["last"], "cache")
+    gradients = {
+        "grad_x": grad_x,
+        "grad/a_param": grad_unit.a_param[...],
+        "grad/a_imag_param": grad_unit.a_imag_param[...],
+        "grad/a_gate/w": grad_unit.recurrence_gate.kernel[...],
+        "grad/a_gate/b": grad_unit.recurrence_gate.bias[...],
+        "grad/input_gate/w": grad_unit.input_gate.kernel[...],
+        "grad/input_gate/b": grad_unit.input_gate.bias[...],
+    }
+    if h0 == "with_h0":
+        gradients["grad_h0"] = grad_start
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected[name], "gradient")
 
 
 @pytest.mark.parametrize("width", [3, 4])

@@ -12,10 +12,12 @@ change and y must be finite; position 0 starts a document, which sees nothing be
 """
 
 from recurrentgemma.blocks.attention import GlobalAttentionBlock, LocalAttentionBlock
+from recurrentgemma.blocks.min_gru import MinGRUBlock
 from recurrentgemma.blocks.recurrent import RecurrentBlock
 
 TEMPORAL_MIXERS = {
     "recurrent": RecurrentBlock,
     "local_attention": LocalAttentionBlock,
     "global_attention": GlobalAttentionBlock,
+    "min_gru": MinGRUBlock,
 }

@@ -1,0 +1,213 @@
+"""The complex linear scan and the complex RG-LRU (CG-LRU), on real arrays.
+
+Complex numbers lie as in the checkpoints: the first half of the channels holds the real
+parts, the second half the imaginary ones.
+
+In a frame that turns with the decays a complex scan is a real one. With a_t = r_t
+exp(i p_t), P_t = p_0 + ... + p_t and h'_t = h_t exp(-i P_t),
+
+    h_t = a_t h_{t-1} + x_t        becomes        h'_t = r_t h'_{t-1} + x_t exp(-i P_t)
+
+so that every implementation of `linear_scan` serves, and padding, carried states and
+the derivative are as there. P_t is summed in fixed point, which wraps after a whole
+turn: no digit is lost over any number of steps.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from recurrentgemma.kernels.linear_scan import linear_scan
+from recurrentgemma.kernels.rg_lru.reference import (
+    DECAY_SCALE,
+    sqrt_bounded_derivative,
+)
+
+_UNITS_PER_RADIAN = 2**32 / (2 * math.pi)
+
+
+def complex_rg_lru(
+    x: jax.Array,
+    recurrence_logits: jax.Array,
+    input_logits: jax.Array,
+    a_param: jax.Array,
+    a_imag_param: jax.Array,
+    positions: jax.Array,
+    h0: jax.Array | None = None,
+    *,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`rg_lru` on complex numbers; the gates are real.
+
+    With r and i as there and
+    a_t = exp((-8 softplus(a_param) + 1j * a_imag_param) r_t):
+    y_t = a_t y_{t-1} + sqrt(1 - |a_t|^2) i_t x_t.
+
+    Args:
+      x: inputs [B, T, E], floating point: E / 2 real parts, then E / 2 imaginary ones.
+      recurrence_logits: the recurrence gate before its sigmoid [B, T, E / 2].
+      input_logits: the input gate before its sigmoid [B, T, E / 2].
+      a_param: Lambda of the paper [E / 2], float32.
+      a_imag_param: the phase of the decay at an open gate, in radians [E / 2], float32.
+      positions: int32 [B, T]; 0 starts a document, a negative one holds the state.
+      h0: state before the first step [B, E], float32; None is zero.
+      implementation: a name of `linear_scan.IMPLEMENTATIONS`; None picks by platform.
+
+    Returns:
+      y: [B, T, E] in x's dtype.
+      h_last: the state after the last step [B, E], float32.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit.
+      NotImplementedError: there is no such implementation.
+
+    Source: Griffin, arXiv 2402.19427, appendix B.
+    """
+    _check_width(x)
+    half = (*x.shape[:2], x.shape[2] // 2)
+    for name, array, shape in (
+        ("recurrence_logits", recurrence_logits, half),
+        ("input_logits", input_logits, half),
+        ("a_param", a_param, half[2:]),
+        ("a_imag_param", a_imag_param, half[2:]),
+        ("positions", positions, half[:2]),
+    ):
+        if array.shape != shape:
+            raise ValueError(
+                f"{name} must have shape {shape} beside x {x.shape}; got {array.shape}."
+            )
+    recurrence_gate = jax.nn.sigmoid(recurrence_logits.astype(jnp.float32))
+    input_gate = jax.nn.sigmoid(input_logits.astype(jnp.float32))
+    starts = (positions == 0)[..., None]
+    holds = (positions < 0)[..., None]
+    log_decay = -DECAY_SCALE * jax.nn.softplus(a_param.astype(jnp.float32))
+    log_radius = log_decay[None, None] * recurrence_gate
+    phase = a_imag_param.astype(jnp.float32)[None, None] * recurrence_gate
+    radius = jnp.exp(log_radius)
+    radius = jnp.where(starts, 0.0, jnp.where(holds, 1.0, radius))
+    phase = jnp.where(holds, 0.0, phase)
+    # 1 - |a|^2 in this form keeps its digits where |a| is close to 1.
+    multiplier = sqrt_bounded_derivative(-jnp.expm1(2.0 * log_radius))
+    multiplier = jnp.where(holds, 0.0, jnp.where(starts, 1.0, multiplier))
+    y, h_last = complex_linear_scan(
+        _scale(multiplier * input_gate, x.astype(jnp.float32)),
+        _join(radius * jnp.cos(phase), radius * jnp.sin(phase)),
+        h0,
+        implementation=implementation,
+    )
+    return y.astype(x.dtype), h_last
+
+
+def complex_linear_scan(
+    x: jax.Array,
+    a: jax.Array,
+    h0: jax.Array | None = None,
+    *,
+    reverse: bool = False,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`linear_scan` on complex numbers.
+
+    Args:
+      x: inputs [B, T, D], floating point: D / 2 real parts, then D / 2 imaginary ones.
+      a: decays [B, T, D], likewise.
+      h0: state before the first step [B, D], float32, likewise; None is zero.
+      reverse: run from the last step to the first.
+      implementation: a name of `linear_scan.IMPLEMENTATIONS`; None picks by platform.
+
+    Returns:
+      y: every state [B, T, D], in x's dtype.
+      h_last: the state after the last step taken [B, D], float32.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit, or D is odd.
+      NotImplementedError: there is no such implementation.
+    """
+    _check_width(x)
+    if a.shape != x.shape:
+        raise ValueError(f"a must have the shape of x, {x.shape}; got {a.shape}.")
+    if h0 is None:
+        h0 = jnp.zeros((x.shape[0], x.shape[2]), jnp.float32)
+    return _scan(x, a, h0, reverse, implementation)
+
+
+def _run(x, a, h0, reverse, implementation) -> tuple[jax.Array, jax.Array]:
+    real, imaginary = jnp.split(a.astype(jnp.float32), 2, axis=-1)
+    radius = jnp.hypot(real, imaginary)
+    # Rounded to pairs of units, because half a turn of single ones overflows an int32.
+    pairs = jnp.round(jnp.arctan2(imaginary, real) * (_UNITS_PER_RADIAN / 2))
+    total = jax.lax.cumsum(2 * pairs.astype(jnp.int32), axis=1, reverse=reverse)
+    angle = total.astype(jnp.float32) / _UNITS_PER_RADIAN
+    turn = _join(jnp.cos(angle), jnp.sin(angle))
+    y, h_last = linear_scan(
+        _multiply(_conjugate(turn), x.astype(jnp.float32)),
+        _join(radius, radius),
+        h0,
+        reverse=reverse,
+        implementation=implementation,
+    )
+    last_turn = turn[:, 0 if reverse else -1]
+    return _multiply(turn, y).astype(x.dtype), _multiply(last_turn, h_last)
+
+
+_scan = jax.custom_vjp(_run, nondiff_argnums=(3, 4))
+
+
+def _scan_forward(x, a, h0, reverse, implementation):
+    y, h_last = _scan(x, a, h0, reverse, implementation)
+    return (y, h_last), (a, h0, y)
+
+
+def _scan_backward(reverse, implementation, residuals, cotangents):
+    """As the real one's, with conjugates: the gradient of a product u v is conj(u)."""
+    a, h0, y = residuals
+    y_cotangent, last_cotangent = cotangents
+    decay = _conjugate(a)
+    one = jnp.ones_like(a[:, :1, : a.shape[2] // 2])
+    one = _join(one, jnp.zeros_like(one))
+    previous = h0.astype(y.dtype)[:, None]
+    if reverse:
+        decay = jnp.concatenate([one, decay[:, :-1]], axis=1)
+        previous = jnp.concatenate([y[:, 1:], previous], axis=1)
+    else:
+        decay = jnp.concatenate([decay[:, 1:], one], axis=1)
+        previous = jnp.concatenate([previous, y[:, :-1]], axis=1)
+    grad_x, grad_first = _scan(
+        y_cotangent, decay, last_cotangent, not reverse, implementation
+    )
+    grad_a = _multiply(
+        _conjugate(previous.astype(jnp.float32)), grad_x.astype(jnp.float32)
+    )
+    first = _conjugate(a[:, -1 if reverse else 0].astype(jnp.float32))
+    return grad_x, grad_a.astype(a.dtype), _multiply(first, grad_first)
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
+
+
+def _check_width(x):
+    if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] % 2:
+        raise ValueError(
+            "x must have shape [B, T, E] with T >= 1 and an even E, real parts first; "
+            f"got {x.shape}."
+        )
+
+
+def _join(real, imaginary):
+    return jnp.concatenate([real, imaginary], axis=-1)
+
+
+def _scale(factor, z):
+    """A real factor times a complex number."""
+    return _join(factor, factor) * z
+
+
+def _multiply(u, v):
+    (a, b), (c, d) = jnp.split(u, 2, axis=-1), jnp.split(v, 2, axis=-1)
+    return _join(a * c - b * d, a * d + b * c)
+
+
+def _conjugate(z):
+    real, imaginary = jnp.split(z, 2, axis=-1)
+    return _join(real, -imaginary)
