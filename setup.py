@@ -31,6 +31,7 @@ setup(
         "recurrentgemma.blocks",
         "recurrentgemma.checkpoints",
         "recurrentgemma.commands",
+        "recurrentgemma.evaluation",
         "recurrentgemma.training",
         "recurrentgemma.kernels",
         *(f"recurrentgemma.kernels.{name}" for name in KERNEL_PACKAGES),

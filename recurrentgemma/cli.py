@@ -2,10 +2,13 @@
 
 A sub-command is a module of `recurrentgemma.commands` and a line in `COMMANDS`. A
 caller's mistake is one line on standard error and exit status 1, or 2 if the command
-line itself is wrong; Ctrl-C and a closed pipe end the process at once and quietly.
+line itself is wrong; Ctrl-C, a closed pipe and a closed terminal end the process at once
+and quietly.
 """
 
+import contextlib
 import importlib
+import os
 import shutil
 import signal
 import sys
@@ -16,17 +19,23 @@ from types import ModuleType
 from absl import flags
 
 from recurrentgemma import __version__
-from recurrentgemma.commands import UsageError
+from recurrentgemma.commands import UsageError, one_line
 
 PROGRAM = "recurrentgemma"
 COMMANDS = {
     "sample": "continue a text",
+    "chat": "talk with an instruction-tuned model",
+    "score": "show how probable a text is",
+    "prefill": "read a text once, to continue from it often",
+    "batch": "continue all prompts of a JSONL file",
     "train": "train a model from scratch",
     "info": "show the config, parameters and memory of a model",
     "convert": "write a checkpoint in another layout",
+    "verify": "check a checkpoint and print a certificate",
 }
 CLEANING_UP = ("train", "convert")
-"""Commands that save, or remove what is half-written, when Ctrl-C ends them."""
+"""Commands that save, or remove what is half-written, when Ctrl-C ends them. Others do
+so only while they write a file (see `commands._shared.ctrl_c_raises`)."""
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -63,7 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if argv is None:
         _let_signals_end_the_process(cleans_up=name in CLEANING_UP)
-    return _run(name, rest)
+    status = _run(name, rest)
+    if argv is None:
+        _forget_unwritten_output()
+    return status
 
 
 def _run(name: str, arguments: list[str]) -> int:
@@ -79,13 +91,13 @@ def _run(name: str, arguments: list[str]) -> int:
         sys.stdout.flush()
     except (UsageError, flags.Error) as error:
         hint = f"see {PROGRAM} {name} --help"
-        return _fail(f"{name}: {_one_line(error)} ({hint})", EXIT_USAGE)
+        return _fail(f"{name}: {one_line(error)} ({hint})", EXIT_USAGE)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         return EXIT_CLOSED_PIPE
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        return _fail(f"{name}: {_one_line(error)}", EXIT_FAILED)
+        return _fail(f"{name}: {one_line(error)}", EXIT_FAILED)
     return 0
 
 
@@ -97,13 +109,21 @@ def _let_signals_end_the_process(*, cleans_up: bool) -> None:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
+def _forget_unwritten_output() -> None:
+    """What could not be written, and was told, would be tried and told again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 def _fail(message: str, status: int) -> int:
-    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    # Standard error may be a terminal that was closed.
+    with contextlib.suppress(OSError):
+        print(f"{PROGRAM}: {message}", file=sys.stderr)
     return status
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _parse(values: flags.FlagValues, arguments: list[str]) -> list[str]:
@@ -126,7 +146,7 @@ def _asks_for_help(arguments: list[str]) -> bool:
 
 def _overview() -> str:
     lines = [f"Usage: {PROGRAM} COMMAND [FLAGS]", ""]
-    lines += [f"  {name:8}{summary}" for name, summary in COMMANDS.items()]
+    lines += [f"  {name:9}{summary}" for name, summary in COMMANDS.items()]
     lines += ["", f"{PROGRAM} COMMAND --help shows the flags of a command."]
     return "\n".join(lines)
 
