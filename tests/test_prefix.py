@@ -89,7 +89,7 @@ def test_a_stream_of_tokens_is_read_piece_by_piece(sampler, monkeypatch):
         jax.tree.leaves(streamed.cache), jax.tree.leaves(plain.cache), strict=True
     ):
         if a.shape == b.shape:
-            assert_close(a, b, "caches")
+            assert_close(a, b, "cache")
     request = {"max_new_tokens": 10, "sampling": SETTINGS[0], "end_tokens": []}
     [a], [b] = (sampler([[]], prefix=p, **request) for p in (streamed, plain))
     assert a.tokens == b.tokens
