@@ -1,0 +1,255 @@
+"""Batch jobs: the prompts of a JSONL file continued into another, and resumed.
+
+Every line of the input is an object with a "prompt". A line of the output is
+
+    {"line": 3, "digest": "0d5f..", <fields of the input>, "text": "..",
+     "num_tokens": 17, "log_prob": -20.4, "ended": true}
+
+and is written as soon as it is finished. The digest is of all that the text depends on:
+the input's line and its number, the settings, the model and the tokenizer. When a job is
+run again, lines with a record are left out, a record that was cut off is dropped, and an
+output with any other content is refused. The seed of a line is the job's plus its
+number, so that a text depends neither on the batch nor on interruptions.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from recurrentgemma.prefix import model_digest
+from recurrentgemma.reading import Progress
+from recurrentgemma.sampler import Sample, Sampler
+from recurrentgemma.sampling import Sampling, check_seed
+
+OUTPUT_FIELDS = ("line", "digest", "text", "num_tokens", "log_prob", "ended")
+"""What an output line has besides the fields of its input line."""
+
+_RECORD_START = b'{"line": '
+_DIGEST_LENGTH = 16
+
+
+class Line(NamedTuple):
+    """A line of the input."""
+
+    number: int
+    """From 1."""
+    data: bytes
+    """As it stands in the file."""
+    fields: dict[str, Any]
+
+
+class BatchJob:
+    """The prompts of a file, to be continued into another file.
+
+    Example:
+      >>> job = BatchJob("prompts.jsonl", "texts.jsonl", max_new_tokens=100)
+      >>> job.run(Sampler(*load("nano")), batch_size=32)
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        target: str | os.PathLike[str],
+        *,
+        max_new_tokens: int = 200,
+        sampling: Sampling = Sampling(),
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ):
+        """Checks the whole input; writes nothing.
+
+        Args:
+          source: the input.
+          target: the output, which may hold a part of the job.
+          max_new_tokens: most tokens of a text.
+          sampling: how tokens are chosen.
+          seed: line n has seed + n.
+          stop: strings that end a text.
+
+        Raises:
+          ValueError: the input has no lines, or one without a prompt (the message
+            names it); the output is a directory; a seed is out of its range.
+          OSError: the input cannot be read.
+        """
+        self.source = Path(source)
+        self.target = Path(target)
+        self.max_new_tokens = max_new_tokens
+        self.sampling = sampling
+        self.seed = check_seed(seed)
+        self.stop = tuple(stop)
+        self.num_prompts = sum(1 for _ in self._lines())
+        """Lines of the input."""
+        if self.num_prompts == 0:
+            raise ValueError(f"{source} is empty: expected a JSON object on each line.")
+        check_seed(seed + self.num_prompts)
+        if self.target.is_dir():
+            raise ValueError(f"{target} is a directory; expected a file.")
+
+    def run(
+        self,
+        sampler: Sampler,
+        *,
+        batch_size: int = 16,
+        progress: Progress | None = None,
+    ) -> int:
+        """Continues all prompts that have no record yet.
+
+        Args:
+          sampler: of the model, with a tokenizer.
+          batch_size: prompts at a time; changes no text.
+          progress: called with the lines finished, and all, after each.
+
+        Returns:
+          How many records were written.
+
+        Raises:
+          ValueError: the output belongs to another input, other settings or another
+            model; it is as it was.
+          OSError: the output cannot be written; the records in it stay valid.
+        """
+        digest_of = self._digests(sampler)
+        finished = self._finished(digest_of)
+        running: dict[int, Line] = {}
+
+        def prompts():
+            waiting = (line for line in self._lines() if line.number not in finished)
+            for index, line in enumerate(waiting):
+                running[index] = line
+                yield line.fields["prompt"]
+
+        numbers = range(1, self.num_prompts + 1)
+        samples = sampler.iterate(
+            prompts(),
+            batch_size=batch_size,
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+            seed=(self.seed + n for n in numbers if n not in finished),
+            stop=self.stop,
+        )
+        progress = progress or (lambda done, total: None)
+        progress(len(finished), self.num_prompts)
+        written = 0
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        with self.target.open("ab") as file:
+            for index, sample in samples:
+                line = running.pop(index)
+                file.write(_record(line, digest_of(line), sample))
+                file.flush()
+                written += 1
+                progress(len(finished) + written, self.num_prompts)
+        return written
+
+    def _lines(self) -> Iterator[Line]:
+        """The lines of the input, checked."""
+        with self.source.open("rb") as file:
+            for number, data in enumerate(file, start=1):
+                data = data.rstrip(b"\r\n")
+                try:
+                    yield Line(number, data, _parse_input(data))
+                except ValueError as error:
+                    raise ValueError(
+                        f"{self.source}, line {number}: {error}"
+                    ) from error
+
+    def _digests(self, sampler: Sampler) -> Callable[[Line], str]:
+        """The digest of a line's text."""
+        tokenizer = sampler.tokenizer
+        if tokenizer is None:
+            raise ValueError("sampler: expected one with a tokenizer, for text")
+        settings = [
+            model_digest(sampler.model),
+            hashlib.sha256(tokenizer.model_bytes).hexdigest(),
+            dataclasses.asdict(self.sampling),
+            self.max_new_tokens,
+            self.seed,
+            self.stop,
+        ]
+        common = hashlib.sha256(json.dumps(settings).encode())
+
+        def digest_of(line: Line) -> str:
+            digest = common.copy()
+            digest.update(b"%d %s" % (line.number, line.data))
+            return digest.hexdigest()[:_DIGEST_LENGTH]
+
+        return digest_of
+
+    def _finished(self, digest_of: Callable[[Line], str]) -> set[int]:
+        """Numbers of the lines with a record; what was cut off is removed.
+
+        Raises:
+          ValueError: there is anything else in the output.
+        """
+        if not self.target.is_file():
+            return set()
+        digests, size = self._recorded()
+        known = {
+            line.number
+            for line in self._lines()
+            if digests.get(line.number) == digest_of(line)
+        }
+        if strange := sorted(digests.keys() - known):
+            raise self._refusal(f"the record of line {strange[0]}")
+        if size < self.target.stat().st_size:
+            os.truncate(self.target, size)
+        return known
+
+    def _recorded(self) -> tuple[dict[int, str], int]:
+        """The digests in the output by line, and the size of all whole records."""
+        digests, size = {}, 0
+        with self.target.open("rb") as file:
+            for number, data in enumerate(file, start=1):
+                start = data[: len(_RECORD_START)]
+                if not data.endswith(b"\n"):
+                    if not _RECORD_START.startswith(start):
+                        raise self._refusal(f"its line {number}")
+                    break
+                try:
+                    record = json.loads(data)
+                    digests[int(record["line"])] = record["digest"]
+                except (ValueError, TypeError, KeyError) as error:
+                    raise self._refusal(f"its line {number}") from error
+                size += len(data)
+        return digests, size
+
+    def _refusal(self, what: str) -> ValueError:
+        return ValueError(
+            f"{self.target}: {what} is not of this job, but of another input, other "
+            "settings or another model; give another output, or remove this one."
+        )
+
+
+def _parse_input(data: bytes) -> dict[str, Any]:
+    text = data.decode("utf-8")
+    fields = json.loads(text) if text.strip() else None
+    prompt = fields.get("prompt") if isinstance(fields, dict) else None
+    if type(prompt) is not str:
+        raise ValueError(
+            'expected a JSON object with a "prompt" string, got '
+            f"{text[:60].strip() or 'an empty line'}"
+        )
+    prompt.encode("utf-8")
+    taken = [name for name in OUTPUT_FIELDS if name in fields]
+    if taken:
+        raise ValueError(
+            f'expected no field "{taken[0]}", which the output has; rename it'
+        )
+    return fields
+
+
+def _record(line: Line, digest: str, sample: Sample) -> bytes:
+    record = {
+        "line": line.number,
+        "digest": digest,
+        **line.fields,
+        "text": sample.text,
+        "num_tokens": len(sample.tokens),
+        "log_prob": float(np.sum(sample.log_probs, dtype=np.float64)),
+        "ended": sample.ended,
+    }
+    return json.dumps(record).encode() + b"\n"
