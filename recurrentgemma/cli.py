@@ -2,11 +2,9 @@
 
 A sub-command is a module of `recurrentgemma.commands` and a line in `COMMANDS`. A
 caller's mistake is one line on standard error and exit status 1, or 2 if the command
-line itself is wrong; Ctrl-C, a closed pipe and a closed terminal end the process at once
-and quietly.
+line itself is wrong; Ctrl-C and a closed pipe end the process at once and quietly.
 """
 
-import contextlib
 import importlib
 import os
 import shutil
@@ -33,7 +31,7 @@ COMMANDS = {
     "convert": "write a checkpoint in another layout",
     "verify": "check a checkpoint and print a certificate",
 }
-CLEANING_UP = ("train", "convert")
+CLEANING_UP = ("train", "convert", "verify")
 """Commands that save, or remove what is half-written, when Ctrl-C ends them. Others do
 so only while they write a file (see `commands._shared.ctrl_c_raises`)."""
 
@@ -120,9 +118,7 @@ def _forget_unwritten_output() -> None:
 
 
 def _fail(message: str, status: int) -> int:
-    # Standard error may be a terminal that was closed.
-    with contextlib.suppress(OSError):
-        print(f"{PROGRAM}: {message}", file=sys.stderr)
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
     return status
 
 

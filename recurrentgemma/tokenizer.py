@@ -152,6 +152,14 @@ class Tokenizer:
         """A decoder for tokens that arrive one by one."""
         return StreamDecoder(self)
 
+    def piece(self, token: int) -> str:
+        """The piece of an id as SentencePiece spells it: `▁` is a space, `<0x0A>` a byte.
+
+        Raises:
+          IndexError: there is no such piece.
+        """
+        return self._processor.id_to_piece(token)
+
     def byte_of(self, token: int) -> int | None:
         """The byte that a byte-fallback token stands for; None for other tokens."""
         if not self._processor.is_byte(token):

@@ -82,11 +82,6 @@ def _memory(config: GriffinConfig, batch_size: int, context: int) -> str:
     ]
     rows = {"parameters": parameters, "cache": cache}
     rows["both"] = [sum(pair) for pair in zip(parameters, cache, strict=True)]
-    texts = "one text" if batch_size == 1 else f"{batch_size} texts"
-    if "global_attention" in config.block_types:
-        note = f"The cache grows with the text; here it is for {texts} of {context:,}."
-    else:
-        note = f"The cache is for {texts}, however long."
     return "\n".join(
         [
             "memory".ljust(20) + "".join(dtype.rjust(14) for dtype in DTYPES),
@@ -94,9 +89,30 @@ def _memory(config: GriffinConfig, batch_size: int, context: int) -> str:
                 f"  {title:18}" + "".join(_megabytes(size).rjust(14) for size in sizes)
                 for title, sizes in rows.items()
             ),
-            f"  {note}",
+            *(f"  {line}" for line in _about_cache(config, batch_size, context)),
         ]
     )
+
+
+def _about_cache(config: GriffinConfig, batch_size: int, context: int) -> list[str]:
+    texts = "one text" if batch_size == 1 else f"{batch_size} texts"
+
+    def one_text(tokens):
+        sizes = (cost.cache_bytes(config, dtype=d, capacity=tokens) for d in DTYPES)
+        return list(sizes)
+
+    if "global_attention" not in config.block_types:
+        both = " or ".join(_megabytes(size) for size in one_text(0))
+        return [
+            f"The cache is for {texts}, however long.",
+            f"A prefix is the cache of one text, however long: {both}.",
+        ]
+    growth = zip(one_text(0), one_text(1), strict=True)
+    both = " or ".join(f"{after - before:,}" for before, after in growth)
+    return [
+        f"The cache grows with the text; here it is for {texts} of {context:,}.",
+        f"A prefix grows with its text, by {both} bytes a token.",
+    ]
 
 
 def _megabytes(size: int) -> str:
