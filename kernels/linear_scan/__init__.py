@@ -1,29 +1,57 @@
 """Linear scan: h_t = a_t * h_{t-1} + x_t, elementwise, along the time axis.
 
 The gradient of a linear scan is a linear scan in the other direction, so one custom
-derivative, written here, serves every implementation.
+derivative, written here, serves every implementation; a kernel may bring its own.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels.dispatch import dispatch
+from recurrentgemma.kernels.dispatch import Kernel, Table, dispatch, imported_late
 from recurrentgemma.kernels.linear_scan import (
     associative,
     chunked,
+    pallas_gpu,
     reference,
     sequential,
 )
 
-IMPLEMENTATIONS = {
+KERNEL_DTYPES = (jnp.float32, jnp.bfloat16)
+
+
+def kernel_supports(*arrays: jax.Array, **_: Any) -> str | None:
+    """Why a kernel of the recurrence cannot take these arguments, or None."""
+    for array in arrays:
+        floating = jnp.issubdtype(array.dtype, jnp.floating)
+        if floating and array.dtype not in KERNEL_DTYPES:
+            return f"it takes float32 and bfloat16, not {array.dtype}"
+    return None
+
+
+PALLAS_TPU = f"{__name__}.pallas_tpu"
+IMPLEMENTATIONS: Table = {
     "reference": reference.scan,
     "associative": associative.scan,
     "chunked": chunked.scan,
     "sequential": sequential.scan,
+    "pallas_tpu": Kernel(
+        imported_late(PALLAS_TPU, "scan"),
+        "tpu",
+        "btc,btc,bc->btc,bc",
+        kernel_supports,
+    ),
+    "pallas_gpu": Kernel(
+        pallas_gpu.scan, "cuda", "btc,btc,bc->btc,bc", pallas_gpu.supports
+    ),
 }
-PLATFORM_DEFAULTS = {"cpu": "sequential", "tpu": "associative", "default": "chunked"}
+PLATFORM_DEFAULTS = {
+    "cpu": ("sequential",),
+    "tpu": ("pallas_tpu", "associative"),
+    "default": ("chunked",),
+}
 
 
 def linear_scan(
@@ -67,12 +95,15 @@ def linear_scan(
 
 
 def _run(x, a, h0, reverse, implementation) -> tuple[jax.Array, jax.Array]:
-    implementations = {
-        name: partial(function, reverse=reverse)
-        for name, function in IMPLEMENTATIONS.items()
-    }
     return dispatch(
-        "linear_scan", implementations, PLATFORM_DEFAULTS, implementation, x, a, h0
+        "linear_scan",
+        IMPLEMENTATIONS,
+        PLATFORM_DEFAULTS,
+        implementation,
+        x,
+        a,
+        h0,
+        reverse=reverse,
     )
 
 
@@ -86,7 +117,43 @@ def _scan_forward(x, a, h0, reverse, implementation):
 
 def _scan_backward(reverse, implementation, residuals, cotangents):
     a, h0, y = residuals
-    y_cotangent, last_cotangent = cotangents
+    run = partial(_gradients, reverse=True) if reverse else linear_scan_gradients
+    return run(a, h0, y, *cotangents, implementation=implementation)
+
+
+def linear_scan_gradients(
+    a: jax.Array,
+    h0: jax.Array,
+    y: jax.Array,
+    y_gradient: jax.Array,
+    last_gradient: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of x, a and h0 of a scan that runs forward, for ops composed of it.
+
+    Args:
+      a, h0: arguments of the scan.
+      y: its result.
+      y_gradient: gradient of y [B, T, D], in y's dtype.
+      last_gradient: gradient of h_last [B, D], float32.
+      implementation: a name of `GRADIENTS`; None picks by platform.
+    """
+    return dispatch(
+        "linear_scan's gradient",
+        GRADIENTS,
+        PLATFORM_DEFAULTS,
+        implementation,
+        a,
+        h0,
+        y,
+        y_gradient,
+        last_gradient,
+    )
+
+
+def _gradients(a, h0, y, y_cotangent, last_cotangent, *, reverse, implementation):
+    """By a scan in the other direction."""
     # grad_x_t = y_cotangent_t + a_{t+1} * grad_x_{t+1}: the gradient of h_last enters
     # after the last step, undecayed.
     grad_x, grad_first = _scan(
@@ -104,6 +171,26 @@ def _scan_backward(reverse, implementation, residuals, cotangents):
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
+
+GRADIENTS: Table = {
+    **{
+        name: partial(_gradients, reverse=False, implementation=name)
+        for name in IMPLEMENTATIONS
+    },
+    "pallas_tpu": Kernel(
+        imported_late(PALLAS_TPU, "gradients"),
+        "tpu",
+        "btc,bc,btc,btc,bc->btc,btc,bc",
+        kernel_supports,
+    ),
+    "pallas_gpu": Kernel(
+        pallas_gpu.gradients,
+        "cuda",
+        "btc,bc,btc,btc,bc->btc,btc,bc",
+        pallas_gpu.supports,
+    ),
+}
+"""Of a scan that runs forward. Another scan, the other way, serves where no kernel is."""
 
 
 def _shift(values, edge, towards_start):

@@ -3,14 +3,22 @@
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels.dispatch import dispatch
+from recurrentgemma.kernels.dispatch import Kernel, Table, dispatch, imported_late
+from recurrentgemma.kernels.linear_scan import kernel_supports
 from recurrentgemma.kernels.rg_lru import composed, reference
 
-IMPLEMENTATIONS = {
+PALLAS_TPU = f"{__name__}.pallas_tpu"
+IMPLEMENTATIONS: Table = {
     "reference": reference.recurrence,
     "composed": composed.recurrence,
+    "pallas_tpu": Kernel(
+        imported_late(PALLAS_TPU, "recurrence"),
+        "tpu",
+        "btc,btc,btc,bc,bt,bc->btc,bc",
+        kernel_supports,
+    ),
 }
-PLATFORM_DEFAULTS = {"default": "composed"}
+PLATFORM_DEFAULTS = {"tpu": ("pallas_tpu", "composed"), "default": ("composed",)}
 
 
 def rg_lru(
@@ -54,18 +62,67 @@ def rg_lru(
     _validate(x, recurrence_logits, input_logits, a_param, positions, h0)
     if h0 is None:
         h0 = jnp.zeros((x.shape[0], x.shape[2]), jnp.float32)
+    if x.shape[1] == 1 and implementation is None:
+        implementation = "composed"  # One step is elementwise: nothing to scan.
+    # With a row of its own for each sequence, rows depend on each other nowhere.
+    a_param = jnp.broadcast_to(a_param[None], h0.shape)
+    return _recurrence(
+        x, recurrence_logits, input_logits, a_param, positions, h0, implementation
+    )
+
+
+def _run(*arguments) -> tuple[jax.Array, jax.Array]:
+    *arrays, implementation = arguments
     return dispatch(
-        "rg_lru",
-        IMPLEMENTATIONS,
+        "rg_lru", IMPLEMENTATIONS, PLATFORM_DEFAULTS, implementation, *arrays
+    )
+
+
+def _forward(*arguments):
+    y, h_last = _recurrence(*arguments)
+    return (y, h_last), (*arguments[:-1], y)
+
+
+def _backward(implementation, residuals, cotangents):
+    *gradients, a_param, h0 = dispatch(
+        "rg_lru's gradient",
+        GRADIENTS,
         PLATFORM_DEFAULTS,
         implementation,
-        x,
-        recurrence_logits,
-        input_logits,
-        a_param,
-        positions,
-        h0,
+        *residuals,
+        *cotangents,
     )
+    return *gradients, a_param, None, h0
+
+
+_recurrence = jax.custom_vjp(_run, nondiff_argnums=(6,))
+_recurrence.defvjp(_forward, _backward)
+
+
+def _reference_gradients(*arrays):
+    """By automatic differentiation, everything computed again."""
+    x, recurrence_logits, input_logits, a_param, positions, h0, _, *cotangents = arrays
+
+    def run(x, recurrence_logits, input_logits, a_param, h0):
+        return reference.recurrence(
+            x, recurrence_logits, input_logits, a_param, positions, h0
+        )
+
+    _, pull_back = jax.vjp(run, x, recurrence_logits, input_logits, a_param, h0)
+    return pull_back(tuple(cotangents))
+
+
+GRADIENTS: Table = {
+    "reference": _reference_gradients,
+    "composed": composed.gradients,
+    "pallas_tpu": Kernel(
+        imported_late(PALLAS_TPU, "gradients"),
+        "tpu",
+        "btc,btc,btc,bc,bt,bc,btc,btc,bc->btc,btc,btc,bc,bc",
+        kernel_supports,
+    ),
+}
+"""Take the arguments, y, and the gradients of y and h_last; a_param is [B, E]."""
 
 
 def _validate(x, recurrence_logits, input_logits, a_param, positions, h0):

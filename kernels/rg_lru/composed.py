@@ -1,14 +1,14 @@
-"""RG-LRU as an elementwise part with its own derivative, then the platform's scan.
+"""RG-LRU as an elementwise part, then the platform's linear scan.
 
-The elementwise part keeps its arguments and recomputes gates and decay on the way back:
-automatic differentiation keeps a dozen arrays as large as x, and its sum over time for
-a_param takes longer than all the rest of the backward pass.
+The gradient recomputes gates and decay from the arguments: automatic differentiation
+keeps a dozen arrays as large as x, and its sum over time for a_param takes longer than
+all the rest of the backward pass.
 """
 
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels.linear_scan import linear_scan
+from recurrentgemma.kernels.linear_scan import linear_scan, linear_scan_gradients
 from recurrentgemma.kernels.rg_lru.reference import DECAY_SCALE, SMALLEST_RADICAND
 
 
@@ -20,65 +20,73 @@ def recurrence(
     positions: jax.Array,
     h0: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `rg_lru`."""
-    a, scan_input = _decay_and_input(
-        x, recurrence_logits, input_logits, a_param, positions
-    )
-    y, h_last = linear_scan(scan_input, a, h0)
-    return y.astype(x.dtype), h_last
-
-
-@jax.custom_vjp
-def _decay_and_input(x, recurrence_logits, input_logits, a_param, positions):
-    """The decay and the normalised input of the scan, float32 [B, T, E] each."""
+    """See `rg_lru`; a_param is [B, E] here, one for each row."""
     _, i, _, a, u = _gates(recurrence_logits, input_logits, a_param)
     starts, holds = _starts_and_holds(positions)
     multiplier = jnp.where(starts, 1.0, jnp.sqrt(u))
     scan_input = jnp.where(holds, 0.0, multiplier * i * x.astype(jnp.float32))
-    return jnp.where(starts, 0.0, jnp.where(holds, 1.0, a)), scan_input
+    decay = jnp.where(starts, 0.0, jnp.where(holds, 1.0, a))
+    y, h_last = linear_scan(scan_input, decay, h0)
+    return y.astype(x.dtype), h_last
 
 
-def _forward(*arguments):
-    return _decay_and_input(*arguments), arguments
+def gradients(
+    x: jax.Array,
+    recurrence_logits: jax.Array,
+    input_logits: jax.Array,
+    a_param: jax.Array,
+    positions: jax.Array,
+    h0: jax.Array,
+    y: jax.Array,
+    y_gradient: jax.Array,
+    last_gradient: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Gradients of x, both logits, a_param [B, E] and h0.
 
-
-def _backward(arguments, cotangents):
-    x, recurrence_logits, input_logits, a_param, positions = arguments
-    a_cotangent, input_cotangent = cotangents
+    Args:
+      x, recurrence_logits, input_logits, a_param, positions, h0: as of `recurrence`.
+      y: its result.
+      y_gradient, last_gradient: gradients of y and h_last.
+    """
     r, i, c, a, u = _gates(recurrence_logits, input_logits, a_param)
     starts, holds = _starts_and_holds(positions)
+    decay = jnp.where(starts, 0.0, jnp.where(holds, 1.0, a))
+    input_gradient, decay_gradient, h0_gradient = linear_scan_gradients(
+        decay,
+        h0,
+        y.astype(jnp.float32),
+        y_gradient.astype(jnp.float32),
+        last_gradient,
+    )
     multiplier = jnp.where(holds, 0.0, jnp.where(starts, 1.0, jnp.sqrt(u)))
     wide_x = x.astype(jnp.float32)
 
-    x_gradient = input_cotangent * multiplier * i
+    x_gradient = input_gradient * multiplier * i
     # d sqrt(1 - a^2) / d log a = -a^2 / sqrt(1 - a^2), bounded.
     slope = a * jax.lax.rsqrt(jnp.maximum(u, SMALLEST_RADICAND))
-    log_a_gradient = a * (a_cotangent - input_cotangent * i * wide_x * slope)
+    log_a_gradient = a * (decay_gradient - input_gradient * i * wide_x * slope)
     # Where a document starts or the state is held, the gates do not matter.
     log_a_gradient = jnp.where(starts | holds, 0.0, log_a_gradient)
     per_gate = log_a_gradient * r
     a_param_gradient = (
         -DECAY_SCALE
         * jax.nn.sigmoid(a_param.astype(jnp.float32))
-        * jnp.sum(per_gate, axis=(0, 1))
+        * jnp.sum(per_gate, axis=1)
     )
     return (
         x_gradient.astype(x.dtype),
         (per_gate * c * (1.0 - r)).astype(recurrence_logits.dtype),
         (x_gradient * wide_x * (1.0 - i)).astype(input_logits.dtype),
         a_param_gradient.astype(a_param.dtype),
-        None,
+        h0_gradient,
     )
-
-
-_decay_and_input.defvjp(_forward, _backward)
 
 
 def _gates(recurrence_logits, input_logits, a_param):
     """r_t, i_t, log a_t / r_t, a_t and 1 - a_t^2, in float32."""
     r = jax.nn.sigmoid(recurrence_logits.astype(jnp.float32))
     i = jax.nn.sigmoid(input_logits.astype(jnp.float32))
-    c = -DECAY_SCALE * jax.nn.softplus(a_param.astype(jnp.float32))[None, None]
+    c = -DECAY_SCALE * jax.nn.softplus(a_param.astype(jnp.float32))[:, None]
     log_a = c * r
     # 1 - a^2 in this form keeps its digits where a is close to 1.
     return r, i, c, jnp.exp(log_a), -jnp.expm1(2.0 * log_a)

@@ -41,11 +41,11 @@ def recurrence(
     positions: jax.Array,
     h0: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `rg_lru`."""
+    """See `rg_lru`; a_param is [B, E] here, one for each row."""
     recurrence_gate = jax.nn.sigmoid(recurrence_logits.astype(jnp.float32))
     input_gate = jax.nn.sigmoid(input_logits.astype(jnp.float32))
     log_decay = -DECAY_SCALE * jax.nn.softplus(a_param.astype(jnp.float32))
-    log_a = log_decay[None, None] * recurrence_gate
+    log_a = log_decay[:, None] * recurrence_gate
     # 1 - a^2 in this form keeps its digits where a is close to 1.
     multiplier = sqrt_bounded_derivative(-jnp.expm1(2.0 * log_a))
     gated = input_gate * x.astype(jnp.float32)
