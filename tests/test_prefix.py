@@ -14,7 +14,7 @@ from recurrentgemma.prefix import Prefix
 from recurrentgemma.sampler import Sampler
 from recurrentgemma.sampling import Sampling
 from tests.golden_models import load_golden
-from tests.models import random_model, tiny_config
+from tests.models import forward, random_model, tiny_config
 from tests.test_sampler import GOLDEN, Tokenizer, assert_close
 
 SETTINGS = [
@@ -260,7 +260,7 @@ def test_a_failed_save_leaves_what_was_there(sampler, tmp_path, monkeypatch):
 def test_scores_are_the_plain_forwards(sampler):
     """For any chunking: whole, after a prefix, token by token."""
     tokens = _tokens(200)
-    logits = sampler.model.logits(sampler.model(np.array([tokens]))[0])[0, :-1]
+    logits = forward(sampler.model, np.array([tokens]))[0][0, :-1]
     expected = jax.nn.log_softmax(logits)[np.arange(199), np.array(tokens[1:])]
     whole = sampler.score(tokens)
     assert whole.tokens == tokens[1:]
