@@ -444,7 +444,7 @@ def test_damaged_input_is_one_line(run, checkpoint, tmp_path, monkeypatch):
         (damaged / file.name).write_bytes(data[:keep])
     latin = tmp_path / "latin.txt"
     latin.write_bytes("a\n\xe9t\xe9\n".encode("latin-1"))
-    _standard_input(monkeypatch, b"\xff")
+    _standard_input(monkeypatch, "\u20ac".encode()[:2])
     prefix, model = tmp_path / "text.prefix", ("--model", checkpoint)
     for argv, message in (
         (("sample", "a", "--model", damaged), "model"),
@@ -497,6 +497,7 @@ def _process(code, **kwargs):
         [sys.executable, "-c", f"{code}; sys.exit(cli.main())"],
         cwd=pathlib.Path(cli.__file__).parents[1],
         stderr=subprocess.PIPE,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
         **kwargs,
     )
 

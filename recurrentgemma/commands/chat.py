@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -86,11 +87,14 @@ class _Terminal:
     def read_line(self, prompt: str) -> str | None:
         """The next line; None at the end of the input or of the terminal."""
         try:
-            # An editor of lines puts the terminal back as it was.
             with _shared.ctrl_c_raises():
                 return input(prompt if self._is_interactive else "")
         except (EOFError, OSError):
             return None
+        except KeyboardInterrupt:
+            # The line editor has put the terminal back; now end as anywhere else.
+            signal.raise_signal(signal.SIGINT)
+            raise
 
     def read_rest(self, line: str | None) -> str:
         """The whole text that begins with this line."""
