@@ -34,8 +34,16 @@ DICT_KEY = 2
 """What Orbax calls a key of a dictionary."""
 MIN_KEPT_BYTES = 1 << 20
 """Smaller parts are read again when needed, so that they do not displace a large one."""
-CHUNK_BYTES = 1 << 24
+CHUNK_BYTES = 1 << 22
 """Size of the parts that are stored, compressed and read separately."""
+COMMIT_BYTES = 1 << 24
+"""Written parts become files, some for each commit, when they are this large."""
+ONE_AT_A_TIME = {"limit": 1}
+CONTEXT = {
+    "data_copy_concurrency": ONE_AT_A_TIME,
+    "file_io_concurrency": ONE_AT_A_TIME,
+}
+"""More threads gain nothing, and each keeps the memory that it once needed."""
 
 
 def detect(path: Path) -> bool:
@@ -91,7 +99,7 @@ class _Reader:
 
     def __init__(self, path: Path):
         self._path = path
-        self._context = tensorstore.Context()
+        self._context = tensorstore.Context(CONTEXT)
         self._key: tuple[str, int, int] | None = None
         self._part = np.empty(0)
 
@@ -163,7 +171,7 @@ class _Writer:
     def __init__(self, path: Path):
         self._path = path
         # Shared: stores of different contexts commit one by one, each with its files.
-        self._context = tensorstore.Context()
+        self._context = tensorstore.Context(CONTEXT)
         self._transaction = tensorstore.Transaction()
         self._pending_bytes = 0
 
@@ -186,14 +194,14 @@ class _Writer:
             "store_data_equal_to_fill_value": True,
         }
         store = self._open({**specification, "create": True})
+        array = source.load()
         for start in range(0, size, step):
-            if self._pending_bytes >= CHUNK_BYTES:
+            if self._pending_bytes >= COMMIT_BYTES:
                 self.commit()
                 store = self._open({**specification, "open": True})
-            block = source.read(start, min(start + step, size))
-            index = (slice(None),) * axis + (slice(start, start + block.shape[axis]),)
-            self._wait(store[index].write(block))
-            self._pending_bytes += block.nbytes
+            index = (*(slice(None),) * axis, slice(start, min(start + step, size)))
+            self._wait(store[index].write(array[index]))
+            self._pending_bytes += array[index].nbytes
 
     def _open(self, specification: dict[str, Any]) -> Any:
         future = tensorstore.open(

@@ -9,6 +9,7 @@ from absl import flags
 
 from recurrentgemma._atomic import replace_file
 from recurrentgemma.commands import UsageError
+from recurrentgemma.commands._shared import check_target, define_model
 
 USAGE = "[PATH] [FLAGS]"
 DETAILS = (
@@ -24,12 +25,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string(
-        "model",
-        "nano",
-        "a checkpoint's directory, a .pt file or a bundled model",
-        flag_values=values,
-    )
+    define_model(values)
     flags.DEFINE_string(
         "output", None, "write the certificate to this file", flag_values=values
     )
@@ -69,12 +65,8 @@ def define_flags(values: flags.FlagValues) -> None:
 def run(values: dict[str, Any], arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise UsageError(f"expected one checkpoint, got {len(arguments)}")
-    output = None if values["output"] is None else Path(values["output"])
-    if output is not None:
-        # Now, not after the work.
-        if output.is_dir():
-            raise ValueError(f"--output: {output} is a directory; expected a file.")
-        output.parent.mkdir(parents=True, exist_ok=True)
+    if values["output"] is not None:
+        check_target("--output", values["output"])
     from recurrentgemma.config import find_preset
     from recurrentgemma.evaluation.verify import verify
 
@@ -91,10 +83,10 @@ def run(values: dict[str, Any], arguments: list[str]) -> None:
         report=lambda line: print(line, file=sys.stderr, flush=True),
     )
     text = json.dumps(certificate, indent=1) + "\n"
-    if output is None:
+    if values["output"] is None:
         sys.stdout.write(text)
     else:
-        with replace_file(output) as partial:
+        with replace_file(Path(values["output"])) as partial:
             partial.write_text(text, encoding="utf-8")
     failed = [
         name

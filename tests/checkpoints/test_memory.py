@@ -21,6 +21,9 @@ PROBE = Path(__file__).with_name("memory_probe.py")
 ROOT = Path(__file__).parents[2]
 HOST_SHARE = 1.2
 LARGEST_TENSORS = 2.0
+TENSORSTORE_BYTES = 128 << 20
+"""What the threads that write Orbax's store keep of what they once needed: measured 60
+to 110 MB, whatever the size of the model."""
 
 
 def check(folder, layout, dtype, target, *options):
@@ -36,6 +39,8 @@ def check(folder, layout, dtype, target, *options):
     if target == "host":
         load_limit = HOST_SHARE * result["model"]
     assert result["load_growth"] <= load_limit
+    if layout == "official_flax":
+        beside += TENSORSTORE_BYTES
     assert result["save_growth"] <= result["on_devices"] + beside
     assert result["load_growth"] > 0.9 * result["on_devices"], "nothing was measured"
 
