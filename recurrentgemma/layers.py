@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 from recurrentgemma.cache import Chunk
@@ -115,9 +116,9 @@ def block_diagonal_linear(
     Returns:
       [B, T, G * out] in x's dtype.
     """
-    blocks = x.reshape(*x.shape[:-1], *kernel.shape[:2])
+    blocks = rearrange(x, "b t (g i) -> b t g i", g=kernel.shape[0])
     y = _add_bias(einsum("btgi,gio->btgo", blocks, kernel), bias)
-    return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+    return rearrange(y.astype(x.dtype), "b t g o -> b t (g o)")
 
 
 class RMSNorm(nnx.Module):

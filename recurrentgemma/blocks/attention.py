@@ -6,6 +6,7 @@ query sees itself and the last W keys of its document (all of them, if global).
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 from recurrentgemma.cache import Chunk
@@ -47,12 +48,15 @@ class LocalAttentionBlock(nnx.Module):
         """x [B, T, D] -> y [B, T, D] in x's dtype, and the ring after the chunk."""
         config = self.config
         with jax.named_scope("attention_block"):
-            heads = (*x.shape[:2], -1, config.head_dim)
+            q, k, v = (
+                rearrange(proj(x), "b t (n h) -> b t n h", h=config.head_dim)
+                for proj in (self.proj_q, self.proj_k, self.proj_v)
+            )
             assert chunk.rotary is not None, "attention needs rotary tables"
             y, state = local_attention(
-                apply_rotary(self.proj_q(x).reshape(heads), chunk.rotary),
-                apply_rotary(self.proj_k(x).reshape(heads), chunk.rotary),
-                self.proj_v(x).reshape(heads),
+                apply_rotary(q, chunk.rotary),
+                apply_rotary(k, chunk.rotary),
+                v,
                 positions=chunk.positions,
                 cache=state,
                 window=self.window,
@@ -60,7 +64,7 @@ class LocalAttentionBlock(nnx.Module):
                 soft_cap=config.attention_soft_cap,
                 implementation=self.runtime.local_attention,
             )
-            return self.proj_out(y.reshape(*x.shape[:2], -1)), state
+            return self.proj_out(rearrange(y, "b t n h -> b t (n h)")), state
 
     def init_state(self, batch_size: int, capacity: int | None = None) -> KVCache:
         """An empty ring; capacity is not used."""
