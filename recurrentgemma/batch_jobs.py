@@ -226,7 +226,7 @@ class BatchJob:
 
 def _parse_input(data: bytes) -> dict[str, Any]:
     text = data.decode("utf-8")
-    fields = json.loads(text) if text.strip() else None
+    fields: Any = json.loads(text) if text.strip() else None
     prompt = fields.get("prompt") if isinstance(fields, dict) else None
     if type(prompt) is not str:
         raise ValueError(

@@ -90,7 +90,7 @@ def define_stop(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string(
         "stop",
         None,
-        "end before this string; may be given several times",
+        "end before this string",
         flag_values=values,
     )
 
