@@ -24,7 +24,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from recurrentgemma.kernels.linear_scan.block_sizes import BlockSizes, block_sizes
+from recurrentgemma.kernels.linear_scan.block_sizes import (
+    LANES,
+    BlockSizes,
+    block_sizes,
+)
 
 TILE = 8
 """Rows of a float32 tile."""
@@ -56,7 +60,8 @@ def _scan_kernel(x, a, h0, y, h, wide_x, wide_a, wide_y, *, length, reverse, siz
                 outputs[i][now, :] = states[i]
         if y.dtype != jnp.float32:
             for i in range(sizes.rows):
-                y[i, steps] = wide_y[i].astype(y.dtype)
+                for slab in slabs(sizes.width):
+                    y[i, steps, slab] = wide_y[i, :, slab].astype(y.dtype)
         return states
 
     for_each_group(group, block, h0, h, length, sizes, reverse)
@@ -80,9 +85,11 @@ def _gradient_kernel(
         results = [wide_dx.at[i] for i in range(sizes.rows)]
         adjoint_steps(gradients, decays, results, states)
         for i in range(sizes.rows):
-            dx[i, steps] = wide_dx[i].astype(dx.dtype)
-            before = wide_y[i, pl.ds(TILE - 1, sizes.group), :]
-            da[i, steps] = (wide_dx[i] * before).astype(da.dtype)
+            for slab in slabs(sizes.width):
+                gradient = wide_dx[i, :, slab]
+                dx[i, steps, slab] = gradient.astype(dx.dtype)
+                before = wide_y[i, pl.ds(TILE - 1, sizes.group), slab]
+                da[i, steps, slab] = (gradient * before).astype(da.dtype)
         return states
 
     for_each_group(group, block, d_last, dh, length, sizes, reverse=True)
@@ -289,10 +296,11 @@ def widened(source, scratch, inside: jax.Array | None, outside: float):
     """
     if source.dtype == jnp.float32 and inside is None:
         return source
-    values = source[...].astype(jnp.float32)
-    if inside is not None:
-        values = jnp.where(inside, values, outside)
-    scratch[...] = values
+    for slab in slabs(scratch.shape[-1]):
+        values = source[:, slab].astype(jnp.float32)
+        if inside is not None:
+            values = jnp.where(inside[:, slab], values, outside)
+        scratch[:, slab] = values
     return scratch
 
 
@@ -319,10 +327,17 @@ def prepare_edge(edge, y_before, h0, block, length: int, sizes: BlockSizes) -> N
 def load_states(wide_y, y, edge, start, sizes: BlockSizes) -> None:
     """Loads a group of states, and in row TILE - 1 the state before it, in float32."""
     group = sizes.group
-    before = edge[...]
-    if sizes.steps > group:
-        aligned = pl.multiple_of(jnp.maximum(start - group, 0), group)
-        tail = y[pl.ds(aligned, group), :].astype(jnp.float32)[group - TILE :]
-        before = jnp.where(start == 0, before, tail)
-    wide_y[pl.ds(0, TILE), :] = before
-    wide_y[pl.ds(TILE, group), :] = y[pl.ds(start, group), :].astype(jnp.float32)
+    steps = pl.ds(start, group)
+    aligned = pl.multiple_of(jnp.maximum(start - group, 0), group)
+    for slab in slabs(sizes.width):
+        before = edge[:, slab]
+        if sizes.steps > group:
+            tail = y[pl.ds(aligned, group), slab].astype(jnp.float32)[group - TILE :]
+            before = jnp.where(start == 0, before, tail)
+        wide_y[pl.ds(0, TILE), slab] = before
+        wide_y[pl.ds(TILE, group), slab] = y[steps, slab].astype(jnp.float32)
+
+
+def slabs(width: int) -> list[slice]:
+    """Cuts the channels of a block into tiles, so that nothing leaves registers."""
+    return [slice(c, min(c + LANES, width)) for c in range(0, width, LANES)]

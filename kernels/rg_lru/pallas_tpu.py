@@ -27,36 +27,41 @@ from recurrentgemma.kernels.linear_scan.block_sizes import block_sizes as _block
 from recurrentgemma.kernels.rg_lru.reference import DECAY_SCALE, SMALLEST_RADICAND
 
 TILE = linear_scan.TILE
-SLAB = 256
-"""Channels that pass through the gates at a time, so that nothing leaves registers."""
-SERIES_BELOW = 0.25
+SERIES_BELOW = 1 / 16
 """Below this, 1 - exp(-w) is a series: the difference would lose digits."""
-SERIES_TERMS = 6
-"""The next one is SERIES_BELOW^6 / 7! = 5e-8 of the sum: less than a rounding."""
+SERIES = (1.0, -1 / 2, 1 / 6, -1 / 24)
+"""Of (1 - exp(-w)) / w. The next term, w^4 / 120, is at most 1.3e-7."""
+MOST_NEGATIVE_LOGIT = -40.0
+"""Logits below it count as it: a gate of 4e-18. Products of exponentials stay finite."""
+SMALLEST_ROOT = 1e-30
+"""Keeps the reciprocal of a square root finite."""
 HOLD, START, STEP = -1.0, 0.0, 1.0
 """The three kinds of step."""
 
 
 def _kernel(
     x, recurrence, input_, a_param, positions, h0, y, h, wide_a, wide_x, wide_y,
-    *, length, sizes,
+    log_decays, *, length, sizes,
 ):  # fmt: skip
     block = linear_scan.time_block(reverse=False)
     first_row = linear_scan.first_state_row(sizes)
     direct = y.dtype == jnp.float32
+    log_decays[...] = log_decay(a_param[pl.ds(first_row, sizes.rows), :])
 
     def group(start, states):
         steps = pl.ds(start, sizes.group)
         for i in range(sizes.rows):
             row = positions[pl.ds(first_row + i, 1), :]
             kinds = step_kinds(row, block, start, length, sizes)
-            for slab in slabs(sizes.width):
+            for slab in linear_scan.slabs(sizes.width):
                 at = (i, steps, slab)
                 kind = kinds[:, : slab.stop - slab.start]
-                c = log_decay(a_param[pl.ds(first_row + i, 1), slab])
-                _, gate, a, u = gates(recurrence[at], input_[at], c)
+                _, gate, a, u = gates(
+                    recurrence[at], input_[at], log_decays[pl.ds(i, 1), slab]
+                )
                 wide_a[i, :, slab] = scan_decay(a, kind)
-                value = factor(u, kind) * gate * x[at].astype(jnp.float32)
+                value = factor(u * inverse_root(u), kind) * gate
+                value = value * x[at].astype(jnp.float32)
                 wide_x[i, :, slab] = jnp.where(kind == HOLD, 0.0, value)
         outputs = [
             y.at[i, steps] if direct else wide_y.at[i] for i in range(sizes.rows)
@@ -68,7 +73,8 @@ def _kernel(
                 outputs[i][now, :] = states[i]
         if not direct:
             for i in range(sizes.rows):
-                y[i, steps] = wide_y[i].astype(y.dtype)
+                for slab in linear_scan.slabs(sizes.width):
+                    y[i, steps, slab] = wide_y[i, :, slab].astype(y.dtype)
         return states
 
     linear_scan.for_each_group(group, block, h0, h, length, sizes, reverse=False)
@@ -78,11 +84,12 @@ def _gradient_kernel(
     dy, x, recurrence, input_, a_param, positions, y, y_before, h0, d_last,
     dx, d_recurrence, d_input, d_a_param, dh,
     wide_dy, wide_a, wide_r, wide_i, wide_u, wide_y, wide_dx, edge, total,
-    *, length, sizes,
+    log_decays, *, length, sizes,
 ):  # fmt: skip
     block = linear_scan.time_block(reverse=True)
     first_row = linear_scan.first_state_row(sizes)
     linear_scan.prepare_edge(edge, y_before, h0, block, length, sizes)
+    log_decays[...] = log_decay(a_param[pl.ds(first_row, sizes.rows), :])
     rows = range(sizes.rows)
 
     @pl.when(pl.program_id(2) == 0)
@@ -104,12 +111,11 @@ def _gradient_kernel(
                 linear_scan.widened(dy.at[i, steps], wide_dy.at[i], inside, 0.0)
             )
             linear_scan.load_states(wide_y.at[i], y.at[i], edge.at[i], start, sizes)
-            for slab in slabs(sizes.width):
+            for slab in linear_scan.slabs(sizes.width):
                 at, here = (i, steps, slab), (i, slice(None), slab)
                 kind = kinds[i][:, : slab.stop - slab.start]
-                c = log_decay(a_param[pl.ds(first_row + i, 1), slab])
                 wide_r[here], wide_i[here], a, wide_u[here] = gates(
-                    recurrence[at], input_[at], c
+                    recurrence[at], input_[at], log_decays[pl.ds(i, 1), slab]
                 )
                 wide_a[here] = scan_decay(a, kind)
         linear_scan.adjoint_steps(
@@ -119,25 +125,24 @@ def _gradient_kernel(
             states,
         )
         for i in rows:
-            for slab in slabs(sizes.width):
+            for slab in linear_scan.slabs(sizes.width):
                 at, here = (i, steps, slab), (i, slice(None), slab)
                 kind = kinds[i][:, : slab.stop - slab.start]
                 r, gate, a, u = wide_r[here], wide_i[here], wide_a[here], wide_u[here]
                 gradient = wide_dx[here]
                 wide_x = x[at].astype(jnp.float32)
-                x_gradient = jnp.where(
-                    kind == HOLD, 0.0, gradient * factor(u, kind) * gate
-                )
+                inverse = inverse_root(u)
+                held = jnp.where(kind == HOLD, 0.0, gradient)
+                x_gradient = held * factor(u * inverse, kind) * gate
                 before = wide_y[i, pl.ds(TILE - 1, sizes.group), slab]
                 # d sqrt(1 - a^2) / d log a = -a^2 / sqrt(1 - a^2), bounded.
-                slope = a * jax.lax.rsqrt(jnp.maximum(u, SMALLEST_RADICAND))
+                slope = a * jnp.minimum(inverse, SMALLEST_RADICAND**-0.5)
                 d_log_a = a * gradient * (before - gate * wide_x * slope)
                 # Where a document starts or the state is held, the gates do not matter.
                 per_gate = jnp.where(kind == STEP, d_log_a * r, 0.0)
                 total[here] += per_gate
+                r_gradient = per_gate * log_decays[pl.ds(i, 1), slab] * (1.0 - r)
                 dx[at] = x_gradient.astype(dx.dtype)
-                c = log_decay(a_param[pl.ds(first_row + i, 1), slab])
-                r_gradient = per_gate * c * (1.0 - r)
                 d_recurrence[at] = r_gradient.astype(d_recurrence.dtype)
                 d_input[at] = (x_gradient * wide_x * (1.0 - gate)).astype(d_input.dtype)
         return states
@@ -153,7 +158,7 @@ def _gradient_kernel(
 
 
 def step_kinds(positions, block, start, length: int, sizes: BlockSizes) -> jax.Array:
-    """HOLD, START or STEP for each step of a group, the same in all channels of a slab.
+    """HOLD, START or STEP for each step of a group, the same in all channels of a tile.
 
     Args:
       positions: a row of them [1, lanes], for this block of time among others.
@@ -171,19 +176,27 @@ def step_kinds(positions, block, start, length: int, sizes: BlockSizes) -> jax.A
     if length % sizes.group:
         past = block * sizes.steps + step[:, :1] >= length
         column = jnp.where(past, HOLD, column)
-    return jnp.broadcast_to(column, (sizes.group, min(SLAB, sizes.width)))
+    return jnp.broadcast_to(column, (sizes.group, min(LANES, sizes.width)))
 
 
 def gates(recurrence_logits, input_logits, log_decay):
     """r_t, i_t, a_t and 1 - a_t^2, in float32; log_decay is log a_t / r_t."""
-    r = jax.nn.sigmoid(recurrence_logits.astype(jnp.float32))
-    i = jax.nn.sigmoid(input_logits.astype(jnp.float32))
+    one_over_r, one_over_i = (
+        1.0 + jnp.exp(-jnp.maximum(logits.astype(jnp.float32), MOST_NEGATIVE_LOGIT))
+        for logits in (recurrence_logits, input_logits)
+    )
+    # One reciprocal, refined by hand, serves both gates; a division has 13 operations.
+    product = one_over_r * one_over_i
+    inverse = pl.reciprocal(product, approx=True)
+    for _ in range(2):
+        inverse = inverse * (2.0 - product * inverse)
+    r, i = inverse * one_over_i, inverse * one_over_r
     log_a = log_decay * r
     a = jnp.exp(log_a)
     w = -2.0 * log_a
-    series = jnp.ones_like(w)
-    for term in range(SERIES_TERMS, 1, -1):
-        series = 1.0 - w * (1.0 / term) * series
+    series = jnp.full_like(w, SERIES[-1])
+    for coefficient in reversed(SERIES[:-1]):
+        series = series * w + coefficient
     return r, i, a, jnp.where(w < SERIES_BELOW, w * series, 1.0 - a * a)
 
 
@@ -195,19 +208,19 @@ def log_decay(a_param: jax.Array) -> jax.Array:
     )
 
 
-def factor(u: jax.Array, kind: jax.Array) -> jax.Array:
+def inverse_root(u: jax.Array) -> jax.Array:
+    """1 / sqrt(u), finite for u = 0."""
+    return jax.lax.rsqrt(jnp.maximum(u, SMALLEST_ROOT))
+
+
+def factor(root: jax.Array, kind: jax.Array) -> jax.Array:
     """What the gated input is multiplied with; a held step still has to drop it."""
-    return jnp.where(kind == START, 1.0, jnp.sqrt(u))
+    return jnp.where(kind == START, 1.0, root)
 
 
 def scan_decay(a: jax.Array, kind: jax.Array) -> jax.Array:
     """The decay of the scan."""
     return jnp.where(kind == START, 0.0, jnp.where(kind == HOLD, 1.0, a))
-
-
-def slabs(width: int) -> list[slice]:
-    """Cuts the channels of a block."""
-    return [slice(c, min(c + SLAB, width)) for c in range(0, width, SLAB)]
 
 
 def block_sizes(shape: tuple[int, ...], *dtypes) -> BlockSizes:
@@ -238,7 +251,10 @@ def recurrence(
         in_specs=[*[sequence] * 3, state, positions_spec(x.shape, sizes, False), state],
         out_specs=[sequence, state],
         out_shape=[linear_scan.like(x), linear_scan.like(h0)],
-        scratch_shapes=[linear_scan.group_scratch(sizes)] * 3,
+        scratch_shapes=[
+            *[linear_scan.group_scratch(sizes)] * 3,
+            pltpu.VMEM((sizes.rows, sizes.width), jnp.float32),
+        ],
         compiler_params=linear_scan.COMPILER_PARAMS,
         cost_estimate=linear_scan.cost(20 * x.size, 6 * x.size, x, *arguments, h0),
         interpret=interpret,
@@ -279,6 +295,7 @@ def gradients(
             scratch,
             pltpu.VMEM((sizes.rows, TILE, sizes.width), jnp.float32),
             scratch,
+            pltpu.VMEM((sizes.rows, sizes.width), jnp.float32),
         ],
         compiler_params=linear_scan.COMPILER_PARAMS,
         cost_estimate=linear_scan.cost(
