@@ -51,6 +51,34 @@ def test_top_p_keeps_the_smallest_sufficient_set(p):
         np.testing.assert_array_equal(kept[order], before < p)
 
 
+@pytest.mark.parametrize("share", [0, 0.01, 0.3, 1])
+def test_min_p_keeps_what_is_probable_beside_the_first(share):
+    logits = np.asarray(_logits(scale=1.0), np.float64)
+    probability = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    kept = probability >= share * probability.max(-1, keepdims=True)
+    assert share in (0, 1) or not kept.all()
+    np.testing.assert_array_equal(_kept(jnp.asarray(logits), min_p=share), kept)
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.0, 3.0])
+def test_a_penalty_is_paid_by_the_tokens_of_the_row(penalty):
+    """A positive logit is divided, a negative one multiplied; greedy pays it too."""
+    logits = np.asarray(_logits())
+    seen = np.random.default_rng(0).random((4, VOCAB)) < 0.5
+    expected = logits.copy()
+    for row in range(4):
+        for token in np.flatnonzero(seen[row]):
+            down = logits[row, token] > 0
+            expected[row, token] *= 1 / penalty if down else penalty
+    np.testing.assert_allclose(
+        sampling_lib.penalize(jnp.asarray(logits), seen, penalty), expected, rtol=1e-6
+    )
+    settings = Sampling(0, repetition_penalty=penalty)
+    np.testing.assert_array_equal(
+        sample(logits, _keys(4), settings, seen), np.argmax(expected, -1)
+    )
+
+
 def test_top_p_counts_what_top_k_left():
     logits = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1]]))
     # After top-k = 2 the first token alone has 4/7 of the probability.
@@ -72,7 +100,13 @@ def test_filters_leave_the_kept_logits_and_masked_rows_alone():
 
 @pytest.mark.parametrize(
     "settings",
-    [Sampling(), Sampling(temperature=0.5), Sampling(top_k=5), Sampling(top_p=0.8)],
+    [
+        Sampling(),
+        Sampling(temperature=0.5),
+        Sampling(top_k=5),
+        Sampling(top_p=0.8),
+        Sampling(min_p=0.1),
+    ],
     ids=str,
 )
 def test_draws_follow_the_filtered_distribution(settings):
@@ -139,6 +173,11 @@ def test_log_prob_is_the_log_softmax():
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.01}, "top_p"),
         ({"top_p": float("nan")}, "top_p"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty"),
+        ({"repetition_penalty": True}, "repetition_penalty"),
     ],
 )
 def test_a_bad_number_is_named(kwargs, name):
