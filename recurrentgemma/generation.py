@@ -297,18 +297,17 @@ class Generation:
         if self._settings.sampling.repetition_penalty is not None:
             vocab_size = self._model.config.vocab_size
             seen = np.concatenate([request.seen(vocab_size) for request in requests])
-        zeros = np.zeros(len(rows), np.int32)
-        state = DecodeState(
+        zeros = jnp.zeros(len(rows), jnp.int32)
+        return DecodeState(
             cache=cache,
-            token=np.array([row[-1] for row in rows], np.int32),
-            seeds=np.array([request.seed for request in requests], np.uint32),
+            token=jnp.array([row[-1] for row in rows], jnp.int32),
+            seeds=jnp.array([request.seed for request in requests], jnp.uint32),
             steps=zeros,
-            limits=np.array([r.max_new_tokens for r in requests], np.int32),
+            limits=jnp.array([r.max_new_tokens for r in requests], jnp.int32),
             done=zeros > 0,
-            seen=seen,
+            seen=None if seen is None else jnp.asarray(seen),
             draft_cache=draft_cache,
         )
-        return jax.tree.map(jnp.asarray, state)
 
     def _with_draft(self, cache: Cache, rows: list[list[int]]):
         """The cache, rewindable if there is a draft, and the draft's.

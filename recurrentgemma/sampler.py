@@ -351,7 +351,7 @@ class Sampler:
           ValueError: as for a call; of a prompt when its turn comes.
         """
         limit = _check_count("max_new_tokens", max_new_tokens)
-        if isinstance(seed, numbers.Integral):
+        if isinstance(seed, int | np.integer):
             seed = itertools.count(check_seed(seed))
         read: dict[int, list[int]] = {}
 

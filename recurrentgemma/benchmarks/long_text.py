@@ -30,6 +30,7 @@ from recurrentgemma.config import GriffinConfig
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.prefix import Prefix
 from recurrentgemma.sampler import Sample, Sampler
+from recurrentgemma.tokenizer import Tokenizer
 from recurrentgemma.training.corpus import PYTHON_STDLIB, read_documents
 
 RESULTS = ROOT / "recurrentgemma" / "benchmarks" / "results" / "long_text.json"
@@ -67,23 +68,24 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBIBYTE
 
 
-def read(sampler: Sampler, num_tokens: int, marks: int) -> tuple[Prefix, list[dict]]:
+def take(source: Iterator[str], tokenizer: Tokenizer, num_tokens: int) -> Iterator[str]:
+    """Lines of at least so many tokens."""
+    while num_tokens > 0:
+        line = next(source)
+        num_tokens -= len(tokenizer.encode(line, add_bos=False))
+        yield line
+
+
+def read(
+    sampler: Sampler, tokenizer: Tokenizer, num_tokens: int, marks: int
+) -> tuple[Prefix, list[dict]]:
     """Reads at least so many tokens; notes time and memory at equal distances."""
     source, notes = lines(), []
     prefix = sampler.prefill([next(source)])
     start = time.perf_counter()
     for mark in range(1, marks + 1):
-        goal = num_tokens * mark // marks
-
-        def until(goal=goal):
-            """Lines until the tokenizer has given the reader enough."""
-            count = int(prefix.num_tokens[0])
-            while count < goal:
-                line = next(source)
-                count += len(sampler.tokenizer.encode(line, add_bos=False))
-                yield line
-
-        prefix = sampler.prefill(until(), prefix=prefix)
+        missing = num_tokens * mark // marks - int(prefix.num_tokens[0])
+        prefix = sampler.prefill(take(source, tokenizer, missing), prefix=prefix)
         seconds = time.perf_counter() - start
         count = int(prefix.num_tokens[0])
         notes.append(
@@ -103,7 +105,9 @@ def read(sampler: Sampler, num_tokens: int, marks: int) -> tuple[Prefix, list[di
 
 def ask(sampler: Sampler, prefix: Prefix, count: int) -> dict[str, Any]:
     """`count` questions of one prefix, in one call; none reads it again."""
-    questions = [f"\n# question {i}: what does function {i} do?\n" for i in range(count)]
+    questions = [
+        f"\n# question {i}: what does function {i} do?\n" for i in range(count)
+    ]
     request = {"max_new_tokens": 16, "end_tokens": []}
     read_tokens = []
     start = time.perf_counter()
@@ -132,9 +136,7 @@ def ask(sampler: Sampler, prefix: Prefix, count: int) -> dict[str, Any]:
 def continuation(model: str, prefix: str) -> list[int]:
     """The tokens that a new process writes after a saved prefix."""
     sampler = Sampler(*load(model), compile_ahead=False)
-    [sample] = sampler(
-        [[]], prefix=Prefix.load(prefix, sampler.model), **CONTINUATION
-    )
+    [sample] = sampler([[]], prefix=Prefix.load(prefix, sampler.model), **CONTINUATION)
     return sample.tokens
 
 
@@ -144,7 +146,7 @@ def measure(num_tokens: int, questions: int, marks: int = 10) -> dict[str, Any]:
     assert tokenizer is not None
     model = Griffin(config(tokenizer.vocab_size), rngs=nnx.Rngs(0))
     sampler = Sampler(model, tokenizer, compile_ahead=False)
-    prefix, notes = read(sampler, num_tokens, marks)
+    prefix, notes = read(sampler, tokenizer, num_tokens, marks)
     [here] = sampler([[]], prefix=prefix, **CONTINUATION)
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder) / "model", model, tokenizer)

@@ -117,12 +117,13 @@ class Way:
     def run(self) -> list[Sample]:
         """One sample of every prompt, one after another."""
         request = dict(self._request)
-        return [self.sampler([prompt], **request) for prompt in request.pop("prompts")]
+        prompts = request.pop("prompts")
+        return [self.sampler([prompt], **request)[0] for prompt in prompts]
 
     def tokens_per_s(self) -> float:
         """New tokens for a second."""
         start = time.perf_counter()
-        samples = [sample for [sample] in self.run()]
+        samples = self.run()
         return sum(len(s.tokens) for s in samples) / (time.perf_counter() - start)
 
 
@@ -146,12 +147,14 @@ def compare(
             "end_tokens": [],
         }
         plain = Way(PLAIN, Sampler(target, tokenizer), request)
-        expected = [sample for [sample] in plain.run()]
+        expected = plain.run()
         for count in arguments.draft_tokens:
             sampler = Sampler(target, tokenizer, draft=draft, num_draft_tokens=count)
             way = Way(OURS, sampler, request)
-            samples = [sample for [sample] in way.run()]
-            same = [a.tokens == b.tokens for a, b in zip(samples, expected, strict=True)]
+            samples = way.run()
+            same = [
+                a.tokens == b.tokens for a, b in zip(samples, expected, strict=True)
+            ]
             if not all(same):
                 raise RuntimeError(f"{name}, {count}: {same.count(False)} other texts")
             calls = sum(s.num_calls for s in samples)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint
 
 # By name: here `recurrentgemma` is the other package.
 recurrentgemma = importlib.import_module("recurrentgemma.jax")
@@ -34,24 +35,14 @@ class NumberVocabulary:
         return 2
 
 
-def nest(flat: dict[str, np.ndarray]) -> dict:
-    tree: dict = {}
-    for name, value in flat.items():
-        *parents, leaf = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = jnp.asarray(value)
-    return tree
-
-
 class Opponent:
     def __init__(self, directory: str):
         self.directory = Path(directory)
         fields = json.loads((self.directory / "config.json").read_text())
         self.tokens = np.load(self.directory / "tokens.npy")
-        with np.load(self.directory / "official.npz") as arrays:
-            self.params = nest(dict(arrays))
+        with orbax.checkpoint.PyTreeCheckpointer() as checkpointer:
+            restored = checkpointer.restore(self.directory / "official_flax")
+        self.params = jax.tree.map(jnp.asarray, restored["params"])
         kinds = recurrentgemma.TemporalBlockType
         pattern = [kinds.RECURRENT, kinds.RECURRENT, kinds.ATTENTION]
         config = recurrentgemma.GriffinConfig(
