@@ -138,6 +138,9 @@ def test_sample_prints_what_the_sampler_generates(run, checkpoint, sampler):
     [whole] = sampler([PROMPT], **settings)
     assert run(*argv) == (0, whole.text, "")
     assert run(*argv, "--echo") == (0, PROMPT + whole.text, "")
+    assert run(*argv, "--draft", checkpoint) == (0, whole.text, "")
+    status, _, err = run(*argv, "--draft=nano")
+    assert status == 1 and "draft: expected a model of the same" in err
     stop = whole.text[8:10]
     [stopped] = sampler([PROMPT], stop=[stop], **settings)
     assert run(*argv, "--stop=\u2603", "--stop", stop) == (0, stopped.text, "")

@@ -84,6 +84,12 @@ def define_generation(values: flags.FlagValues, *, max_new_tokens: int) -> None:
     flags.DEFINE_integer(
         "seed", 0, "another seed gives another text", flag_values=values
     )
+    flags.DEFINE_string(
+        "draft",
+        None,
+        "a smaller model of the same tokenizer, which proposes: the same text, sooner",
+        flag_values=values,
+    )
 
 
 def define_stop(values: flags.FlagValues) -> None:
@@ -184,8 +190,14 @@ def load_sampler(values: dict[str, Any]) -> "tuple[Sampler, Prefix | None]":
     from recurrentgemma.sampler import Sampler
 
     model, tokenizer = load(values["model"])
-    # A command runs once: programs for lengths that do not come would never run.
-    sampler = Sampler(model, tokenizer, compile_ahead=False)
+    draft = values.get("draft")
+    sampler = Sampler(
+        model,
+        tokenizer,
+        draft=None if draft is None else load(draft)[0],
+        # A command runs once: programs for lengths that do not come would never run.
+        compile_ahead=False,
+    )
     return sampler, None if path is None else Prefix.load(path, model)
 
 
