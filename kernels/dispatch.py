@@ -56,6 +56,20 @@ def imported_late(module: str, name: str) -> Callable[..., Any]:
     return run
 
 
+def takes(*dtypes: Any) -> Callable[..., str | None]:
+    """A `Kernel.supports` for kernels whose floating-point arrays are of these dtypes."""
+
+    def supports(*arrays: jax.Array, **_: Any) -> str | None:
+        for array in arrays:
+            floating = jnp.issubdtype(array.dtype, jnp.floating)
+            if floating and array.dtype not in dtypes:
+                names = ", ".join(jnp.dtype(dtype).name for dtype in dtypes)
+                return f"it takes {names}, not {array.dtype}"
+        return None
+
+    return supports
+
+
 Table = Mapping[str, Callable[..., Any] | Kernel]
 
 

@@ -5,33 +5,27 @@ derivative, written here, serves every implementation; a kernel may bring its ow
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels.dispatch import Kernel, Table, dispatch, imported_late
+from recurrentgemma.kernels.dispatch import (
+    Kernel,
+    Table,
+    dispatch,
+    imported_late,
+    takes,
+)
 from recurrentgemma.kernels.linear_scan import (
     associative,
     chunked,
-    pallas_gpu,
     reference,
     sequential,
 )
 
-KERNEL_DTYPES = (jnp.float32, jnp.bfloat16)
-
-
-def kernel_supports(*arrays: jax.Array, **_: Any) -> str | None:
-    """Why a kernel of the recurrence cannot take these arguments, or None."""
-    for array in arrays:
-        floating = jnp.issubdtype(array.dtype, jnp.floating)
-        if floating and array.dtype not in KERNEL_DTYPES:
-            return f"it takes float32 and bfloat16, not {array.dtype}"
-    return None
-
-
-PALLAS_TPU = f"{__name__}.pallas_tpu"
+TPU_DTYPES = takes(jnp.float32, jnp.bfloat16)
+GPU_DTYPES = takes(jnp.float32, jnp.bfloat16, jnp.float16)
+PALLAS_TPU, PALLAS_GPU = f"{__name__}.pallas_tpu", f"{__name__}.pallas_gpu"
 IMPLEMENTATIONS: Table = {
     "reference": reference.scan,
     "associative": associative.scan,
@@ -41,10 +35,10 @@ IMPLEMENTATIONS: Table = {
         imported_late(PALLAS_TPU, "scan"),
         "tpu",
         "btc,btc,bc->btc,bc",
-        kernel_supports,
+        TPU_DTYPES,
     ),
     "pallas_gpu": Kernel(
-        pallas_gpu.scan, "cuda", "btc,btc,bc->btc,bc", pallas_gpu.supports
+        imported_late(PALLAS_GPU, "scan"), "cuda", "btc,btc,bc->btc,bc", GPU_DTYPES
     ),
 }
 PLATFORM_DEFAULTS = {
@@ -181,13 +175,13 @@ GRADIENTS: Table = {
         imported_late(PALLAS_TPU, "gradients"),
         "tpu",
         "btc,bc,btc,btc,bc->btc,btc,bc",
-        kernel_supports,
+        TPU_DTYPES,
     ),
     "pallas_gpu": Kernel(
-        pallas_gpu.gradients,
+        imported_late(PALLAS_GPU, "gradients"),
         "cuda",
         "btc,bc,btc,btc,bc->btc,btc,bc",
-        pallas_gpu.supports,
+        GPU_DTYPES,
     ),
 }
 """Of a scan that runs forward. Another scan, the other way, serves where no kernel is."""

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from recurrentgemma.kernels.dispatch import Kernel, Table, dispatch, imported_late
-from recurrentgemma.kernels.linear_scan import kernel_supports
+from recurrentgemma.kernels.linear_scan import TPU_DTYPES
 from recurrentgemma.kernels.rg_lru import composed, reference
 
 PALLAS_TPU = f"{__name__}.pallas_tpu"
@@ -15,7 +15,7 @@ IMPLEMENTATIONS: Table = {
         imported_late(PALLAS_TPU, "recurrence"),
         "tpu",
         "btc,btc,btc,bc,bt,bc->btc,bc",
-        kernel_supports,
+        TPU_DTYPES,
     ),
 }
 PLATFORM_DEFAULTS = {"tpu": ("pallas_tpu", "composed"), "default": ("composed",)}
@@ -119,7 +119,7 @@ GRADIENTS: Table = {
         imported_late(PALLAS_TPU, "gradients"),
         "tpu",
         "btc,btc,btc,bc,bt,bc,btc,btc,bc->btc,btc,btc,bc,bc",
-        kernel_supports,
+        TPU_DTYPES,
     ),
 }
 """Take the arguments, y, and the gradients of y and h_last; a_param is [B, E]."""

@@ -2,9 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from recurrentgemma.kernels import linear_scan, local_attention, rg_lru
+from tests.tolerances import assert_close
 
 PLATFORMS = ["cpu", "cuda", "tpu"]
 
@@ -20,6 +23,7 @@ def test_scan_default_follows_the_platform(platform):
     loops = {"cpu": 1, "cuda": 3, "tpu": 0}
     text = lowered(linear_scan, array, array, platform=platform)
     assert text.count("stablehlo.while") == loops[platform]
+    assert ("tpu_custom_call" in text) == (platform == "tpu")
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
@@ -48,3 +52,58 @@ def test_bfloat16_gradients_lower_everywhere(platform):
     assert products
     for line in products:
         assert ("bf16" in line) == (platform != "cpu"), line
+
+
+def mesh_of_four():
+    return jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def recurrence_gradients(implementation):
+    def loss(x, a_param):
+        positions = jnp.broadcast_to(jnp.arange(20, dtype=jnp.int32), x.shape[:2])
+        y, h = rg_lru(x, x, -x, a_param, positions, implementation=implementation)
+        z, h = linear_scan(y, jnp.tanh(x), h, implementation=implementation)
+        return jnp.sum(z * z) + jnp.sum(h)
+
+    return jax.grad(loss, (0, 1))
+
+
+def random_inputs(batch=4):
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(batch, 20, 6)).astype(np.float32), np.ones(6, np.float32)
+
+
+@pytest.mark.parametrize("batch", [4, 3])
+def test_a_kernel_is_sharded_under_a_mesh(batch):
+    """Rows over "data" where they divide, channels over "model"; the same numbers."""
+    x, a_param = random_inputs(batch)
+    expected = jax.jit(recurrence_gradients("reference"))(x, a_param)
+    rows = "data" if batch == 4 else None
+    mesh = mesh_of_four()
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, PartitionSpec(rows, None, "model"))
+        placed = jax.device_put(x, sharding)
+        run = jax.jit(recurrence_gradients("pallas_tpu"))
+        actual = run(placed, a_param)
+        text = run.trace(placed, a_param).lower(lowering_platforms=("tpu",)).as_text()
+    for found, wanted in zip(actual, expected, strict=True):
+        assert_close(found, wanted, "gradient")
+    assert text.count("@tpu_custom_call") == 4
+    block = f"tensor<{2 if rows else 3}x20x3xf32>"
+    assert all(block in line for line in text.splitlines() if "tpu_custom" in line)
+
+
+def test_several_devices_without_a_mesh():
+    """Nothing says how to cut a kernel up: plain code runs, or the name is refused."""
+    arrays = random_inputs()
+    sharding = NamedSharding(mesh_of_four(), PartitionSpec("data"))
+
+    def text(implementation):
+        run = jax.jit(
+            recurrence_gradients(implementation), in_shardings=(sharding, None)
+        )
+        return run.trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
+
+    assert "tpu_custom_call" not in text(None)
+    with pytest.raises(NotImplementedError, match=r"under jax\.set_mesh"):
+        text("pallas_tpu")
