@@ -69,7 +69,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "notebooks": ["nbclient", "ipykernel"],
         "tensorboard": ["tensorboardX"],
-        "test": ["pytest", "hypothesis", "ruff", "basedpyright"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "basedpyright"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
