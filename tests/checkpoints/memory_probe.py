@@ -25,6 +25,8 @@ from recurrentgemma.checkpoints.parameters import parameter_shapes
 from recurrentgemma.checkpoints.tensors import TensorSource
 from recurrentgemma.config import GriffinConfig
 
+STORED_DTYPE = np.dtype(np.float32)
+
 
 def config(layers: int) -> GriffinConfig:
     """54 MB a layer and 67 MB of embedding in float32; no layers are a tiny model."""
@@ -56,9 +58,9 @@ def write_random(layout: str, directory: Path, layers: int) -> None:
 
     def source(shape: tuple[int, ...]) -> TensorSource:
         def read(start: int, stop: int) -> np.ndarray:
-            return rng.random((stop - start, *shape[1:]), np.float32)
+            return rng.random((stop - start, *shape[1:]), STORED_DTYPE)
 
-        return TensorSource(shape, np.dtype(np.float32), 0, read)
+        return TensorSource(shape, STORED_DTYPE, 0, read)
 
     shapes = parameter_shapes(made)
     tensors = {name: source(shape) for name, shape in shapes.items()}
@@ -117,6 +119,7 @@ def probe(layout: str, directory: Path, dtype: str, target: str, saves: bool) ->
         "on_devices": sum(buffers.values()),
         "model": sum(leaf.nbytes for leaf in leaves),
         "largest": max(leaf.nbytes for leaf in leaves),
+        "largest_stored": max(leaf.size for leaf in leaves) * STORED_DTYPE.itemsize,
         "load_seconds": seconds,
     }
 
