@@ -30,8 +30,8 @@ def read_documents(source: str | Path) -> list[Document]:
 
     Args:
         source: `python-stdlib` (the `*.py` files of the running Python's standard
-            library and its test suites, less generated tables), a directory (every file below it), or a file.
-            Files that are empty or not UTF-8 are left out.
+            library and its test suites, less generated tables), a directory (every file
+            below it), or a file. Files that are empty or not UTF-8 are left out.
 
     Raises:
         ValueError: the source does not exist, or holds no text.

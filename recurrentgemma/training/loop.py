@@ -27,7 +27,8 @@ import tqdm
 from flax import nnx
 
 from recurrentgemma.checkpoints import named_parameters, parameter_dtype, save
-from recurrentgemma.config import GriffinConfig, Runtime, find_preset
+from recurrentgemma.checkpoints.parameters import check_tokenizer
+from recurrentgemma.config import Runtime, find_preset
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.tokenizer import Tokenizer
 from recurrentgemma.training.corpus import (
@@ -121,7 +122,7 @@ def train(config: TrainConfig) -> Path:
     output = Path(config.output)
     model_config = find_preset(config.model)
     tokenizer = Tokenizer(config.tokenizer or BUNDLED_TOKENIZER)
-    _check_vocabulary(tokenizer, model_config)
+    check_tokenizer(model_config, tokenizer)
     training, held_out = split_held_out(
         read_documents(config.data), config.held_out_share
     )
@@ -247,14 +248,6 @@ def _pack(
 ) -> PackedTokens:
     ids = (encode_document(tokenizer, d, cut_seed=cut_seed) for d in documents)
     return PackedTokens(ids, config.sequence_length)
-
-
-def _check_vocabulary(tokenizer: Tokenizer, config: GriffinConfig) -> None:
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"tokenizer: its {tokenizer.vocab_size} pieces do not fit the model's "
-            f"vocabulary of {config.vocab_size}"
-        )
 
 
 def _claim(output: Path, config: TrainConfig) -> None:

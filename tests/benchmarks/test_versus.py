@@ -4,9 +4,9 @@ import dataclasses
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from recurrentgemma.benchmarks import agreement, paired, versus
 from recurrentgemma.benchmarks.measures import Plan
@@ -76,17 +76,11 @@ def test_everything_runs_with_our_worker_alone(tmp_path, monkeypatch):
 
 def test_both_layouts_hold_the_same_values(tmp_path):
     checkpoint.write(tmp_path, CONFIG)
-    official = np.load(tmp_path / "official.npz")
-    other = load_file(tmp_path / "hugging_face" / "model.safetensors")
-    assert sum(official[name].size for name in official) == sum(
-        value.size for value in other.values()
-    )
-    np.testing.assert_array_equal(
-        other["model.layers.0.mlp_block.up_proj.weight"],
-        official["blocks.0/mlp_block/ffw_up/w"][1].T,
-    )
-    model, _ = load(tmp_path / "hugging_face")
-    assert model.config == CONFIG
+    models = [load(tmp_path / name)[0] for name in ("official_flax", "hugging_face")]
+    for one, other in zip(*map(jax.tree.leaves, models), strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert np.all(np.asarray(one) != 0)
+    assert models[0].config == models[1].config == CONFIG
 
 
 def test_absent_opponents_are_left_out_with_a_line(capsys):

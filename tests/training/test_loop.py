@@ -14,6 +14,7 @@ from recurrentgemma.training import loop
 from recurrentgemma.training.loop import TrainConfig, train
 from recurrentgemma.training.optimizer import OptimizerConfig
 from recurrentgemma.training.state import Checkpoints, TrainState
+from tests.checkpoints.test_round_trips import TOKENIZER
 from tests.models import tiny_config
 
 
@@ -141,6 +142,7 @@ def test_a_state_of_another_model_is_refused(tmp_path):
         ({"held_out_share": 1.0}, "held_out_share"),
         ({"model": "nanoo"}, "nano"),
         ({"tokenizer": "missing.model"}, "missing.model"),
+        ({"tokenizer": str(TOKENIZER)}, "has 512 pieces"),
         ({"data": "missing"}, "data: "),
     ],
 )
