@@ -34,10 +34,13 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
     ("gradient", "float32"): Tolerance(of_largest=1e-4),
     # The last factor is rounded to 8 bits, and so are states inside a gradient.
     ("gradient", "bfloat16"): Tolerance(of_largest=1e-2),
+    ("gradient", "float16"): Tolerance(of_largest=2e-3),
     # Rounding grows with the number of steps that a state remembers: about ten here.
     ("scan", "float32"): Tolerance(absolute=1e-5, relative=1e-5),
     # One rounding to 8 bits of the result; the carry is float32.
     ("scan", "bfloat16"): Tolerance(absolute=1e-2, relative=8e-3),
+    # One rounding to 11 bits, likewise.
+    ("scan", "float16"): Tolerance(absolute=2e-3, relative=1e-3),
     # 1e5 products with one decay, which without fused multiply-add round alike: at
     # worst 1e5 half units in the last place, 6e-3; measured 1.7e-4.
     ("long_scan", "float32"): Tolerance(of_largest=5e-4),

@@ -1,17 +1,42 @@
 """Sliding-window and global attention of a chunk to [cache, chunk], then the write.
 
-Implementations compute the output; the ring is written here, once for all of them.
+Implementations compute the output, and their gradients those of q, k, v and the cached
+keys and values; the ring is written here, once for all of them.
 """
 
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels.dispatch import dispatch
-from recurrentgemma.kernels.local_attention import blocked, reference, ring
+from recurrentgemma.kernels.dispatch import Kernel, Table, dispatch
+from recurrentgemma.kernels.local_attention import (
+    blocked,
+    one_query,
+    reference,
+    ring,
+    splash,
+)
 from recurrentgemma.kernels.local_attention.ring import KVCache
 
-IMPLEMENTATIONS = {"reference": reference.attend, "blocked": blocked.attend}
-PLATFORM_DEFAULTS = {"default": ("blocked",)}
+_ARRAYS = "btnh,btkh,btkh,bt,bskh,bskh,bs"
+
+IMPLEMENTATIONS: Table = {
+    "reference": reference.attend,
+    "blocked": blocked.attend,
+    "splash": Kernel(splash.attend, "tpu", f"{_ARRAYS}->btnh,btn", splash.supports),
+}
+"""Give the output, and the logarithm of the sum of weights, float32 [B, T, N]."""
+GRADIENTS: Table = {
+    "reference": reference.gradients,
+    "blocked": blocked.gradients,
+    "splash": Kernel(
+        splash.gradients,
+        "tpu",
+        f"{_ARRAYS},btnh,btn,btnh->btnh,btkh,btkh,bskh,bskh",
+        splash.supports,
+    ),
+}
+"""Take the arguments, both results and the gradient of the output."""
+PLATFORM_DEFAULTS = {"tpu": ("splash", "blocked"), "default": ("blocked",)}
 
 
 def local_attention(
@@ -60,20 +85,12 @@ def local_attention(
     """
     _validate(q, k, v, positions, cache, window)
 
-    out = dispatch(
-        "local_attention",
-        IMPLEMENTATIONS,
-        PLATFORM_DEFAULTS,
-        implementation,
-        q,
-        k,
-        v,
-        positions,
-        cache,
-        window=window,
-        scale=scale,
-        soft_cap=soft_cap,
-    )
+    if cache is not None and q.shape[1] == 1 and implementation != "reference":
+        out = one_query.attend(q, k, v, positions, cache, window, scale, soft_cap)
+    else:
+        options = (("window", window), ("scale", scale), ("soft_cap", soft_cap))
+        kept = _no_slots(k, v) if cache is None else cache
+        out = _attend(q, k, v, positions, *kept, options, implementation)
     if cache is None:
         slots = k.shape[1] if window is None else window
     else:
@@ -81,6 +98,46 @@ def local_attention(
     if k.shape[1] == 1:
         positions = ring.after(out, positions)
     return out, ring.write(cache, k, v, positions, slots)
+
+
+def _no_slots(k: jax.Array, v: jax.Array) -> KVCache:
+    return KVCache(k[:, :0], v[:, :0], jnp.zeros((k.shape[0], 0), jnp.int32))
+
+
+def _output(*arguments) -> jax.Array:
+    *arrays, options, implementation = arguments
+    return _run(IMPLEMENTATIONS, "", arrays, options, implementation)[0]
+
+
+_attend = jax.custom_vjp(_output, nondiff_argnums=(7, 8))
+
+
+def _attend_forward(*arguments):
+    *arrays, options, implementation = arguments
+    results = _run(IMPLEMENTATIONS, "", arrays, options, implementation)
+    return results[0], (*arrays, *results)
+
+
+def _attend_backward(options, implementation, residuals, out_gradient):
+    arrays = (*residuals, out_gradient)
+    dq, dk, dv, dkeys, dvalues = _run(
+        GRADIENTS, "'s gradient", arrays, options, implementation
+    )
+    return dq, dk, dv, None, dkeys, dvalues, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _run(table, part, arrays, options, implementation):
+    return dispatch(
+        f"local_attention{part}",
+        table,
+        PLATFORM_DEFAULTS,
+        implementation,
+        *arrays,
+        **dict(options),
+    )
 
 
 def _validate(q, k, v, positions, cache, window):

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from recurrentgemma.kernels.dispatch import einsum_float32
-from recurrentgemma.kernels.local_attention import one_query, ring
+from recurrentgemma.kernels.local_attention import ring
 from recurrentgemma.kernels.local_attention.ring import KVCache
 
 SMALLEST_BLOCK = 64
@@ -50,50 +50,115 @@ def attend(
     k: jax.Array,
     v: jax.Array,
     positions: jax.Array,
-    cache: KVCache | None,
+    keys: jax.Array,
+    values: jax.Array,
+    held: jax.Array,
+    *,
     window: int | None,
     scale: float,
     soft_cap: float | None,
-) -> jax.Array:
-    """See `local_attention`; the written cache is not this function's business."""
-    batch, length, heads, head_dim = q.shape
-    if cache is not None and length == 1:
-        return one_query.attend(q, k, v, positions, cache, window, scale, soft_cap)
-    cached = jnp.zeros_like(positions[:, 0])
-    if cache is not None:
-        past = ring.chronological(cache)
-        k = jnp.concatenate([past.keys.astype(k.dtype), k], axis=1)
-        v = jnp.concatenate([past.values.astype(v.dtype), v], axis=1)
-        cached = jnp.sum(past.positions >= 0, axis=1, dtype=jnp.int32)
-    front = k.shape[1] - length
-    first, last = _visible_range(positions, cached, front, window)
+) -> tuple[jax.Array, jax.Array]:
+    """The output, and the logarithm of the sum of weights, float32 [B, T, N].
 
-    block = block_size(length, window)
-    pad = ((0, 0), (0, -length % block), (0, 0), (0, 0))
-    q, k, v = (jnp.pad(array, pad) for array in (q, k, v))
-    first, last = (jnp.pad(array, pad[:2]) for array in (first, last))
+    See `local_attention`; keys, values and held are the cache's, of 0 slots if there is
+    none. The written cache is not this function's business.
+    """
+    first, last, options = _plan(q, k, positions, held, window, scale, soft_cap)
+    rows, all_keys, all_values = _arrange(q, k, v, keys, values, held, options)
+    out, log_total = _attend_rows(rows, all_keys, all_values, first, last, options)
+    out, log_total = (_from_rows(part, q.shape) for part in (out, log_total))
+    return out, log_total[..., 0]
+
+
+def gradients(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    held: jax.Array,
+    out: jax.Array,
+    log_total: jax.Array,
+    out_gradient: jax.Array,
+    *,
+    window: int | None,
+    scale: float,
+    soft_cap: float | None,
+) -> tuple[jax.Array, ...]:
+    """Gradients of q, k, v, keys and values, from the results and the gradient of out."""
+    first, last, options = _plan(q, k, positions, held, window, scale, soft_cap)
+
+    def arrange(q, k, v, keys, values):
+        return _arrange(q, k, v, keys, values, held, options)
+
+    arranged, pull_back = jax.vjp(arrange, q, k, v, keys, values)
     key_heads = k.shape[2]
-    per_group = heads // key_heads
-    rows = q.reshape(batch, -1, key_heads, per_group, head_dim)
-    rows = jnp.moveaxis(rows, 2, 1).reshape(batch, key_heads, -1, head_dim)
+    # Queries that only fill up a block get no weight.
+    log_rows = _to_rows(log_total[..., None], key_heads, options, fill=-HIDDEN)
+    inner = jnp.sum(
+        out.astype(jnp.float32) * out_gradient.astype(jnp.float32),
+        axis=-1,
+        keepdims=True,
+    )
+    inner_rows = _to_rows(inner, key_heads, options)
+    gradient_rows = _to_rows(out_gradient, key_heads, options)
+    return pull_back(
+        _row_gradients(
+            arranged, first, last, log_rows, inner_rows, gradient_rows, options
+        )
+    )
+
+
+def _plan(q, k, positions, held, window, scale, soft_cap):
+    """First and last key of each row of queries, and how the blocks lie."""
+    _, length, heads, _ = q.shape
+    front, per_group = held.shape[1], heads // k.shape[2]
+    block = block_size(length, window)
+    blocks = -(-length // block)
+    cached = jnp.sum(held >= 0, axis=1, dtype=jnp.int32)
+    first, last = (
+        jnp.repeat(jnp.pad(index, ((0, 0), (0, -length % block))), per_group, axis=1)
+        for index in _visible_range(positions, cached, front, window)
+    )
     options = _Options(
         rows=block * per_group,
-        groups=_group_blocks(q.shape[1] // block, block, front, window),
+        groups=_group_blocks(blocks, block, front, window),
         front=front,
         queries=block,
         scale=scale,
         soft_cap=soft_cap,
     )
-    out = _attend_rows(
-        rows,
-        jnp.swapaxes(k, 1, 2),
-        jnp.swapaxes(v, 1, 2),
-        jnp.repeat(first, per_group, axis=1),
-        jnp.repeat(last, per_group, axis=1),
-        options,
-    )
-    out = out.reshape(batch, key_heads, -1, per_group, head_dim)
-    return jnp.moveaxis(out, 1, 2).reshape(q.shape)[:, :length]
+    return first, last, options
+
+
+def _arrange(q, k, v, keys, values, held, options):
+    """Rows of queries [B, K, T N/K, H], and keys and values [B, K, S, H] in time."""
+    key_heads, more = k.shape[2], -k.shape[1] % options.queries
+    if held.shape[1]:
+        past = ring.chronological(KVCache(keys, values, held))
+        k = jnp.concatenate([past.keys.astype(k.dtype), k], axis=1)
+        v = jnp.concatenate([past.values.astype(v.dtype), v], axis=1)
+    k, v = (jnp.pad(array, ((0, 0), (0, more), (0, 0), (0, 0))) for array in (k, v))
+    rows = _to_rows(q, key_heads, options)
+    return rows, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+
+
+def _to_rows(array, key_heads, options, fill=0.0):
+    """[B, T, N, H] as [B, K, T N/K, H], T filled up to whole blocks."""
+    batch, length, heads, size = array.shape
+    more = -length % options.queries
+    array = jnp.pad(array, ((0, 0), (0, more), (0, 0), (0, 0)), constant_values=fill)
+    array = array.reshape(batch, -1, key_heads, heads // key_heads, size)
+    return jnp.moveaxis(array, 2, 1).reshape(batch, key_heads, -1, size)
+
+
+def _from_rows(rows, shape):
+    """The inverse of `_to_rows`, for queries of this shape."""
+    batch, length, heads, _ = shape
+    key_heads, size = rows.shape[1], rows.shape[3]
+    array = rows.reshape(batch, key_heads, -1, heads // key_heads, size)
+    return jnp.moveaxis(array, 1, 2).reshape(batch, -1, heads, size)[:, :length]
 
 
 def block_size(length: int, window: int | None) -> int:
@@ -133,15 +198,9 @@ def _group_blocks(blocks, block, front, window):
     return (*groups, (growing, blocks, span)) if growing < blocks else tuple(groups)
 
 
-def _attend_to_ranges(q, k, v, first, last, options) -> jax.Array:
+def _attend_rows(q, k, v, first, last, options):
     """Attention of rows [B, K, T N/K, H] to keys [B, K, S, H], each row to a range."""
-    return _attend_rows_forward(q, k, v, first, last, options)[0]
 
-
-_attend_rows = jax.custom_vjp(_attend_to_ranges, nondiff_argnums=(5,))
-
-
-def _attend_rows_forward(q, k, v, first, last, options):
     def visit(span, _, index):
         rows = partial(_rows, index=index, size=options.rows)
         start = _key_start(index, span, options)
@@ -158,11 +217,12 @@ def _attend_rows_forward(q, k, v, first, last, options):
         for start, stop, span in options.groups
     ]
     out, log_total = (_join_blocks(blocks) for blocks in zip(*parts, strict=True))
-    return out, (q, k, v, first, last, out, log_total)
+    return out, log_total
 
 
-def _attend_rows_backward(options, residuals, out_cotangent):
-    q, k, v, first, last, out, log_total = residuals
+def _row_gradients(arrays, first, last, log_total, inner, out_cotangent, options):
+    """Gradients of q, k and v of `_attend_rows`; inner is out times its cotangent."""
+    q, k, v = arrays
 
     def visit(span, carry, index):
         dk, dv = carry
@@ -174,13 +234,8 @@ def _attend_rows_backward(options, residuals, out_cotangent):
         )
         weights = jnp.exp(scores - rows(log_total))
         cotangent = rows(out_cotangent)
-        inner = jnp.sum(
-            cotangent.astype(jnp.float32) * rows(out).astype(jnp.float32),
-            axis=-1,
-            keepdims=True,
-        )
         dweights = einsum_float32("bkmh,bksh->bkms", cotangent, values)
-        dscores = weights * (dweights - inner) * cap_derivative * options.scale
+        dscores = weights * (dweights - rows(inner)) * cap_derivative * options.scale
         dscores = dscores.astype(q.dtype)
         dq = einsum_float32("bkms,bksh->bkmh", dscores, keys)
         # The row block is transposed rather than the larger weights.
@@ -197,10 +252,7 @@ def _attend_rows_backward(options, residuals, out_cotangent):
         carry, dq = jax.lax.scan(partial(visit, span), carry, blocks)
         parts.append(dq)
     dk, dv = carry
-    return _join_blocks(parts), dk.astype(k.dtype), dv.astype(v.dtype), None, None
-
-
-_attend_rows.defvjp(_attend_rows_forward, _attend_rows_backward)
+    return _join_blocks(parts), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
 def _scores(queries, keys, first, last, start, options):

@@ -3,8 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels.local_attention.ring import KVCache
-
 HIDDEN = -1e30
 """Score of a key that is not seen."""
 
@@ -14,23 +12,28 @@ def attend(
     k: jax.Array,
     v: jax.Array,
     positions: jax.Array,
-    cache: KVCache | None,
+    keys: jax.Array,
+    values: jax.Array,
+    held: jax.Array,
+    *,
     window: int | None,
     scale: float,
     soft_cap: float | None,
-) -> jax.Array:
-    """See `local_attention`; the written cache is not this function's business."""
+) -> tuple[jax.Array, jax.Array]:
+    """The output, and the logarithm of the sum of weights, float32 [B, T, N].
+
+    See `local_attention`; keys, values and held are the cache's, of 0 slots if there is
+    none. The written cache is not this function's business.
+    """
     batch, length, _, head_dim = q.shape
     # Cached keys are of segment 0, which the chunk's first start of a document ends.
     segments = jnp.cumsum(positions == 0, axis=1)
-    key_positions, key_segments = positions, segments
-    if cache is not None:
-        k = jnp.concatenate([cache.keys.astype(k.dtype), k], axis=1)
-        v = jnp.concatenate([cache.values.astype(v.dtype), v], axis=1)
-        key_positions = jnp.concatenate([cache.positions, positions], axis=1)
-        key_segments = jnp.concatenate(
-            [jnp.zeros_like(cache.positions, segments.dtype), segments], axis=1
-        )
+    k = jnp.concatenate([keys.astype(k.dtype), k], axis=1)
+    v = jnp.concatenate([values.astype(v.dtype), v], axis=1)
+    key_positions = jnp.concatenate([held, positions], axis=1)
+    key_segments = jnp.concatenate(
+        [jnp.zeros_like(held, segments.dtype), segments], axis=1
+    )
     distance = positions[:, :, None] - key_positions[:, None, :]
     visible = (segments[:, :, None] == key_segments[:, None, :]) & (distance >= 0)
     visible &= (key_positions >= 0)[:, None, :]
@@ -48,6 +51,17 @@ def attend(
     # A padding query sees nothing; its output is zero.
     weights = jnp.where(visible, weights, 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights / jnp.where(total == 0, 1.0, total)
-    out = jnp.einsum("bkrts,bskh->btkrh", weights, v.astype(jnp.float32))
-    return out.reshape(q.shape[:3] + v.shape[3:]).astype(q.dtype)
+    total = jnp.where(total == 0, 1.0, total)
+    out = jnp.einsum("bkrts,bskh->btkrh", weights / total, v.astype(jnp.float32))
+    log_total = jnp.moveaxis(largest + jnp.log(total), 3, 1)
+    return out.reshape(q.shape).astype(q.dtype), log_total.reshape(q.shape[:3])
+
+
+def gradients(q, k, v, positions, keys, values, held, out, log_total, dout, **options):
+    """Those of q, k, v, keys and values, by automatic differentiation."""
+    del out, log_total
+
+    def run(q, k, v, keys, values):
+        return attend(q, k, v, positions, keys, values, held, **options)[0]
+
+    return jax.vjp(run, q, k, v, keys, values)[1](dout)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from recurrentgemma.kernels import KVCache, local_attention
-from recurrentgemma.kernels.local_attention import IMPLEMENTATIONS
+from recurrentgemma.kernels.local_attention import IMPLEMENTATIONS, splash
 from tests.kernels import definitions
 from tests.tolerances import assert_close
 
@@ -14,6 +14,13 @@ ALL = [None, *IMPLEMENTATIONS]
 B, N, K, H = 3, 4, 2, 5
 SCALE, SOFT_CAP = 0.7, 2.0
 NAMES = ("q", "k", "v")
+
+
+@pytest.fixture(autouse=True)
+def narrow_heads_and_small_blocks(monkeypatch):
+    """Interpreted, splash attention takes any head; here, several blocks too."""
+    monkeypatch.setattr(splash, "HEAD_MULTIPLE", 1)
+    monkeypatch.setattr(splash, "LARGEST_BLOCK", 128)
 
 
 def random_positions(length, rng):
@@ -89,18 +96,26 @@ def assert_ring_holds(cache, k, v, positions, window):
             np.testing.assert_array_equal(cache.values[b, slot], v[b, index])
 
 
+CASES = [
+    (1, 20, SOFT_CAP),
+    (7, 20, None),
+    (128, 20, SOFT_CAP),
+    (128, 200, SOFT_CAP),
+    (1000, 20, None),
+    (700, None, SOFT_CAP),
+]
+# Interpreted, splash attention is slow, and any length is padded to a block's.
+SPLASH_CASES = [(128, 20, SOFT_CAP), (128, 200, None), (200, None, SOFT_CAP)]
+
+
 @pytest.mark.parametrize(
-    "length, window, soft_cap",
+    "implementation, length, window, soft_cap",
     [
-        (1, 20, SOFT_CAP),
-        (7, 20, None),
-        (128, 20, SOFT_CAP),
-        (128, 200, SOFT_CAP),
-        (1000, 20, None),
-        (700, None, SOFT_CAP),
+        (implementation, *case)
+        for implementation in IMPLEMENTATIONS
+        for case in (SPLASH_CASES if implementation == "splash" else CASES)
     ],
 )
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_values_and_gradients(implementation, length, window, soft_cap):
     *qkv, positions, cotangent = random_inputs(length)
 
@@ -140,8 +155,14 @@ def split_rows(arrays, widths, positions):
 WIDTHS = [(70, 30, 1), (1, 1, 0), (1, 0, 1), (20, 53, 0), (8, 16, 98)]
 
 
-@pytest.mark.parametrize("window", [24, None])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "implementation, window",
+    [
+        *((implementation, 24) for implementation in IMPLEMENTATIONS),
+        ("reference", None),
+        ("blocked", None),
+    ],
+)
 def test_split_invariance(implementation, window):
     """Any chunks from an empty cache are the whole: values, gradients and the ring."""
     length = 100
@@ -344,9 +365,9 @@ def test_errors():
         ((q, k, v.astype(jnp.int32)), {}, "v must be floating point"),
         ((q, k, v), {"positions": positions[:, 1:]}, r"positions must be int32 \(3, 7"),
         ((q, k, v), {"window": 0}, "window must be at least 1 or None; got 0"),
-        ((q, k, v), {"cache": empty_cache(9)}, r"cache.keys must have shape \(3, 8"),
+        ((q, k, v), {"cache": empty_cache(7)}, "at least 8 slots.* got 7"),
     ]:
         with pytest.raises(ValueError, match=message):
             local_attention(*arrays, **{**good, **changes})
-    with pytest.raises(NotImplementedError, match="it has blocked, reference"):
-        local_attention(q, k, v, **good, implementation="splash")
+    with pytest.raises(NotImplementedError, match="it has blocked, reference, splash"):
+        local_attention(q, k, v, **good, implementation="fastest")
