@@ -84,15 +84,24 @@ def _forward(*arguments):
 
 
 def _backward(implementation, residuals, cotangents):
-    *gradients, a_param, h0 = dispatch(
-        "rg_lru's gradient",
-        GRADIENTS,
-        PLATFORM_DEFAULTS,
-        implementation,
-        *residuals,
-        *cotangents,
+    gradients = rg_lru_gradients(*residuals, *cotangents, implementation=implementation)
+    *gradients, h0_gradient = gradients
+    return *gradients, None, h0_gradient
+
+
+def rg_lru_gradients(
+    *arrays: jax.Array, implementation: str | None = None
+) -> tuple[jax.Array, ...]:
+    """Gradients of x, both logits, a_param and h0.
+
+    Args:
+      *arrays: the arguments of `rg_lru` with a_param as [B, E], one for each row; the
+        result y; the gradients of y and of h_last.
+      implementation: a name of `GRADIENTS`; None picks by platform.
+    """
+    return dispatch(
+        "rg_lru's gradient", GRADIENTS, PLATFORM_DEFAULTS, implementation, *arrays
     )
-    return *gradients, a_param, None, h0
 
 
 _recurrence = jax.custom_vjp(_run, nondiff_argnums=(6,))
