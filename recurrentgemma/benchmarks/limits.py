@@ -23,6 +23,8 @@ REPETITIONS = 10
 WORKING_SET_BYTES = 1 << 28
 """Of the weights that a few rows are multiplied with: as in decode, nothing stays in a
 cache until it is read again."""
+MOST_MATRICES = 64
+"""All are in one program: that of thousands of tiny ones takes gigabytes to compile."""
 
 
 def rates(config: GriffinConfig, batches: Sequence[int]) -> dict[str, float]:
@@ -37,7 +39,7 @@ def rates(config: GriffinConfig, batches: Sequence[int]) -> dict[str, float]:
     x, w = matrix(ROWS, config.width), matrix(config.width, config.mlp_width)
     flops = 2 * ROWS * w.size / _best_seconds(lambda: product(x, w))
 
-    count = WORKING_SET_BYTES // w.nbytes
+    count = min(WORKING_SET_BYTES // w.nbytes, MOST_MATRICES)
     weights = [matrix(config.width, config.mlp_width) for _ in range(count)]
 
     @jax.jit
