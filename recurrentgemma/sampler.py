@@ -260,24 +260,32 @@ class Sampler:
             seed = [check_seed(seed) + i for i in range(rows)]
         seeds = _each("seed", seed, rows, lambda _, one: check_seed(one))
         prefixes = self._prefix_rows(prefix, count)
+        # The longest first, so that none begins when the others are done.
+        order = sorted(range(count), key=lambda i: -limits[i])
         asked = [
-            Request(self._encode(f"prompts[{i}]", *pair), limits[i], 0, pair[1])
-            for i, pair in enumerate(zip(prompts, prefixes, strict=True))
+            Request(
+                self._encode(f"prompts[{i}]", prompts[i], prefixes[i]),
+                limits[i],
+                seeds[i * num_samples],
+                prefixes[i],
+            )
+            for i in order
         ]
-        settings = self._settings(sampling, end_tokens, stop, return_logits)
+        of_prompt = [seeds[i * num_samples : (i + 1) * num_samples] for i in order]
         generation = Generation(
             self.model,
-            settings,
-            self._forked(asked, seeds, num_samples),
+            self._settings(sampling, end_tokens, stop, return_logits),
+            asked if num_samples == 1 else self._forked(asked, of_prompt),
             rows if batch_size is None else _check_count("batch_size", batch_size),
             compiled=self._compiled,
             progress=progress,
         )
         samples: list[Sample | None] = [None] * rows
         for index, sample in _collect(
-            generation, [r.tokens for r in asked], num_samples
+            generation, [request.tokens for request in asked], num_samples
         ):
-            samples[index] = sample
+            place, copy = divmod(index, num_samples)
+            samples[order[place] * num_samples + copy] = sample
         return [sample for sample in samples if sample is not None]
 
     def stream(
@@ -478,18 +486,16 @@ class Sampler:
         return reader, pieces_of(text, self.tokenizer, vocab_size, begin=prefix is None)
 
     def _forked(
-        self, requests: list[Request], seeds: Sequence[int], num_samples: int
+        self, requests: list[Request], seeds: list[list[int]]
     ) -> Iterator[Request]:
-        """Each request `num_samples` times, its prompt read when the first is taken."""
-        for i, request in enumerate(requests):
-            if num_samples > 1:
-                reader = RowReader(self.model, self._model_digest, request.prefix)
-                reader.read(request.tokens)
-                request = dataclasses.replace(
-                    request, tokens=[], prefix=reader.prefix()
-                )
-            for seed in seeds[i * num_samples : (i + 1) * num_samples]:
-                yield dataclasses.replace(request, seed=seed)
+        """Each request once for each of its seeds, its prompt read only once: when the
+        first is taken."""
+        for request, seeds_of_request in zip(requests, seeds, strict=True):
+            reader = RowReader(self.model, self._model_digest, request.prefix)
+            reader.read(request.tokens)
+            prefix = reader.prefix()
+            for seed in seeds_of_request:
+                yield Request([], request.max_new_tokens, seed, prefix)
 
     def _settings(self, sampling, end_tokens, stop, keep_logits=False) -> Settings:
         if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):

@@ -3,7 +3,8 @@
     python -m recurrentgemma.benchmarks.throughput
 
 Both ways give the same tokens, which is checked, and are timed in turn. A fixed batch is
-as long as its longest row; a refilled one loses only its end.
+as long as its longest row; a refilled one loses only its end. The model is the one of
+`versus`, with random weights, unless `--model` names another.
 """
 
 import argparse
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from recurrentgemma.benchmarks.paired import OURS, Measure, table, take_turns
 from recurrentgemma.benchmarks.provenance import ROOT, provenance
+from recurrentgemma.benchmarks.versus import CONFIG
 from recurrentgemma.checkpoints import load
+from recurrentgemma.griffin import Griffin
 from recurrentgemma.sampler import Sample, Sampler
 
 RESULTS = ROOT / "recurrentgemma" / "benchmarks" / "results" / "throughput.json"
@@ -78,13 +82,18 @@ class Way:
         )
 
 
-def compare(model: str, count: int, batch_size: int, rounds: int) -> dict[str, Any]:
+def compare(
+    model: str | None, count: int, batch_size: int, rounds: int
+) -> dict[str, Any]:
     """Both ways in turn; the JSON document.
 
     Raises:
       RuntimeError: the two ways wrote different tokens.
     """
-    sampler = Sampler(*load(model))
+    if model is None:
+        sampler = Sampler(Griffin(CONFIG, rngs=nnx.Rngs(0)))
+    else:
+        sampler = Sampler(*load(model))
     work = Workload.draw(count, sampler.model.config.vocab_size)
     ways = [Way(name, sampler, work, batch_size) for name in (OURS, FIXED)]
     refilled, fixed = (way.run() for way in ways)
@@ -102,7 +111,7 @@ def compare(model: str, count: int, batch_size: int, rounds: int) -> dict[str, A
     print(table([result]))
     return {
         **provenance(),
-        "model": model,
+        "model": model or "67M random parameters",
         "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": NEW_TOKENS,
         "rows_that_differ": different,
@@ -113,10 +122,10 @@ def compare(model: str, count: int, batch_size: int, rounds: int) -> dict[str, A
 def main() -> None:
     """Runs from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="nano")
+    parser.add_argument("--model")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     document = compare(
