@@ -76,6 +76,10 @@ class Request:
         return seen if self.prefix is None else seen | self.prefix.seen
 
 
+_BLANK = Request([0], max_new_tokens=1, seed=0)
+"""Of a slot before its first request."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """What a block gave to a row."""
@@ -175,7 +179,7 @@ class Generation:
           batch_size: number of slots; fewer if there are fewer requests.
           compiled: the (batch size, capacity) pairs whose chunk programs were compiled
             ahead, which is kept up to date; None compiles them as they are needed.
-          progress: called while the first requests are read.
+          progress: called while requests are read.
         """
         self._model = model
         self._settings = settings
@@ -190,9 +194,17 @@ class Generation:
         first = list(itertools.islice(self._requests, self._batch_size))
         if not first:
             return
-        self._state = self._read([request for _, request in first], self._progress)
-        self._rows = [_Row(i, request, self._settings) for i, request in first]
         waiting = next(self._requests, None)
+        if waiting is None:
+            self._state = self._read([request for _, request in first])
+            self._rows = [_Row(i, request, self._settings) for i, request in first]
+        else:
+            # Every request is read alone, as those that come later are: nothing is
+            # padded to the longest of a batch.
+            self._state = self._read([_BLANK] * len(first))
+            self._rows = [None] * len(first)
+            self._requests = itertools.chain(first[1:], [waiting], self._requests)
+            waiting = first[0]
         count = _FIRST_STEPS if self._settings.streams else BLOCK_STEPS
         while True:
             for slot, row in enumerate(self._rows):
@@ -268,31 +280,35 @@ class Generation:
 
     def _place(self, slot: int, index: int, request: Request) -> None:
         """Reads a request into a slot that is free."""
-        state = self._state
+        state, row = self._state, self._read([request])
         assert state is not None
-        row = self._read([request])
         # Global attention: the longer of the two sets the size.
-        needed = max(_capacity(state.cache), _capacity(row.cache))
-        config = self._model.config
-        state, row = (
-            s._replace(cache=make_room(s.cache, config, needed)) for s in (state, row)
-        )
+        draft = self._settings.draft
+        for name, model in (("cache", self._model), ("draft_cache", draft)):
+            if model is not None:
+                caches = getattr(state, name), getattr(row, name)
+                needed = max(map(_capacity, caches))
+                state, row = (
+                    old._replace(**{name: make_room(cache, model.config, needed)})
+                    for old, cache in zip((state, row), caches, strict=True)
+                )
         self._state = place_row(state, row, np.int32(slot))
         self._rows[slot] = _Row(index, request, self._settings)
 
-    def _read(
-        self, requests: list[Request], progress: Progress | None = None
-    ) -> DecodeState:
+    def _read(self, requests: list[Request]) -> DecodeState:
         """The state after all tokens of each request but the last."""
         rows = [request.fed for request in requests]
+        unread = [row[:-1] for row in rows]
         cache = self._starting_cache(requests)
         pair = (len(rows), _capacity(cache))
-        if self._compiled is not None and pair not in self._compiled:
+        known = self._compiled
+        if known is not None and requests[0] is not _BLANK and pair not in known:
             compile_chunks(self._model, cache)
-            self._compiled.add(pair)
-        unread = [row[:-1] for row in rows]
-        cache = read_rows(self._model, cache, unread, progress)
-        cache, draft_cache = self._with_draft(cache, unread)
+            known.add(pair)
+        cache = read_rows(self._model, cache, unread, self._progress)
+        draft_cache = None
+        if self._settings.draft is not None:
+            cache, draft_cache = self._with_draft(cache, requests, unread)
         seen = None
         if self._settings.sampling.repetition_penalty is not None:
             vocab_size = self._model.config.vocab_size
@@ -309,27 +325,35 @@ class Generation:
             draft_cache=draft_cache,
         )
 
-    def _with_draft(self, cache: Cache, rows: list[list[int]]):
-        """The cache, rewindable if there is a draft, and the draft's.
+    def _with_draft(
+        self, cache: Cache, requests: list[Request], unread: list[list[int]]
+    ) -> tuple[Cache, Cache]:
+        """The cache, made rewindable, and the draft's.
 
         The draft knows the prompt, but not the prefix: the text does not depend on it.
         """
         draft, count = self._settings.draft, self._settings.num_draft_tokens
-        if draft is None:
-            return cache, None
-        capacity = _capacity(cache) or None
-        draft_cache = new_cache(draft, batch_size=len(rows), capacity=capacity)
-        draft_cache = read_rows(draft, draft_cache, rows)
+        assert draft is not None
+        draft_cache = new_cache(
+            draft,
+            batch_size=len(unread),
+            capacity=capacity_for(draft.config, self._most_tokens(requests)),
+        )
+        draft_cache = read_rows(draft, draft_cache, unread)
         return (
             _make_rewindable(cache, self._model.config, count),
             _make_rewindable(draft_cache, draft.config, count),
         )
 
+    def _most_tokens(self, requests: list[Request]) -> int:
+        """That a cache of these requests will ever hold."""
+        most = max(request.num_tokens + request.max_new_tokens for request in requests)
+        return most + self._settings.num_draft_tokens
+
     def _starting_cache(self, requests: list[Request]) -> Cache:
         """A cache of its own for each request: empty, or its prefix's."""
         config = self._model.config
-        most = max(request.num_tokens + request.max_new_tokens for request in requests)
-        most += self._settings.num_draft_tokens
+        most = self._most_tokens(requests)
         prefixes = [request.prefix for request in requests]
         if not any(prefixes):
             return new_cache(

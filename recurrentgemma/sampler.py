@@ -240,7 +240,7 @@ class Sampler:
           return_logits: whether `Sample.logits` is kept (4 V bytes a token).
           batch_size: rows at a time; a finished row's place is taken by the next
             prompt. None: all at once.
-          progress: called while the first prompts are read.
+          progress: called while prompts are read.
 
         Returns:
           `num_samples` samples for each prompt, side by side.
