@@ -173,7 +173,7 @@ class _Call:
         axes = {
             letter: axis
             for letter, axis in MESH_AXES.items()
-            if axis in free and lengths[letter] % mesh.shape[axis] == 0
+            if axis in free and lengths.get(letter, 1) % mesh.shape[axis] == 0
         }
 
         def specs(words):

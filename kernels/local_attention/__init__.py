@@ -85,7 +85,8 @@ def local_attention(
     """
     _validate(q, k, v, positions, cache, window)
 
-    if cache is not None and q.shape[1] == 1 and implementation != "reference":
+    one_query_serves = implementation in (None, "blocked", "splash")
+    if cache is not None and q.shape[1] == 1 and one_query_serves:
         out = one_query.attend(q, k, v, positions, cache, window, scale, soft_cap)
     else:
         options = (("window", window), ("scale", scale), ("soft_cap", soft_cap))

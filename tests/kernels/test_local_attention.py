@@ -371,3 +371,37 @@ def test_errors():
             local_attention(*arrays, **{**good, **changes})
     with pytest.raises(NotImplementedError, match="it has blocked, reference, splash"):
         local_attention(q, k, v, **good, implementation="fastest")
+    step = {**good, "positions": positions[:, :1], "cache": empty_cache(8)}
+    with pytest.raises(NotImplementedError, match="has no implementation 'fastest'"):
+        local_attention(
+            *(x[:, :1] for x in (q, k, v)), **step, implementation="fastest"
+        )
+
+
+def test_splash_under_a_mesh():
+    """Rows over "data"; heads stay together on every device of "model"."""
+    *qkv, positions, cotangent = random_inputs(128)
+    expected = definitions.attention(*qkv, positions, 20, SCALE, SOFT_CAP, cotangent)
+    devices = np.array(jax.devices()[:6]).reshape(3, 2)
+    with jax.set_mesh(jax.sharding.Mesh(devices, ("data", "model"))):
+
+        @jax.jit
+        def run(q, k, v, positions):
+            return call(q, k, v, positions, None, 20, "splash")[0]
+
+        arrays = (*map(jnp.asarray, qkv), jnp.asarray(positions))
+        out = run(*arrays)
+        lowered = run.trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
+    assert_all_close({"out": out}, expected, positions)
+    assert lowered.count("@tpu_custom_call") == 1
+
+
+def test_splash_says_why_it_cannot_run(monkeypatch):
+    monkeypatch.undo()
+    q, k, v, positions, _ = map(jnp.asarray, random_inputs(7))
+    for wide, message in [
+        (lambda x: x, "splash cannot run: heads of 5 channels are no multiple of 128"),
+        (lambda x: jnp.zeros((*x.shape[:3], 128), jnp.float16), "not float16"),
+    ]:
+        with pytest.raises(NotImplementedError, match=message):
+            call(wide(q), wide(k), wide(v), positions, None, 8, "splash")
