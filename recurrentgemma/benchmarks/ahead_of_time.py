@@ -122,7 +122,7 @@ def profile(code: str, *, path: Sequence[str] = (), cycles: bool = True) -> Prof
         }
         Path(directory, "cycles").mkdir()
         result = subprocess.run(
-            [sys.executable, "-c", code],
+            [sys.executable, "-P", "-c", code],
             env=environment,
             capture_output=True,
             text=True,

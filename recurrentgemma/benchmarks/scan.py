@@ -4,7 +4,7 @@
 
 For each program, workload and TPU generation: the least bytes (every argument read once,
 every result written once), the time these take at the published bandwidth (roofline),
-the bytes that the compiled program moves, the compiler's estimate of its cycles, and the
+the bytes that the compiled program moves (of a kernel, its blocks), the compiler's estimate of its cycles, and the
 estimated time, the longer one of cycles / clock and bytes / bandwidth. These are
 estimates of the real TPU compiler (extra `tpu-plan`), made without a TPU: they rank
 programs and scale with size. Where the device is a TPU, measured times stand beside
@@ -13,8 +13,12 @@ same way in a process of its own. The JSON document is written last.
 """
 
 import argparse
+import contextlib
+import dataclasses
+import importlib
 import importlib.metadata
 import json
+import math
 import os
 import statistics
 import sys
@@ -24,14 +28,23 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from recurrentgemma.benchmarks import ahead_of_time
 from recurrentgemma.benchmarks.provenance import provenance
+from recurrentgemma.config import PRESETS, Runtime
+from recurrentgemma.griffin import Griffin
 from recurrentgemma.kernels.linear_scan import linear_scan, linear_scan_gradients
+from recurrentgemma.kernels.linear_scan.block_sizes import (
+    LANES,
+    MAX_STEPS,
+    block_sizes,
+)
 from recurrentgemma.kernels.linear_scan.workloads import WORKLOADS, Workload
 from recurrentgemma.kernels.rg_lru import rg_lru, rg_lru_gradients
 
@@ -39,6 +52,8 @@ RESULTS = Path(__file__).parent / "results" / "scan.json"
 OFFICIAL = Path(__file__).parent / "opponents" / "official_scan.py"
 PROFILED = ("prefill_2b", "train_2b")
 """Workloads whose cycles are taken: the profiler needs half a minute for a program."""
+WITHOUT_CYCLES = ("associative", "composed")
+"""Implementations of hundreds of small kernels, which the profiler takes minutes for."""
 DTYPES = ("float32", "bfloat16")
 REPETITIONS = 20
 
@@ -119,6 +134,22 @@ def least_bytes(program: Program) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
+def block_bytes(name: str, workload: Workload, dtype: str) -> int:
+    """What the blocks of a kernel of ours transfer.
+
+    That is every array once, and in a gradient also, for each block of time, the group
+    of results before it.
+    """
+    least = least_bytes(PROGRAMS[name](workload, dtype))
+    itemsize = jnp.dtype(dtype).itemsize
+    if "gradient" not in name:
+        return least
+    arrays, longest = (5, MAX_STEPS) if name.startswith("linear_scan") else (8, LANES)
+    sizes = block_sizes(workload, (itemsize,) * arrays)
+    blocks = math.ceil(workload.length / min(sizes.steps, longest))
+    return least + (workload.batch * blocks * sizes.group * workload.width * itemsize)
+
+
 def estimate(
     generation: str, program: str, workload: str, dtype: str, official: Path | None
 ) -> dict[str, Any]:
@@ -135,18 +166,21 @@ def estimate(
         code, path = program_code(generation, program, workload, dtype), []
     else:
         code, path = official_code(generation, program, workload, dtype), [official]
-    profile = ahead_of_time.profile(code, path=list(map(str, path)))
+    with_cycles = not program.endswith(WITHOUT_CYCLES)
+    profile = ahead_of_time.profile(code, path=list(map(str, path)), cycles=with_cycles)
     chip = ahead_of_time.CHIPS[generation]
-    cycles = sum(profile.cycles.values())
-    moved = float(profile.output)
-    seconds = max(cycles / chip.clock_hz, moved / chip.bytes_per_s)
-    return {
-        "moved_bytes": moved,
-        "cycles": cycles,
-        "cycles_by_kernel": profile.cycles,
-        "spills": sum(profile.spills.values()),
-        "estimated_ms": 1e3 * seconds,
-    }
+    found: dict[str, Any] = {"moved_bytes": float(profile.output)}
+    if program in PROGRAMS and with_cycles:
+        # The compiler counts the array of results twice, for its two views.
+        found["moved_bytes"] = block_bytes(program, WORKLOADS[workload], dtype)
+    if with_cycles:
+        cycles = sum(profile.cycles.values())
+        seconds = max(cycles / chip.clock_hz, found["moved_bytes"] / chip.bytes_per_s)
+        found["cycles"] = cycles
+        found["cycles_by_kernel"] = profile.cycles
+        found["spills"] = sum(profile.spills.values())
+        found["estimated_ms"] = 1e3 * seconds
+    return found
 
 
 def measure(program: Program) -> dict[str, Any]:
@@ -211,6 +245,52 @@ def rows(
     return found
 
 
+def in_model(generation: str, length: int) -> list[dict[str, Any]]:
+    """Three layers (R R A) of the 2B model, with the kernels and with plain code.
+
+    Bytes and temporary memory of the compiled forward pass, and of forward and backward,
+    at batch 1, bfloat16, without the logits: what the kernels save where they are used.
+    """
+    config = dataclasses.replace(PRESETS["recurrentgemma-2b"], num_layers=3)
+    runtime = Runtime(compute_dtype="bfloat16")
+    model = nnx.eval_shape(lambda: Griffin(config, rngs=nnx.Rngs(0), runtime=runtime))
+    tokens = jax.ShapeDtypeStruct((1, length), "int32")
+
+    def forward(model, tokens):
+        return model(tokens)
+
+    def train(model, tokens):
+        return jax.grad(lambda model: jnp.sum(model(tokens)[0], dtype="float32"))(model)
+
+    found = []
+    plain = {"linear_scan": ("associative",), "rg_lru": ("composed",)}
+    for kernels in (True, False):
+        with contextlib.ExitStack() as stack:
+            for name, names in plain.items() if not kernels else ():
+                op = importlib.import_module(f"recurrentgemma.kernels.{name}")
+                stack.enter_context(
+                    mock.patch.dict(op.PLATFORM_DEFAULTS, {"tpu": names})
+                )
+            for function in (forward, train):
+                jax.clear_caches()
+                compiled = ahead_of_time.compile_for(
+                    generation, function, model, tokens
+                )
+                memory = compiled.memory_analysis()
+                row = {
+                    "program": f"3 layers of 2B, {function.__name__}: "
+                    + ("kernels" if kernels else "plain"),
+                    "workload": f"(1, {length})",
+                    "dtype": "bfloat16",
+                    "generation": generation,
+                    "moved_bytes": compiled.cost_analysis()["bytes accessed"],
+                    "temporary_bytes": memory.temp_size_in_bytes,
+                }
+                print(line(row), flush=True)
+                found.append(row)
+    return found
+
+
 def line(row: dict[str, Any]) -> str:
     """A row of the table."""
     cells = [
@@ -244,6 +324,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--generations", nargs="+", default=["v5e"])
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS))
     parser.add_argument("--profiled", nargs="*", default=list(PROFILED))
+    parser.add_argument(
+        "--model", type=int, metavar="T", help="also three layers of 2B at this length"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     document = provenance()
@@ -255,6 +338,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             os.symlink(package, official / "recurrentgemma")
         print(HEADER)
         found = rows(options.generations, options.workloads, options.profiled, official)
+    if options.model:
+        os.environ |= ahead_of_time.ENVIRONMENT
+        found += in_model(options.generations[0], options.model)
     packages = ("jax", "jaxlib", "libtpu")
     versions = {name: _version(name) for name in packages} | {"python": sys.version}
     document |= {"versions": versions, "rows": found}
