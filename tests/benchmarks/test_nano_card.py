@@ -19,7 +19,7 @@ from tests.models import random_model, tiny_config
 
 
 def sample_of(text, *, ended):
-    return Sample(text, [2], [], np.zeros(0, np.float32), ended)
+    return Sample(text, [2], [], np.zeros(0, np.float32), ended, num_calls=0)
 
 
 @pytest.mark.parametrize(
