@@ -28,12 +28,9 @@ def small_blocks(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.fixture(params=["plain", "careful"])
-def interpret(request, capfd):
-    """Plain interpretation, and one that looks for races and unwritten memory."""
-    if request.param == "plain":
-        yield True
-        return
+@pytest.fixture
+def interpret(capfd):
+    """An interpretation that looks for races and for memory that nobody wrote."""
     pltpu.reset_tpu_interpret_mode_state()
     yield pltpu.InterpretParams(
         detect_races=True, uninitialized_memory="nan", random_seed=3
@@ -67,7 +64,7 @@ def test_scan_over_many_blocks(small_blocks, interpret):
     actual = dict(zip(names, gradients, strict=True)) | {"y": y, "h_last": h_last}
     assert_all_close(actual, expected)
 
-    y, h_last = scan_kernels.scan(x, a, h0, reverse=True, interpret=interpret)
+    y, h_last = scan_kernels.scan(x, a, h0, reverse=True, interpret=True)
     expected = definitions.linear_scan(x, a, h0, x, h0, reverse=True)
     assert_all_close({"y": y, "h_last": h_last}, expected)
 
