@@ -94,8 +94,7 @@ def gradients(
 
     arranged, pull_back = jax.vjp(arrange, q, k, v, keys, values)
     key_heads = k.shape[2]
-    # Queries that only fill up a block get no weight.
-    log_rows = _to_rows(log_total[..., None], key_heads, options, fill=-HIDDEN)
+    log_rows = _to_rows(log_total[..., None], key_heads, options)
     inner = jnp.sum(
         out.astype(jnp.float32) * out_gradient.astype(jnp.float32),
         axis=-1,
@@ -144,11 +143,11 @@ def _arrange(q, k, v, keys, values, held, options):
     return rows, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
 
 
-def _to_rows(array, key_heads, options, fill=0.0):
-    """[B, T, N, H] as [B, K, T N/K, H], T filled up to whole blocks."""
+def _to_rows(array, key_heads, options):
+    """[B, T, N, H] as [B, K, T N/K, H], T filled up to whole blocks by zeros."""
     batch, length, heads, size = array.shape
     more = -length % options.queries
-    array = jnp.pad(array, ((0, 0), (0, more), (0, 0), (0, 0)), constant_values=fill)
+    array = jnp.pad(array, ((0, 0), (0, more), (0, 0), (0, 0)))
     array = array.reshape(batch, -1, key_heads, heads // key_heads, size)
     return jnp.moveaxis(array, 2, 1).reshape(batch, key_heads, -1, size)
 
