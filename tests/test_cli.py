@@ -538,9 +538,10 @@ def test_a_full_disk_is_told_once():
 
 
 ENDLESS_CHAT = """
-import fcntl, sys, termios, types
+import fcntl, signal, sys, termios, types
 from recurrentgemma import chat, cli
 from recurrentgemma.commands import _shared
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it.
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 _shared.load_sampler = lambda _: (None, None)
 chat.Chat = lambda *_, **__: types.SimpleNamespace(
