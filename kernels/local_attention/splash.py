@@ -112,16 +112,15 @@ def _attend(
     num_queries = _round_up(length, block)
     num_keys = _round_up(front + num_queries, block)
     multi_query = k.shape[2] == 1
-    kernel = _prepare(
-        heads,
-        multi_query,
-        (num_queries, num_keys),
-        splash_attention_kernel.BlockSizes(**dict.fromkeys(BLOCKS, block)),
-        window,
-        front,
-        attn_logits_soft_cap=soft_cap,
-        save_residuals=residuals,
-        interpret=interpret,
+    tables = _prepare(heads, multi_query, (num_queries, num_keys), window, front, block)
+    kernel = splash_attention_kernel.SplashAttentionKernel(
+        *tables.tree_flatten()[0],
+        **{
+            **tables.kwargs,
+            "attn_logits_soft_cap": soft_cap,
+            "save_residuals": residuals,
+            "interpret": interpret,
+        },
     )
     scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
     q, k, v = (
@@ -143,8 +142,8 @@ def _attend(
 
 
 @functools.lru_cache(maxsize=64)
-def _prepare(heads, multi_query, shape, block_sizes, window, front, **options):
-    """The kernel for these numbers of queries and keys.
+def _prepare(heads, multi_query, shape, window, front, block):
+    """The kernel for these numbers of queries and keys, with the default options.
 
     Its tables of the blocks to visit take seconds of the host where there are many.
     """
@@ -154,11 +153,11 @@ def _prepare(heads, multi_query, shape, block_sizes, window, front, **options):
         if multi_query
         else splash_attention_kernel.make_splash_mha_single_device
     )
+    sizes: dict[str, Any] = dict.fromkeys(BLOCKS, block)
     with jax.ensure_compile_time_eval():
         kernel = make(
             splash_attention_mask.MultiHeadMask([band] * heads),
-            block_sizes=block_sizes,
-            **options,
+            block_sizes=splash_attention_kernel.BlockSizes(**sizes),
         )
         # On the host, so that it belongs to no device and to no trace.
         return jax.tree.map(jax.device_get, kernel)
