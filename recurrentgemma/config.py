@@ -164,8 +164,18 @@ class GriffinConfig:
         return cls(**fields)
 
     def fingerprint(self) -> str:
-        """A digest of the architecture: equal exactly if all fields are."""
-        canonical = json.dumps(self.to_dict(), sort_keys=True)
+        """A digest of the architecture: equal exactly if all fields are.
+
+        A field at its default is left out, so that one that is added later, with what
+        held before as its default, does not make saved prefixes strange.
+        """
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        chosen = {
+            name: value
+            for name, value in self.to_dict().items()
+            if getattr(self, name) != defaults[name]
+        }
+        canonical = json.dumps(chosen, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 

@@ -36,6 +36,12 @@ def test_fingerprint_tells_architectures_apart():
     assert changed.fingerprint() != tiny_config().fingerprint()
 
 
+def test_fingerprints_stay_what_they_are():
+    """Saved prefixes hold them: if this fails, their format's version must rise."""
+    digest = "99b48117642cb0a04a2d7a571e212031a76d55579890db2e0e3d7286a63f8667"
+    assert PRESETS["recurrentgemma-2b"].fingerprint() == digest
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
