@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from recurrentgemma.outputs import Sample
 from recurrentgemma.prefix import model_digest
 from recurrentgemma.reading import Progress
-from recurrentgemma.sampler import Sample, Sampler
+from recurrentgemma.sampler import Sampler
 from recurrentgemma.sampling import Sampling, check_seed
 
 OUTPUT_FIELDS = ("line", "digest", "text", "num_tokens", "log_prob", "ended")

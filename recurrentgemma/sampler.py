@@ -16,6 +16,7 @@ import numpy as np
 
 from recurrentgemma.generation import Generation, Part, Request, Settings
 from recurrentgemma.griffin import Griffin
+from recurrentgemma.outputs import Sample, Score, TextStream
 from recurrentgemma.prefix import Prefix, model_digest
 from recurrentgemma.reading import Progress, RowReader, pieces_of
 from recurrentgemma.sampling import Sampling, check_seed
@@ -26,120 +27,6 @@ Prompt = str | Sequence[int]
 
 MAX_DRAFT_TOKENS = 32
 """Most tokens that a draft may propose at a time."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """What was generated for one prompt."""
-
-    text: str
-    """The generated text without its end token or stop string; empty if the sampler has
-    no tokenizer."""
-    prompt_tokens: list[int]
-    """The prompt as the model read it, without the prefix."""
-    tokens: list[int]
-    """The generated tokens, to the end token or the end of a stop string."""
-    log_probs: np.ndarray
-    """Log-probability of each of `tokens` under the model, before penalty, temperature
-    and filters; float32, natural logarithm."""
-    ended: bool
-    """Whether an end token or a stop string came, rather than `max_new_tokens`."""
-    num_calls: int
-    """Calls of the model that wrote them; fewer than `tokens` with a draft."""
-    logits: np.ndarray | None = None
-    """The model's logits before each of `tokens`, float32 [len(tokens), V], if asked
-    for."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """How probable a text is to the model, token by token."""
-
-    tokens: list[int]
-    """The scored tokens. The first of a text that starts from no prefix (the begin
-    token, usually) is not among them: nothing comes before it."""
-    log_probs: np.ndarray
-    """Of each of `tokens` given all before it; float32 [len(tokens)], natural
-    logarithm."""
-    num_bytes: int | None
-    """Bytes of the text in UTF-8; None if token ids were scored."""
-    prefix: Prefix
-    """Everything up to here, to continue from."""
-
-    @property
-    def total_log_prob(self) -> float:
-        """Sum of `log_probs`, in nats."""
-        return float(np.sum(self.log_probs, dtype=np.float64))
-
-    @property
-    def perplexity(self) -> float:
-        """exp of minus the mean log-probability of a token; nan of no tokens."""
-        if not self.tokens:
-            return float("nan")
-        return float(np.exp(-self.total_log_prob / len(self.tokens)))
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Minus the log-probability in bits for a byte of text; nan of no bytes."""
-        if not self.num_bytes:
-            return float("nan")
-        return -self.total_log_prob / np.log(2) / self.num_bytes
-
-
-class TextStream(Iterator[str]):
-    """The text of one prompt as it comes; pieces that never split a character.
-
-    Joined, the pieces are the text of a call with the same arguments. The memory does
-    not grow with the text.
-    """
-
-    def __init__(
-        self,
-        generation: Generation,
-        request: Request,
-        *,
-        vocab_size: int,
-        model_digest: str,
-        has_stop: bool,
-    ):
-        self._generation = generation
-        self._parts = iter(generation)
-        self._num_tokens = request.num_tokens
-        self._seen = request.seen(vocab_size)
-        self._model_digest = model_digest
-        self._has_stop = has_stop
-        self.ended = False
-        """Whether an end token or a stop string has come."""
-
-    def __next__(self) -> str:
-        while True:
-            part = next(self._parts)
-            self._num_tokens += len(part.tokens)
-            self._seen[0, part.tokens] = True
-            self.ended = part.ended
-            if part.text:
-                return part.text
-
-    def prefix(self) -> Prefix:
-        """The prompt and what was written so far, to continue from.
-
-        Raises:
-          ValueError: there are stop strings, past which the model has read already; or
-            nothing was taken from the stream yet.
-        """
-        if self._has_stop:
-            raise ValueError(
-                "stop: expected none for a prefix, as the model reads past a stop "
-                "string; continue from the text instead"
-            )
-        cache, last_token = self._generation.read_so_far(0)
-        return Prefix(
-            cache=cache,
-            last_token=last_token,
-            num_tokens=np.array([self._num_tokens]),
-            seen=self._seen.copy(),
-            model_digest=self._model_digest,
-        )
 
 
 class Sampler:

@@ -26,6 +26,7 @@ LAYERS = [
     {"prefix", "speculation", "stop_strings"},
     {"reading"},
     {"generation"},
+    {"outputs"},
     {"sampler"},
     {"chat", "batch_jobs"},
     {"checkpoints"},

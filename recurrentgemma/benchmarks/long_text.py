@@ -28,8 +28,9 @@ from recurrentgemma.benchmarks.provenance import ROOT, provenance
 from recurrentgemma.checkpoints import load, save
 from recurrentgemma.config import GriffinConfig
 from recurrentgemma.griffin import Griffin
+from recurrentgemma.outputs import Sample
 from recurrentgemma.prefix import Prefix
-from recurrentgemma.sampler import Sample, Sampler
+from recurrentgemma.sampler import Sampler
 from recurrentgemma.tokenizer import Tokenizer
 from recurrentgemma.training.corpus import PYTHON_STDLIB, read_documents
 

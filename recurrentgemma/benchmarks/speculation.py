@@ -30,7 +30,8 @@ from recurrentgemma.benchmarks.paired import OURS, Measure, table, take_turns
 from recurrentgemma.benchmarks.provenance import ROOT, provenance
 from recurrentgemma.checkpoints import load, named_parameters
 from recurrentgemma.griffin import Griffin
-from recurrentgemma.sampler import Sample, Sampler
+from recurrentgemma.outputs import Sample
+from recurrentgemma.sampler import Sampler
 from recurrentgemma.sampling import Sampling
 from recurrentgemma.tokenizer import Tokenizer
 from recurrentgemma.training.corpus import (

@@ -22,7 +22,8 @@ from recurrentgemma.benchmarks.provenance import ROOT, provenance
 from recurrentgemma.benchmarks.versus import CONFIG
 from recurrentgemma.checkpoints import load
 from recurrentgemma.griffin import Griffin
-from recurrentgemma.sampler import Sample, Sampler
+from recurrentgemma.outputs import Sample
+from recurrentgemma.sampler import Sampler
 
 RESULTS = ROOT / "recurrentgemma" / "benchmarks" / "results" / "throughput.json"
 PROMPT_TOKENS = (16, 512)
