@@ -66,6 +66,17 @@ class BlockOutput(NamedTuple):
     """int32 [B], calls of the model that it took."""
 
 
+def empty_output(batch_size: int, vocab_size: int | None) -> BlockOutput:
+    """For a block to fill; no logits if vocab_size is None."""
+    shape = (batch_size, BLOCK_STEPS)
+    return BlockOutput(
+        jnp.zeros(shape, jnp.int32),
+        jnp.zeros(shape, jnp.float32),
+        None if vocab_size is None else jnp.zeros((*shape, vocab_size), jnp.float32),
+        jnp.zeros((batch_size,), jnp.int32),
+    )
+
+
 def plan_chunks(length: int) -> list[int]:
     """Sizes of the chunks that read `length` tokens; the last may be padded.
 
@@ -169,14 +180,8 @@ def decode_block(
       stop_at: int32 scalar, the number of rows done at which the block ends.
       keep_logits: whether the output holds logits (static).
     """
-    batch_size, vocab_size = len(state.token), model.config.vocab_size
-    shape = (batch_size, BLOCK_STEPS)
-    output = BlockOutput(
-        jnp.zeros(shape, jnp.int32),
-        jnp.zeros(shape, jnp.float32),
-        jnp.zeros((*shape, vocab_size), jnp.float32) if keep_logits else None,
-        jnp.zeros((batch_size,), jnp.int32),
-    )
+    vocab_size = model.config.vocab_size
+    output = empty_output(len(state.token), vocab_size if keep_logits else None)
 
     def unfinished(carry):
         step, state, _ = carry
@@ -209,11 +214,16 @@ def advance(
     """The state after each row that was not done drew `token`, int32 [B]."""
     token = jnp.where(state.done, state.token, token)
     steps = state.steps + jnp.where(state.done, 0, 1)
-    seen = state.seen
-    if seen is not None:
-        seen = seen.at[jnp.arange(len(token)), token].set(True)
+    seen = mark_seen(state.seen, token)
     done = state.done | end_mask[token] | (steps >= state.limits)
     return state._replace(cache=cache, token=token, steps=steps, done=done, seen=seen)
+
+
+def mark_seen(seen: jax.Array | None, token: jax.Array) -> jax.Array | None:
+    """`DecodeState.seen` with one more token of each row, int32 [B]."""
+    if seen is None:
+        return None
+    return seen.at[jnp.arange(len(token)), token].set(True)
 
 
 def _positions(cache: Cache, tokens: jax.Array, lengths: jax.Array) -> jax.Array:

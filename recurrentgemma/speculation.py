@@ -19,7 +19,13 @@ import jax
 import jax.numpy as jnp
 
 from recurrentgemma.cache import rewind
-from recurrentgemma.decoding import BLOCK_STEPS, BlockOutput, DecodeState
+from recurrentgemma.decoding import (
+    BLOCK_STEPS,
+    BlockOutput,
+    DecodeState,
+    empty_output,
+    mark_seen,
+)
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.sampling import Sampling, log_prob, row_keys, sample
 
@@ -46,14 +52,9 @@ def speculate_block(
         can be rewound by `num_draft_tokens`.
       num_draft_tokens: K, at least 1 and less than BLOCK_STEPS (static).
     """
-    batch_size, vocab_size = len(state.token), model.config.vocab_size
-    shape = (batch_size, BLOCK_STEPS)
-    output = BlockOutput(
-        jnp.zeros(shape, jnp.int32),
-        jnp.zeros(shape, jnp.float32),
-        jnp.zeros((*shape, vocab_size), jnp.float32) if keep_logits else None,
-        jnp.zeros((batch_size,), jnp.int32),
-    )
+    batch_size = len(state.token)
+    vocab_size = model.config.vocab_size
+    output = empty_output(batch_size, vocab_size if keep_logits else None)
     before = state.steps
 
     def unfinished(carry):
@@ -115,7 +116,7 @@ def _propose(draft, state, sampling, count):
         token = sample(
             logits, row_keys(state.seeds, state.steps + index), sampling, seen
         )
-        return (cache, token, _mark(seen, token)), token
+        return (cache, token, mark_seen(seen, token)), token
 
     carry = (state.draft_cache, state.token, state.seen)
     # One step more than tokens, which reads the last of them.
@@ -131,7 +132,7 @@ def _choose(logits, proposed, state, sampling):
         keys = row_keys(state.seeds, state.steps + place)
         chosen.append(sample(logits[:, place], keys, sampling, seen))
         if place < proposed.shape[1]:
-            seen = _mark(seen, proposed[:, place])
+            seen = mark_seen(seen, proposed[:, place])
     return jnp.stack(chosen, axis=1)
 
 
@@ -143,12 +144,6 @@ def _advance(state, chosen, counts, end_mask):
     steps = state.steps + counts
     seen = state.seen
     for place in range(chosen.shape[1]):
-        seen = _mark(seen, jnp.where(place < counts, chosen[:, place], token))
+        seen = mark_seen(seen, jnp.where(place < counts, chosen[:, place], token))
     done = state.done | end_mask[token] | (steps >= state.limits)
     return state._replace(token=token, steps=steps, done=done, seen=seen)
-
-
-def _mark(seen, token):
-    if seen is None:
-        return None
-    return seen.at[jnp.arange(len(token)), token].set(True)
