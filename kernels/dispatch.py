@@ -23,8 +23,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, PartitionSpec
 
-MESH_AXES = {"b": "data", "c": "model"}
-"""Mesh axis over which a dimension of a kernel's arrays is sharded, by its letter."""
+MESH_AXES = {"b": "data", "c": "model", "g": "model"}
+"""Mesh axis over which a dimension of a kernel's arrays is sharded, by its letter. All
+letters of an axis are sharded, or none is."""
 
 
 class Kernel(NamedTuple):
@@ -34,7 +35,8 @@ class Kernel(NamedTuple):
       run: takes the op's arrays and options, and `interpret`.
       platform: "tpu", "cuda", ...
       dims: letters of the dimensions of arguments and results, such as "btc,bc->btc";
-        rows (b) and channels (c) are independent of each other, other letters are not.
+        rows (b), channels (c) and groups of channels (g) are independent of each other,
+        other letters are not.
       supports: takes the op's arrays and options; says why they do not fit, or None.
     """
 
@@ -170,10 +172,15 @@ class _Call:
         lengths: dict[str, int] = {}
         for letters, array in zip(inputs.split(","), args, strict=True):
             lengths |= zip(letters, array.shape, strict=True)
+        whole = {
+            axis
+            for letter, axis in MESH_AXES.items()
+            if axis in free and lengths.get(letter, 0) % mesh.shape[axis]
+        }
         axes = {
             letter: axis
             for letter, axis in MESH_AXES.items()
-            if axis in free and lengths.get(letter, 1) % mesh.shape[axis] == 0
+            if axis in free and axis not in whole
         }
 
         def specs(words):

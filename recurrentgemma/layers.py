@@ -9,7 +9,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
 
 from recurrentgemma.cache import Chunk
@@ -17,6 +16,7 @@ from recurrentgemma.config import Runtime
 from recurrentgemma.kernels import rg_lru
 from recurrentgemma.kernels.complex_rg_lru import complex_rg_lru
 from recurrentgemma.kernels.dispatch import einsum_float32
+from recurrentgemma.kernels.rg_lru.gates import Gate, logits
 
 NORM_EPSILON = 1e-6
 RG_LRU_DECAY_FACTOR = 8.0
@@ -103,24 +103,6 @@ def causal_conv1d(
     return y.astype(x.dtype), new_state
 
 
-def block_diagonal_linear(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array
-) -> jax.Array:
-    """x times a block-diagonal matrix, plus a bias.
-
-    Args:
-      x: [B, T, G * in].
-      kernel: [G, in, out], the diagonal blocks.
-      bias: [G, out].
-
-    Returns:
-      [B, T, G * out] in x's dtype.
-    """
-    blocks = rearrange(x, "b t (g i) -> b t g i", g=kernel.shape[0])
-    y = _add_bias(einsum("btgi,gio->btgo", blocks, kernel), bias)
-    return rearrange(y.astype(x.dtype), "b t g o -> b t (g o)")
-
-
 class RMSNorm(nnx.Module):
     """`rms_norm` with its scale, initialised to zero."""
 
@@ -177,9 +159,14 @@ class BlockDiagonalLinear(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (num_blocks, block, out_block)))
         self.bias = nnx.Param(jnp.zeros([num_blocks, out_block]))
 
+    @property
+    def gate(self) -> Gate:
+        """The parameters, as the kernels take them."""
+        return Gate(self.kernel[...], self.bias[...])
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, width] -> [B, T, out_width] in x's dtype."""
-        return block_diagonal_linear(x, self.kernel[...], self.bias[...])
+        return logits(x, self.gate)
 
 
 class CausalConv1D(nnx.Module):
