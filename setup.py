@@ -14,7 +14,7 @@ VERSION = re.search(
     re.MULTILINE,
 ).group(1)
 
-KERNEL_PACKAGES = ["linear_scan", "rg_lru", "local_attention"]
+KERNEL_PACKAGES = ["linear_scan", "rg_lru", "recurrent_step", "local_attention"]
 
 setup(
     name="recurrentgemma",

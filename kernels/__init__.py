@@ -7,6 +7,14 @@ Each op is a folder: the public function and its table of implementations in
 
 from recurrentgemma.kernels.linear_scan import linear_scan
 from recurrentgemma.kernels.local_attention import KVCache, local_attention
+from recurrentgemma.kernels.recurrent_step import StepParameters, recurrent_step
 from recurrentgemma.kernels.rg_lru import rg_lru
 
-__all__ = ["KVCache", "linear_scan", "local_attention", "rg_lru"]
+__all__ = [
+    "KVCache",
+    "StepParameters",
+    "linear_scan",
+    "local_attention",
+    "recurrent_step",
+    "rg_lru",
+]

@@ -194,6 +194,9 @@ class Runtime:
     """Implementation of `recurrentgemma.kernels.linear_scan`; None is the best."""
     rg_lru: str | None = None
     """Implementation of `recurrentgemma.kernels.rg_lru`; None is the best."""
+    recurrent_step: str | None = None
+    """Implementation of `recurrentgemma.kernels.recurrent_step`, which runs instead for
+    a single token; None is the best."""
     local_attention: str | None = None
     """Implementation of `recurrentgemma.kernels.local_attention`; None is the best."""
     remat: bool = False

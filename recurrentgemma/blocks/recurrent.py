@@ -9,6 +9,7 @@ from flax import nnx
 
 from recurrentgemma.cache import Chunk, RecurrentState, RewindableState
 from recurrentgemma.config import GriffinConfig, Runtime
+from recurrentgemma.kernels.recurrent_step import StepParameters, recurrent_step
 from recurrentgemma.layers import RGLRU, CausalConv1D, ComplexRGLRU, Linear
 
 
@@ -36,16 +37,44 @@ class RecurrentBlock(nnx.Module):
             state = self.init_state(x.shape[0])
         with jax.named_scope("recurrent_block"):
             gate = jax.nn.gelu(self.linear_y(x), approximate=True)
-            u, conv = self.conv_1d(self.linear_x(x), chunk, state.conv)
-            with jax.named_scope("rg_lru"):
-                if isinstance(state, RewindableState):
-                    h = self.rg_lru.states(u, chunk, state.h[:, -1])
-                    y = h.astype(u.dtype)
-                    state = RewindableState(state.keep_last(h, chunk.lengths), conv)
-                else:
-                    y, h = self.rg_lru(u, chunk, state.h)
-                    state = RecurrentState(h, conv)
+            u = self.linear_x(x)
+            one_token = x.shape[1] == 1 and isinstance(state, RecurrentState)
+            if one_token and not self.config.complex_rg_lru:
+                y, state = self._step(u, chunk, state)
+            else:
+                y, state = self._read(u, chunk, state)
             return self.linear_out(y * gate), state
+
+    def _read(self, u, chunk, state):
+        """Convolution and RG-LRU of a chunk of any length."""
+        u, conv = self.conv_1d(u, chunk, state.conv)
+        with jax.named_scope("rg_lru"):
+            if isinstance(state, RewindableState):
+                h = self.rg_lru.states(u, chunk, state.h[:, -1])
+                y = h.astype(u.dtype)
+                return y, RewindableState(state.keep_last(h, chunk.lengths), conv)
+            y, h = self.rg_lru(u, chunk, state.h)
+            return y, RecurrentState(h, conv)
+
+    def _step(self, u, chunk, state):
+        """The same of one token a row."""
+        parameters = StepParameters(
+            self.conv_1d.kernel[...],
+            self.conv_1d.bias[...],
+            self.rg_lru.recurrence_gate.gate,
+            self.rg_lru.input_gate.gate,
+            self.rg_lru.a_param[...],
+        )
+        with jax.named_scope("recurrent_step"):
+            y, h, conv = recurrent_step(
+                u[:, 0],
+                parameters,
+                chunk.positions[:, 0],
+                state.h,
+                state.conv,
+                implementation=self.runtime.recurrent_step,
+            )
+        return y[:, None], RecurrentState(h, conv)
 
     def init_state(self, batch_size: int, capacity: int | None = None):
         """The state before any token; capacity is not used."""
