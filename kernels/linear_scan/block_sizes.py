@@ -13,19 +13,16 @@ dependent steps to hide their latency, few enough to stay in registers."""
 VMEM_BUDGET_BYTES = 10 * 2**20
 """For the double buffers of all blocked arrays; the default limit of a kernel is 16 MiB."""
 MAX_STEPS = 512
-STATE_ROWS = 32
-"""Rows of the block that holds states; a multiple of a tile's height."""
 
 
 class BlockSizes(NamedTuple):
-    """A block of [B, T, D] is [rows, steps, width]; of [B, D], [state_rows, width]."""
+    """A block of [B, T, D] is [rows, steps, width]."""
 
     rows: int
     steps: int
     width: int
     group: int
     """Steps handled at once: the height of a tile of the narrowest dtype."""
-    state_rows: int
 
 
 def block_sizes(shape: tuple[int, ...], itemsizes: tuple[int, ...]) -> BlockSizes:
@@ -41,7 +38,6 @@ def block_sizes(shape: tuple[int, ...], itemsizes: tuple[int, ...]) -> BlockSize
     block_width = width
     if parts > 1:
         block_width = math.ceil(width / parts / LANES) * LANES
-    # Blocks of states hold whole numbers of blocks of rows.
     rows = math.gcd(batch, 8)
     while rows > 1 and rows * block_width > ROW_CHANNELS:
         rows //= 2
@@ -53,5 +49,4 @@ def block_sizes(shape: tuple[int, ...], itemsizes: tuple[int, ...]) -> BlockSize
         steps=min(steps, math.ceil(length / group) * group),
         width=block_width,
         group=group,
-        state_rows=min(batch, STATE_ROWS),
     )

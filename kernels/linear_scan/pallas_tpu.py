@@ -34,7 +34,7 @@ TILE = 8
 """Rows of a float32 tile."""
 
 COMPILER_PARAMS = pltpu.CompilerParams(
-    dimension_semantics=("parallel", "arbitrary", "arbitrary")
+    dimension_semantics=("parallel", "parallel", "arbitrary")
 )
 
 States = list[jax.Array]
@@ -106,7 +106,8 @@ def scan(
     """See `linear_scan`; h0 is float32 [B, D] here and T is at least 1."""
     sizes = block_sizes(x.shape, (x.dtype.itemsize, a.dtype.itemsize, x.dtype.itemsize))
     sequence, state, _ = block_specs(x.shape, sizes, reverse)
-    return pl.pallas_call(
+    h0 = as_rows(h0)
+    y, h_last = pl.pallas_call(
         partial(_scan_kernel, length=x.shape[1], reverse=reverse, sizes=sizes),
         name="linear_scan",
         grid=grid(x.shape, sizes),
@@ -118,6 +119,7 @@ def scan(
         cost_estimate=cost(2 * x.size, 0, x, a, h0, x, h0),
         interpret=interpret,
     )(x, a, h0)
+    return y, h_last[:, 0]
 
 
 @partial(jax.jit, static_argnames="interpret")
@@ -139,9 +141,10 @@ def gradients(
     widths = (a.dtype.itemsize,) * 2 + (y.dtype.itemsize,) * 3
     sizes = block_sizes(y.shape, widths)
     sequence, state, before = block_specs(y.shape, sizes, reverse=True)
-    arrays = (y_gradient, a, y, y, h0, last_gradient)
+    h0 = as_rows(h0)
+    arrays = (y_gradient, a, y, y, h0, as_rows(last_gradient))
     scratch = group_scratch(sizes)
-    return pl.pallas_call(
+    x_gradient, a_gradient, h0_gradient = pl.pallas_call(
         partial(_gradient_kernel, length=y.shape[1], sizes=sizes),
         name="linear_scan_gradient",
         grid=grid(y.shape, sizes),
@@ -159,6 +162,12 @@ def gradients(
         cost_estimate=cost(3 * y.size, 0, *arrays[:3], y, a, h0, h0, h0),
         interpret=interpret,
     )(*arrays)
+    return x_gradient, a_gradient, h0_gradient[:, 0]
+
+
+def as_rows(state: jax.Array) -> jax.Array:
+    """[B, D] as [B, 1, D]: any rows of it are a block, whatever a tile's height is."""
+    return state[:, None]
 
 
 def grid(shape: tuple[int, ...], sizes: BlockSizes) -> tuple[int, int, int]:
@@ -174,7 +183,7 @@ def grid(shape: tuple[int, ...], sizes: BlockSizes) -> tuple[int, int, int]:
 def block_specs(
     shape: tuple[int, ...], sizes: BlockSizes, reverse: bool
 ) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
-    """For sequences [B, T, D], states [B, D], and the group of steps before a block."""
+    """For sequences [B, T, D], states [B, 1, D], and the group before a block."""
     blocks = pl.cdiv(shape[1], sizes.steps)
     groups = sizes.steps // sizes.group
 
@@ -185,10 +194,7 @@ def block_specs(
         pl.BlockSpec(
             (sizes.rows, sizes.steps, sizes.width), lambda c, b, t: (b, time(t), c)
         ),
-        pl.BlockSpec(
-            (sizes.state_rows, sizes.width),
-            lambda c, b, t: (jax.lax.div(b * sizes.rows, sizes.state_rows), c),
-        ),
+        pl.BlockSpec((sizes.rows, 1, sizes.width), lambda c, b, t: (b, 0, c)),
         pl.BlockSpec(
             (sizes.rows, sizes.group, sizes.width),
             lambda c, b, t: (b, jnp.maximum(time(t) * groups - 1, 0), c),
@@ -229,18 +235,16 @@ def for_each_group(
     Args:
       group: handles the steps of a block from `start` on.
       block: which block of time this is, in the order of the array.
-      initial: ref of the states before the first step [state_rows, width].
+      initial: ref of the states before the first step [rows, 1, width].
       carried: output ref of the same shape; holds the states from block to block.
       length: T.
       sizes: block sizes.
       reverse: whether time runs backwards.
     """
-    first_row = first_state_row(sizes)
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        rows = pl.ds(first_row, sizes.rows)
-        carried[rows, :] = initial[rows, :]
+        carried[...] = initial[...]
 
     groups: Any = sizes.steps // sizes.group
     if length % sizes.steps:
@@ -252,11 +256,10 @@ def for_each_group(
         start = pl.multiple_of(index * sizes.group, sizes.group)
         return tuple(group(start, list(states)))
 
-    rows = [pl.ds(first_row + i, 1) for i in range(sizes.rows)]
-    states = tuple(carried[row, :] for row in rows)
+    states = tuple(carried[i] for i in range(sizes.rows))
     states = jax.lax.fori_loop(0, groups, body, states)
-    for row, state in zip(rows, states, strict=True):
-        carried[row, :] = state
+    for i, state in enumerate(states):
+        carried[i] = state
 
 
 def adjoint_steps(gradients, decays, results, states: States) -> None:
@@ -267,11 +270,6 @@ def adjoint_steps(gradients, decays, results, states: States) -> None:
             gradient = gradients[i][now, :] + c
             results[i][now, :] = gradient
             states[i] = decays[i][now, :] * gradient
-
-
-def first_state_row(sizes: BlockSizes) -> jax.Array:
-    """Row of the block of states that belongs to the first row of this block."""
-    return jax.lax.rem(pl.program_id(1) * sizes.rows, sizes.state_rows)
 
 
 def time_block(reverse: bool) -> jax.Array:
@@ -310,14 +308,13 @@ def prepare_edge(edge, y_before, h0, block, length: int, sizes: BlockSizes) -> N
     Args:
       edge: scratch [rows, TILE, width].
       y_before: the group before the block [rows, group, width].
-      h0: states before the sequence [state_rows, width].
+      h0: states before the sequence [rows, 1, width].
       block: index of the block of time.
       length: T.
       sizes: block sizes.
     """
-    first_row = first_state_row(sizes)
     for i in range(sizes.rows):
-        state = jnp.broadcast_to(h0[pl.ds(first_row + i, 1), :], edge.shape[1:])
+        state = jnp.broadcast_to(h0[i], edge.shape[1:])
         if length > sizes.steps:
             tail = y_before[i].astype(jnp.float32)[sizes.group - TILE :]
             state = jnp.where(block == 0, state, tail)

@@ -44,20 +44,18 @@ def _kernel(
     log_decays, *, length, sizes,
 ):  # fmt: skip
     block = linear_scan.time_block(reverse=False)
-    first_row = linear_scan.first_state_row(sizes)
     direct = y.dtype == jnp.float32
-    log_decays[...] = log_decay(a_param[pl.ds(first_row, sizes.rows), :])
+    log_decays[...] = log_decay(a_param[...])
 
     def group(start, states):
         steps = pl.ds(start, sizes.group)
         for i in range(sizes.rows):
-            row = positions[pl.ds(first_row + i, 1), :]
-            kinds = step_kinds(row, block, start, length, sizes)
+            kinds = step_kinds(positions[i], block, start, length, sizes)
             for slab in linear_scan.slabs(sizes.width):
                 at = (i, steps, slab)
                 kind = kinds[:, : slab.stop - slab.start]
                 _, gate, a, u = gates(
-                    recurrence[at], input_[at], log_decays[pl.ds(i, 1), slab]
+                    recurrence[at], input_[at], log_decays[i, :, slab]
                 )
                 wide_a[i, :, slab] = scan_decay(a, kind)
                 value = factor(u * inverse_root(u), kind) * gate
@@ -87,9 +85,8 @@ def _gradient_kernel(
     log_decays, *, length, sizes,
 ):  # fmt: skip
     block = linear_scan.time_block(reverse=True)
-    first_row = linear_scan.first_state_row(sizes)
     linear_scan.prepare_edge(edge, y_before, h0, block, length, sizes)
-    log_decays[...] = log_decay(a_param[pl.ds(first_row, sizes.rows), :])
+    log_decays[...] = log_decay(a_param[...])
     rows = range(sizes.rows)
 
     @pl.when(pl.program_id(2) == 0)
@@ -98,12 +95,7 @@ def _gradient_kernel(
 
     def group(start, states):
         steps = pl.ds(start, sizes.group)
-        kinds = [
-            step_kinds(
-                positions[pl.ds(first_row + i, 1), :], block, start, length, sizes
-            )
-            for i in rows
-        ]
+        kinds = [step_kinds(positions[i], block, start, length, sizes) for i in rows]
         inside = linear_scan.inside_sequence(block, start, length, sizes)
         upstream = []
         for i in rows:
@@ -115,7 +107,7 @@ def _gradient_kernel(
                 at, here = (i, steps, slab), (i, slice(None), slab)
                 kind = kinds[i][:, : slab.stop - slab.start]
                 wide_r[here], wide_i[here], a, wide_u[here] = gates(
-                    recurrence[at], input_[at], log_decays[pl.ds(i, 1), slab]
+                    recurrence[at], input_[at], log_decays[i, :, slab]
                 )
                 wide_a[here] = scan_decay(a, kind)
         linear_scan.adjoint_steps(
@@ -141,7 +133,7 @@ def _gradient_kernel(
                 # Where a document starts or the state is held, the gates do not matter.
                 per_gate = jnp.where(kind == STEP, d_log_a * r, 0.0)
                 total[here] += per_gate
-                r_gradient = per_gate * log_decays[pl.ds(i, 1), slab] * (1.0 - r)
+                r_gradient = per_gate * log_decays[i, :, slab] * (1.0 - r)
                 dx[at] = x_gradient.astype(dx.dtype)
                 d_recurrence[at] = r_gradient.astype(d_recurrence.dtype)
                 d_input[at] = (x_gradient * wide_x * (1.0 - gate)).astype(d_input.dtype)
@@ -152,9 +144,8 @@ def _gradient_kernel(
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
         for i in rows:
-            row = pl.ds(first_row + i, 1)
-            slope = -DECAY_SCALE * jax.nn.sigmoid(a_param[row, :].astype(jnp.float32))
-            d_a_param[row, :] = slope * jnp.sum(total[i], axis=0, keepdims=True)
+            slope = -DECAY_SCALE * jax.nn.sigmoid(a_param[i].astype(jnp.float32))
+            d_a_param[i] = slope * jnp.sum(total[i], axis=0, keepdims=True)
 
 
 def step_kinds(positions, block, start, length: int, sizes: BlockSizes) -> jax.Array:
@@ -201,7 +192,7 @@ def gates(recurrence_logits, input_logits, log_decay):
 
 
 def log_decay(a_param: jax.Array) -> jax.Array:
-    """log a_t / r_t = -8 softplus(a_param) [1, channels]."""
+    """log a_t / r_t = -8 softplus(a_param), float32."""
     a_param = a_param.astype(jnp.float32)
     return -DECAY_SCALE * (
         jnp.maximum(a_param, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(a_param)))
@@ -243,8 +234,9 @@ def recurrence(
     arrays = (x, recurrence_logits, input_logits)
     sizes = block_sizes(x.shape, *(array.dtype for array in (*arrays, x)))
     sequence, state, _ = linear_scan.block_specs(x.shape, sizes, reverse=False)
+    a_param, positions, h0 = map(linear_scan.as_rows, (a_param, positions, h0))
     arguments = (*arrays, a_param, positions, h0)
-    return pl.pallas_call(
+    y, h_last = pl.pallas_call(
         partial(_kernel, length=x.shape[1], sizes=sizes),
         name="rg_lru",
         grid=linear_scan.grid(x.shape, sizes),
@@ -253,12 +245,13 @@ def recurrence(
         out_shape=[linear_scan.like(x), linear_scan.like(h0)],
         scratch_shapes=[
             *[linear_scan.group_scratch(sizes)] * 3,
-            pltpu.VMEM((sizes.rows, sizes.width), jnp.float32),
+            pltpu.VMEM((sizes.rows, 1, sizes.width), jnp.float32),
         ],
         compiler_params=linear_scan.COMPILER_PARAMS,
         cost_estimate=linear_scan.cost(20 * x.size, 6 * x.size, x, *arguments, h0),
         interpret=interpret,
     )(*arguments)
+    return y, h_last[:, 0]
 
 
 @partial(jax.jit, static_argnames="interpret")
@@ -279,10 +272,12 @@ def gradients(
     sizes = block_sizes(x.shape, *(array.dtype for array in (*arrays, y, *arrays[1:])))
     specs = linear_scan.block_specs(x.shape, sizes, reverse=True)
     sequence, state, before = specs
+    states = map(linear_scan.as_rows, (a_param, positions, h0, last_gradient))
+    a_param, positions, h0, last_gradient = states
     arguments = (*arrays, a_param, positions, y, y, h0, last_gradient)
     position = positions_spec(x.shape, sizes, reverse=True)
     scratch = linear_scan.group_scratch(sizes)
-    return pl.pallas_call(
+    *of_sequences, a_param_gradient, h0_gradient = pl.pallas_call(
         partial(_gradient_kernel, length=x.shape[1], sizes=sizes),
         name="rg_lru_gradient",
         grid=linear_scan.grid(x.shape, sizes),
@@ -295,7 +290,7 @@ def gradients(
             scratch,
             pltpu.VMEM((sizes.rows, TILE, sizes.width), jnp.float32),
             scratch,
-            pltpu.VMEM((sizes.rows, sizes.width), jnp.float32),
+            pltpu.VMEM((sizes.rows, 1, sizes.width), jnp.float32),
         ],
         compiler_params=linear_scan.COMPILER_PARAMS,
         cost_estimate=linear_scan.cost(
@@ -303,21 +298,19 @@ def gradients(
         ),
         interpret=interpret,
     )(*arguments)
+    return *of_sequences, a_param_gradient[:, 0], h0_gradient[:, 0]
 
 
 def positions_spec(
     shape: tuple[int, ...], sizes: BlockSizes, reverse: bool
 ) -> pl.BlockSpec:
-    """Block spec of positions [B, T]: whole tiles, each for some blocks of time."""
+    """Block spec of positions [B, 1, T]: a tile of them serves some blocks of time."""
     blocks = pl.cdiv(shape[1], sizes.steps)
     lanes = min(shape[1], LANES)
 
     def index(c, b, t):
         del c
         time = blocks - 1 - t if reverse else t
-        return (
-            jax.lax.div(b * sizes.rows, sizes.state_rows),
-            jax.lax.div(time * sizes.steps, lanes),
-        )
+        return b, 0, jax.lax.div(time * sizes.steps, lanes)
 
-    return pl.BlockSpec((sizes.state_rows, lanes), index)
+    return pl.BlockSpec((sizes.rows, 1, lanes), index)

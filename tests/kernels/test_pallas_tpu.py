@@ -22,7 +22,6 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(block_sizes, "MAX_WIDTH", 128)
     monkeypatch.setattr(block_sizes, "ROW_CHANNELS", 256)
     monkeypatch.setattr(block_sizes, "MAX_STEPS", 16)
-    monkeypatch.setattr(block_sizes, "STATE_ROWS", 2)
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -53,7 +52,7 @@ def test_scan_over_many_blocks(small_blocks, interpret):
     h0, last_gradient = random(2, B, D)
     a = np.random.default_rng(1).uniform(-0.6, 1.05, x.shape).astype(np.float32)
     sizes = block_sizes.block_sizes(x.shape, (4, 4, 4))
-    assert sizes == (2, 16, 128, 8, 2)
+    assert sizes == (2, 16, 128, 8)
 
     expected = definitions.linear_scan(x, a, h0, y_gradient, last_gradient)
     y, h_last = scan_kernels.scan(x, a, h0, reverse=False, interpret=interpret)
@@ -98,8 +97,7 @@ def test_block_sizes_fit():
         for itemsizes in [(4, 4, 4), (2, 4, 2), (2,) * 8, (4,) * 8]:
             sizes = block_sizes.block_sizes(shape, itemsizes)
             batch, length, width = shape
-            assert batch % sizes.rows == sizes.state_rows % sizes.rows == 0
-            assert sizes.state_rows == batch or sizes.state_rows % 8 == 0
+            assert batch % sizes.rows == 0
             assert sizes.width == width or sizes.width % 128 == 0
             assert sizes.steps % sizes.group == 0
             assert sizes.group == length or sizes.group % (32 // min(itemsizes)) == 0

@@ -89,7 +89,9 @@ def test_every_workload_compiles(program, workload, generation):
 
 @pytest.mark.parametrize("program", OURS)
 def test_odd_shapes_compile(program):
-    for shape in [(3, 7, 13), (1, 1000, 300), (40, 20, 200), (2, 1, 128), (1, 9, 9000)]:
+    """Any number of rows in a block of them, in blocks of channels or not."""
+    shapes = [(3, 7, 13), (1, 1000, 300), (40, 20, 200), (2, 1, 128), (1, 9, 9000)]
+    for shape in [*shapes, (8, 64, 1024), (6, 64, 2048), (4, 64, 1536), (8, 64, 5632)]:
         for dtype in DTYPES:
             function, shapes = PROGRAMS[program](Workload(*shape), dtype)
             ahead_of_time.compile_for("v5e", function, *shapes)
