@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from recurrentgemma.kernels.dispatch import Kernel, Table, dispatch, imported_late
-from recurrentgemma.kernels.linear_scan import TPU_DTYPES
+from recurrentgemma.kernels.linear_scan import GPU_DTYPES, TPU_DTYPES
 from recurrentgemma.kernels.rg_lru import composed, reference
 
-PALLAS_TPU = f"{__name__}.pallas_tpu"
+PALLAS_TPU, PALLAS_GPU = f"{__name__}.pallas_tpu", f"{__name__}.pallas_gpu"
 IMPLEMENTATIONS: Table = {
     "reference": reference.recurrence,
     "composed": composed.recurrence,
@@ -16,6 +16,12 @@ IMPLEMENTATIONS: Table = {
         "tpu",
         "btc,btc,btc,bc,bt,bc->btc,bc",
         TPU_DTYPES,
+    ),
+    "pallas_gpu": Kernel(
+        imported_late(PALLAS_GPU, "recurrence"),
+        "cuda",
+        "btc,btc,btc,bc,bt,bc->btc,bc",
+        GPU_DTYPES,
     ),
 }
 PLATFORM_DEFAULTS = {"tpu": ("pallas_tpu", "composed"), "default": ("composed",)}
@@ -129,6 +135,12 @@ GRADIENTS: Table = {
         "tpu",
         "btc,btc,btc,bc,bt,bc,btc,btc,bc->btc,btc,btc,bc,bc",
         TPU_DTYPES,
+    ),
+    "pallas_gpu": Kernel(
+        imported_late(PALLAS_GPU, "gradients"),
+        "cuda",
+        "btc,btc,btc,bc,bt,bc,btc,btc,bc->btc,btc,btc,bc,bc",
+        GPU_DTYPES,
     ),
 }
 """Take the arguments, y, and the gradients of y and h_last; a_param is [B, E]."""

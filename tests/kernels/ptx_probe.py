@@ -1,4 +1,4 @@
-"""Compiles the GPU scan for an H100 that is not there, and reports what it uses.
+"""Compiles the GPU kernels for an H100 that is not there, and reports what it uses.
 
 Run as a program with a directory to dump to, because XLA reads its flags once. Needs
 the CUDA plugin and ptxas from PyPI, neither a driver nor a GPU. Prints one JSON object.
@@ -25,7 +25,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from recurrentgemma.kernels.linear_scan import pallas_gpu
+from recurrentgemma.kernels.linear_scan import pallas_gpu as linear_scan
+from recurrentgemma.kernels.rg_lru import pallas_gpu as rg_lru
 
 # What NVIDIA publishes of the H100 SXM.
 H100 = """
@@ -63,12 +64,15 @@ def main() -> None:
     for shape in SHAPES:
         for dtype in (jnp.float32, jnp.bfloat16):
             x, a, h = like(shape, dtype), like(shape), like(shape[::2])
-            jax.jit(pallas_gpu.scan, static_argnums=3).lower(x, a, h, False).compile()
-            jax.jit(pallas_gpu.gradients).lower(a, h, x, x, h).compile()
+            jax.jit(linear_scan.scan, static_argnums=3).lower(x, a, h, False).compile()
+            jax.jit(linear_scan.gradients).lower(a, h, x, x, h).compile()
+            arguments = (x, x, x, h, like(shape[:2], jnp.int32), h)
+            jax.jit(rg_lru.recurrence).lower(*arguments).compile()
+            jax.jit(rg_lru.gradients).lower(*arguments, x, x, h).compile()
 
     kernels: dict[str, dict[str, int]] = {}
     for file in DUMP.glob("*.ptx"):
-        found = re.search(r"\.entry (linear_scan\w*)", file.read_text())
+        found = re.search(r"\.entry ((?:linear_scan|rg_lru)\w*)", file.read_text())
         if not found:
             continue
         said = subprocess.run(

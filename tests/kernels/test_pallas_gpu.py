@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from recurrentgemma.kernels import linear_scan
+from recurrentgemma.kernels import linear_scan, rg_lru
 from recurrentgemma.kernels.linear_scan.pallas_gpu import (
     CHANNELS,
     PROGRAMS,
     UNROLL,
-    choose_sizes,
+    choose_schedule,
 )
 from recurrentgemma.kernels.linear_scan.workloads import WORKLOADS
 from tests.kernels import definitions
@@ -50,7 +50,7 @@ def test_float16_on_cards_without_a_kernel(decay_dtype):
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_chunks_fill_the_chip_and_cover_time(name):
     batch, length, width = WORKLOADS[name]
-    sizes = choose_sizes((batch, length, width))
+    sizes = choose_schedule((batch, length, width), UNROLL, False, False)
     assert 0 <= sizes.chunk * sizes.chunks - length < sizes.chunk
     assert sizes.chunks == 1 or sizes.chunk % UNROLL == 0
     programs = batch * width // CHANNELS * sizes.chunks
@@ -59,17 +59,27 @@ def test_chunks_fill_the_chip_and_cover_time(name):
     assert (sizes.chunks == 1) == (batch * width // CHANNELS >= PROGRAMS or length == 1)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_it_lowers_for_a_gpu(dtype):
+def scan_loss(x, a):
+    y, h_last = linear_scan(x, a, implementation="pallas_gpu")
+    return jnp.sum(y.astype(jnp.float32)) + jnp.sum(h_last)
+
+
+def rg_lru_loss(x, logits):
+    positions = jnp.ones(x.shape[:2], jnp.int32)
+    a_param = jnp.ones(x.shape[2])
+    y, h_last = rg_lru(
+        x, logits, logits, a_param, positions, implementation="pallas_gpu"
+    )
+    return jnp.sum(y.astype(jnp.float32)) + jnp.sum(h_last)
+
+
+@pytest.mark.parametrize("loss", [scan_loss, rg_lru_loss])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_it_lowers_for_a_gpu(dtype, loss):
     """One kernel a pass, and two passes where time is cut into chunks."""
     for shape, passes in (((8, 256, 2560), 1), ((1, 256, 2560), 2)):
         x = jax.ShapeDtypeStruct(shape, dtype)
         a = jax.ShapeDtypeStruct(shape, jnp.float32)
-
-        def loss(x, a):
-            y, h_last = linear_scan(x, a, implementation="pallas_gpu")
-            return jnp.sum(y.astype(jnp.float32)) + jnp.sum(h_last)
-
         traced = jax.jit(jax.grad(loss, (0, 1))).trace(x, a)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("xla.gpu.triton") == 2 * passes
@@ -87,9 +97,9 @@ def test_machine_code_has_no_spills(tmp_path):
     )
     assert result.returncode == 0, result.stderr[-2000:]
     kernels = json.loads(result.stdout.splitlines()[-1])
-    assert {"linear_scan", "linear_scan_summary", "linear_scan_gradient"} <= set(
-        kernels
-    )
+    passes = ("", "_summary", "_gradient", "_adjoint")
+    ops = ("linear_scan", "rg_lru")
+    assert set(kernels) == {name + end for name in ops for end in passes}
     for name, report in kernels.items():
         assert report["spill_bytes"] == 0, (name, report)
         assert report["registers"] <= 168, (name, report)

@@ -205,5 +205,5 @@ def test_errors():
     ]:
         with pytest.raises(ValueError, match=message):
             rg_lru(*arguments)
-    with pytest.raises(NotImplementedError, match="it has composed, pallas_tpu, ref"):
+    with pytest.raises(NotImplementedError, match="it has composed, pallas_gpu, pal"):
         rg_lru(x, r, i, a_param, positions, implementation="fused")
