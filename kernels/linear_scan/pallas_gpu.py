@@ -1,9 +1,9 @@
 """The linear scan as Pallas kernels for GPU, through Triton.
 
-A program takes CHANNELS neighbouring channels of one row, a thread for each, through
-time: UNROLL steps are loaded at once, so that their latencies overlap, then computed and
-stored. Where rows and channels are too few to fill the chip, time is cut into chunks
-that run side by side, in two passes over the inputs:
+A program takes neighbouring channels of one row, one or two for each thread of a warp,
+through time: UNROLL steps are loaded at once, so that their latencies overlap, then
+computed and stored. Where rows and channels are too few to fill the chip, time is cut
+into chunks that run side by side, in two passes over the inputs:
 
     1. each chunk's product of decays and its last state when started from zero;
     2. each chunk's first state, from the summaries of the chunks before it; its states.
@@ -14,9 +14,9 @@ the same two passes in the other direction, with c_T the gradient of h_last:
     g_t = dy_t + c_{t+1}     c_t = a_t g_t
     grad_x_t = g_t           grad_a_t = g_t y_{t-1}           grad_h0 = c_0
 
-Another op with this recurrence brings a function that makes x_t and a_t of what is
-loaded at a step (`Read`); `rg_lru/pallas_gpu.py` does. All that is particular to the
-Triton back end is `call`.
+Another op with this recurrence brings a `Read`, which makes x_t and a_t of what it
+loads (`rg_lru/pallas_gpu.py`). All that is particular to the Triton back end, which
+wants compute capability 8.0, is `Arithmetic` and `call`.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,8 +28,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-CHANNELS = 32
-"""Of a program: the threads of a warp."""
+CHANNELS = (64, 32)
+"""Of a program: two or one for each thread of a warp."""
+ROW_BYTES = 128
+"""What a program loads of a sequence at a step, at most: 4 bytes a thread."""
 UNROLL = 32
 """Steps whose inputs are in flight together."""
 PROGRAMS = 512
@@ -37,12 +39,53 @@ PROGRAMS = 512
 SHORTEST_CHUNK = 128
 """Steps below which a chunk is not worth its summary."""
 INTERPRETED_UNROLL, INTERPRETED_PROGRAMS = 2, 8
-"""Interpreted, long code takes long to compile and programs run one after another."""
+"""Interpreted, long code takes long to compile, and a state that it computes twice may
+be rounded in two ways; programs run one after another."""
 
 Load = Callable[[Any], jax.Array]
 """Of a row of the chunk: a step's values."""
 Read = Callable[..., tuple[list[Load], Callable[..., tuple[jax.Array, jax.Array]]]]
-"""Of refs: what to load at a step, and a function from that to x_t and a_t, float32."""
+"""Of a schedule and refs: what to load at a step, and what makes x_t and a_t of that."""
+
+
+class Arithmetic(NamedTuple):
+    """Operations on float32 arrays, each one instruction."""
+
+    multiply_add: Callable[[Any, Any, Any], jax.Array]
+    exp2: Callable[[jax.Array], jax.Array]
+    reciprocal: Callable[[jax.Array], jax.Array]
+    rsqrt: Callable[[jax.Array], jax.Array]
+
+
+def _instruction(name):
+    def run(*arrays):
+        shape = jnp.broadcast_shapes(*map(jnp.shape, arrays))
+        results = triton.elementwise_inline_asm(
+            f"{name} {', '.join(f'${i}' for i in range(len(arrays) + 1))};",
+            args=[jnp.broadcast_to(jnp.float32(array), shape) for array in arrays],
+            constraints=",".join(["=f", *["f"] * len(arrays)]),
+            pack=1,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
+        )
+        return results[0]
+
+    return run
+
+
+INSTRUCTIONS = Arithmetic(
+    multiply_add=_instruction("fma.rn.f32"),
+    exp2=_instruction("ex2.approx.ftz.f32"),
+    reciprocal=_instruction("rcp.approx.ftz.f32"),
+    rsqrt=_instruction("rsqrt.approx.ftz.f32"),
+)
+"""Triton itself fuses no product with a sum and takes nine for an exponential, which
+doubles the recurrent unit's. They err by two units in the last place at most."""
+PLAIN = Arithmetic(
+    multiply_add=lambda a, b, c: a * b + c,
+    exp2=jnp.exp2,
+    reciprocal=lambda a: 1.0 / a,
+    rsqrt=jax.lax.rsqrt,
+)
 
 
 class Schedule(NamedTuple):
@@ -52,6 +95,7 @@ class Schedule(NamedTuple):
       length: T.
       chunk: steps of a chunk; the last one may have fewer.
       chunks: how many there are.
+      channels: of a program.
       unroll: steps handled together.
       reverse: whether from the last step to the first.
       interpret: whether the kernels are interpreted.
@@ -60,9 +104,15 @@ class Schedule(NamedTuple):
     length: int
     chunk: int
     chunks: int
+    channels: int
     unroll: int
     reverse: bool
     interpret: bool
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """What kernels compute with."""
+        return PLAIN if self.interpret else INSTRUCTIONS
 
 
 class Before(NamedTuple):
@@ -87,33 +137,34 @@ Array = jax.Array | Before | PerStep | PerChunk
 """What a kernel reads: `call` says what it sees of it."""
 
 
-def _read(x, a):
+def _read(_, x, a):
     return [load(x), load(a)], lambda x_t, a_t: (x_t, a_t)
 
 
 def _summary_kernel(*refs, read, schedule, adjoint):
     *inputs, product, end = refs
-    loads, scan_inputs = read(*inputs)
+    loads, scan_inputs = read(schedule, *inputs)
+    multiply_add = schedule.arithmetic.multiply_add
 
     def step(carry, inputs):
         decay, h = carry
         x_t, a_t = scan_inputs(*inputs)
-        h = a_t * (x_t + h) if adjoint else a_t * h + x_t
-        return (a_t * decay, h), ()
+        if adjoint:
+            return (a_t * decay, a_t * (x_t + h)), ()
+        return (a_t * decay, multiply_add(a_t, h, x_t)), ()
 
-    zeros = jnp.zeros([CHANNELS], jnp.float32)
-    product[...], end[...] = for_each_step(
-        step, (zeros + 1, zeros), loads, [], schedule
-    )
+    zeros = jnp.zeros([schedule.channels], jnp.float32)
+    carry = for_each_step(step, (zeros + 1, zeros), loads, [], schedule)
+    product[...], end[...] = carry
 
 
 def _scan_kernel(*refs, read, schedule):
     *inputs, h0, products, ends, y, h_last = refs
-    loads, scan_inputs = read(*inputs)
+    loads, scan_inputs = read(schedule, *inputs)
 
     def step(h, inputs):
         x_t, a_t = scan_inputs(*inputs)
-        h = a_t * h + x_t
+        h = schedule.arithmetic.multiply_add(a_t, h, x_t)
         return h, (h,)
 
     h = first_state(h0, products, ends, schedule)
@@ -144,7 +195,7 @@ def scan(
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `linear_scan`; h0 is float32 [B, D] here and T is at least 1."""
-    schedule = choose_schedule(x.shape, UNROLL, reverse, interpret)
+    schedule = choose_schedule((x, a), UNROLL, reverse, interpret)
     return scan_of("linear_scan", _read, (x, a), h0, schedule)
 
 
@@ -158,7 +209,7 @@ def gradients(
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of x, a and h0, from the result y and the gradients of y and h_last."""
-    schedule = choose_schedule(a.shape, UNROLL, True, interpret)
+    schedule = choose_schedule((y, a), UNROLL, True, interpret)
     arrays = (y_gradient, a)
     dx, da, dh = call(
         partial(_gradient_kernel, schedule=schedule),
@@ -189,7 +240,7 @@ def scan_of(
     Args:
       name: of the kernel.
       read: takes refs of the arrays.
-      arrays: of which the first is [B, T, D]; `call` lists the others' kinds.
+      arrays: the first is a sequence; `call` says what else they may be.
       h0: float32 [B, D].
       schedule: how time is taken.
     """
@@ -229,22 +280,33 @@ def summaries(
 
 
 def choose_schedule(
-    shape: tuple[int, ...], unroll: int, reverse: bool, interpret: bool
+    arrays: Sequence[jax.Array], unroll: int, reverse: bool, interpret: bool
 ) -> Schedule:
-    """How to go through arrays of this shape, [B, T, D]."""
-    batch, length, width = shape
+    """How to go through these sequences [B, T, D]."""
+    batch, length, width = arrays[0].shape
     programs = PROGRAMS
     if interpret:
         unroll, programs = INTERPRETED_UNROLL, INTERPRETED_PROGRAMS
-    chunks = pl.cdiv(programs, batch * pl.cdiv(width, CHANNELS))
+
+    def in_one_pass(channels):
+        return batch * pl.cdiv(width, channels)
+
+    itemsize = max(array.dtype.itemsize for array in arrays)
+    possible = [channels for channels in CHANNELS if channels * itemsize <= ROW_BYTES]
+    # Narrow programs where they spare the second pass.
+    enough = [channels for channels in possible if in_one_pass(channels) >= programs]
+    channels = (enough or possible)[0]
+    chunks = pl.cdiv(programs, in_one_pass(channels))
     chunks = min(chunks, max(length // SHORTEST_CHUNK, 1))
     chunk = min(pl.cdiv(length, chunks * unroll) * unroll, length)
     chunks = pl.cdiv(length, chunk)
-    return Schedule(length, chunk, chunks, unroll, reverse, interpret)
+    return Schedule(length, chunk, chunks, channels, unroll, reverse, interpret)
 
 
 def load(ref) -> Load:
-    """Of a ref [steps, CHANNELS], in float32."""
+    """Of a sequence's ref, in float32, or of a `PerStep`'s, as it is."""
+    if ref.ndim == 1:
+        return lambda row: ref[row]
     return lambda row: ref[row, :].astype(jnp.float32)
 
 
@@ -324,9 +386,9 @@ def call(
 ) -> list[jax.Array]:
     """Runs a kernel for every block of channels, row and chunk.
 
-    It gets refs [chunk, CHANNELS] of sequences [B, T, D], [CHANNELS] of states [B, D]
+    It gets refs [chunk, channels] of sequences [B, T, D], [channels] of states [B, D]
     and of what is `Before`, and [chunk] of what is `PerStep`. Of what is `PerChunk` it
-    reads all, [chunks, CHANNELS], and writes its own, [CHANNELS].
+    reads all, [chunks, channels], and writes its own, [channels].
 
     Args:
       kernel: takes the refs.
@@ -336,11 +398,11 @@ def call(
       schedule: how time is taken.
     """
     batch, _, width = _plain(arrays[0]).shape
-    chunk, chunks = schedule.chunk, schedule.chunks
-    more = -width % CHANNELS
+    chunk, chunks, channels = schedule.chunk, schedule.chunks, schedule.channels
+    more = -width % channels
 
     def of_sequence(rows, index):
-        return pl.BlockSpec((None, rows, CHANNELS), lambda d, b, c: (b, index(c), d))
+        return pl.BlockSpec((None, rows, channels), lambda d, b, c: (b, index(c), d))
 
     def spec(array, output):
         match array:
@@ -353,7 +415,7 @@ def call(
                     return of_sequence(None, lambda c: c)
                 return of_sequence(chunks, lambda c: 0)
         if len(array.shape) == 2:
-            return pl.BlockSpec((None, CHANNELS), lambda d, b, c: (b, d))
+            return pl.BlockSpec((None, channels), lambda d, b, c: (b, d))
         return of_sequence(chunk, lambda c: c)
 
     def pad(array):
@@ -365,7 +427,7 @@ def call(
     padded = pl.pallas_call(
         kernel,
         name=name,
-        grid=((width + more) // CHANNELS, batch, chunks),
+        grid=((width + more) // channels, batch, chunks),
         in_specs=[spec(array, False) for array in arrays],
         out_specs=[spec(result, True) for result in results],
         out_shape=[

@@ -47,7 +47,12 @@ gpu_device_info {
 }
 platform_name: "CUDA" device_description_str: "H100"
 """
-SHAPES = [(8, 8192, 2560), (1, 8192, 2560)]
+CASES = [
+    ((8, 8192, 2560), jnp.float32, jnp.float32),
+    ((8, 8192, 2560), jnp.float16, jnp.float32),
+    ((1, 8192, 2560), jnp.bfloat16, jnp.bfloat16),
+]
+"""Dtypes of x and of decays: one pass, one channel a thread; two passes, two of them."""
 
 
 def main() -> None:
@@ -61,14 +66,13 @@ def main() -> None:
     def like(shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    for shape in SHAPES:
-        for dtype in (jnp.float32, jnp.bfloat16):
-            x, a, h = like(shape, dtype), like(shape), like(shape[::2])
-            jax.jit(linear_scan.scan, static_argnums=3).lower(x, a, h, False).compile()
-            jax.jit(linear_scan.gradients).lower(a, h, x, x, h).compile()
-            arguments = (x, x, x, h, like(shape[:2], jnp.int32), h)
-            jax.jit(rg_lru.recurrence).lower(*arguments).compile()
-            jax.jit(rg_lru.gradients).lower(*arguments, x, x, h).compile()
+    for shape, dtype, decay_dtype in CASES:
+        x, a, h = like(shape, dtype), like(shape, decay_dtype), like(shape[::2])
+        jax.jit(linear_scan.scan, static_argnums=3).lower(x, a, h, False).compile()
+        jax.jit(linear_scan.gradients).lower(a, h, x, x, h).compile()
+        arguments = (x, x, x, h, like(shape[:2], jnp.int32), h)
+        jax.jit(rg_lru.recurrence).lower(*arguments).compile()
+        jax.jit(rg_lru.gradients).lower(*arguments, x, x, h).compile()
 
     kernels: dict[str, dict[str, int]] = {}
     for file in DUMP.glob("*.ptx"):

@@ -15,6 +15,7 @@ from recurrentgemma.kernels import linear_scan, rg_lru
 from recurrentgemma.kernels.linear_scan.pallas_gpu import (
     CHANNELS,
     PROGRAMS,
+    ROW_BYTES,
     UNROLL,
     choose_schedule,
 )
@@ -47,16 +48,70 @@ def test_float16_on_cards_without_a_kernel(decay_dtype):
         assert_close(gradient, expected[f"grad_{name}"], "gradient", "float16")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_chunks_fill_the_chip_and_cover_time(name):
+def test_chunks_fill_the_chip_and_cover_time(name, dtype):
     batch, length, width = WORKLOADS[name]
-    sizes = choose_schedule((batch, length, width), UNROLL, False, False)
-    assert 0 <= sizes.chunk * sizes.chunks - length < sizes.chunk
-    assert sizes.chunks == 1 or sizes.chunk % UNROLL == 0
-    programs = batch * width // CHANNELS * sizes.chunks
-    assert programs >= 0.75 * PROGRAMS or sizes.chunk <= 4 * UNROLL
+    array = jax.ShapeDtypeStruct(WORKLOADS[name], dtype)
+    schedule = choose_schedule([array], UNROLL, False, False)
+    chunk, chunks = schedule.chunk, schedule.chunks
+    assert 0 <= chunk * chunks - length < chunk
+    assert chunks == 1 or chunk % UNROLL == 0
+    programs = batch * width // schedule.channels * chunks
+    assert programs >= 0.75 * PROGRAMS or chunk <= 4 * UNROLL
     # One pass over the inputs where rows and channels are enough.
-    assert (sizes.chunks == 1) == (batch * width // CHANNELS >= PROGRAMS or length == 1)
+    enough = batch * width // min(CHANNELS) >= PROGRAMS
+    assert (chunks == 1) == (enough or length == 1)
+    # A thread loads 4 bytes, or spares the second pass.
+    assert schedule.channels * array.dtype.itemsize == ROW_BYTES or enough
+
+
+def test_rg_lru_with_mixed_dtypes_and_several_blocks_of_channels():
+    rng = np.random.default_rng(0)
+    shape = batch, length, width = 2, 300, 70
+    x, recurrence, input_, y_gradient = rng.normal(size=(4, *shape)).astype(np.float16)
+    recurrence, input_ = recurrence.astype(np.float32), input_.astype(jnp.bfloat16)
+    h0, last_gradient = rng.normal(size=(2, batch, width)).astype(np.float32)
+    a_param = np.linspace(-9, 1, width, dtype=np.float32)
+    positions = rng.integers(-1, 20, (batch, length), np.int32)
+
+    @jax.jit
+    def run(*arrays):
+        def op(x, recurrence, input_, a_param, h0):
+            arguments = (x, recurrence, input_, a_param, positions, h0)
+            return rg_lru(*arguments, implementation="pallas_gpu")
+
+        results, pull_back = jax.vjp(op, *arrays)
+        return results, pull_back((y_gradient, last_gradient))
+
+    arrays = (x, recurrence, input_, a_param, h0)
+    (y, h_last), gradients = run(*arrays)
+    expected = definitions.rg_lru(*arrays[:4], positions, h0, y_gradient, last_gradient)
+    assert_close(h_last, expected["h_last"], "scan")
+    assert_close(y, expected["y"], "scan", "float16")
+    names = ("x", "recurrence_logits", "input_logits", "a_param", "h0")
+    for name, array, gradient in zip(names, arrays, gradients, strict=True):
+        assert gradient.dtype == array.dtype, name
+        precision = "bfloat16" if name == "input_logits" else "float16"
+        assert_close(gradient, expected[f"grad_{name}"], "gradient", precision)
+
+
+def test_rg_lru_remembers_for_100000_steps():
+    """Decays of 1 - 1e-6 across chunks; the same input for ever has a closed form."""
+    shape = (1, 100_000, 2)
+    zeros, positions = np.zeros(shape, np.float32), np.ones(shape[:2], np.int32)
+    a_param = np.array([-15.0, -14.0], np.float32)
+    y, _ = rg_lru(
+        *map(jnp.asarray, (zeros + 1, zeros, zeros, a_param, positions)),
+        implementation="pallas_gpu",
+    )
+    log_a = -8 * np.log1p(np.exp(a_param.astype(np.float64))) / 2
+    steps = np.arange(1, shape[1] + 1)[:, None]
+    # A decay is rounded once, as the reference's: 1 - a by a hundredth.
+    a = np.exp(log_a).astype(np.float32).astype(np.float64)
+    gained = (1 - a**steps) / (1 - a)
+    expected = np.sqrt(-np.expm1(2 * log_a)) / 2 * gained
+    assert_close(y, expected[None], "long_scan")
 
 
 def scan_loss(x, a):
