@@ -7,12 +7,21 @@ state is read and written once, in place.
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels.dispatch import Table, dispatch
+from recurrentgemma.kernels.dispatch import Kernel, Table, dispatch, imported_late
 from recurrentgemma.kernels.recurrent_step import reference
 from recurrentgemma.kernels.recurrent_step.reference import StepParameters
 from recurrentgemma.kernels.rg_lru.gates import Gate
 
-IMPLEMENTATIONS: Table = {"reference": reference.step}
+PALLAS_TPU = f"{__name__}.pallas_tpu"
+IMPLEMENTATIONS: Table = {
+    "reference": reference.step,
+    "pallas_tpu": Kernel(
+        imported_late(PALLAS_TPU, "step"),
+        "tpu",
+        "bc,bsc,b,bc,tc,c,gio,go,gio,go,c->bc,bc,bsc",
+        imported_late(PALLAS_TPU, "supports"),
+    ),
+}
 PLATFORM_DEFAULTS = {"default": ("reference",)}
 
 __all__ = ["Gate", "StepParameters", "recurrent_step"]

@@ -61,6 +61,82 @@ def rg_lru(x, recurrence_logits, input_logits, a_param, positions, h0, dy, dlast
     }
 
 
+def rg_lru_with_gates(x, r_kernel, r_bias, i_kernel, i_bias, *arguments):
+    """Products with block-diagonal matrices, block by block; then `rg_lru`."""
+    x, *parameters = _float64(x, r_kernel, r_bias, i_kernel, i_bias)
+    groups, size = parameters[1].shape
+    blocks = [slice(g * size, (g + 1) * size) for g in range(groups)]
+
+    def logits(kernel, bias):
+        return np.concatenate(
+            [x[..., blocks[g]] @ kernel[g] + bias[g] for g in range(groups)], axis=-1
+        )
+
+    found = rg_lru(x, logits(*parameters[:2]), logits(*parameters[2:]), *arguments)
+    for name, kernel, full_name in (
+        ("r", parameters[0], "grad_recurrence_logits"),
+        ("i", parameters[2], "grad_input_logits"),
+    ):
+        upstream = found.pop(full_name)
+        parts = [(x[..., block], upstream[..., block]) for block in blocks]
+        found[f"grad_{name}_kernel"] = np.stack(
+            [np.einsum("bti,bto->io", *part) for part in parts]
+        )
+        found[f"grad_{name}_bias"] = np.stack([d.sum((0, 1)) for _, d in parts])
+        through = [d @ matrix.T for (_, d), matrix in zip(parts, kernel, strict=True)]
+        found["grad_x"] = found["grad_x"] + np.concatenate(through, axis=-1)
+    return found
+
+
+def recurrent_step(
+    x, parameters, positions, h, conv_state, y_cotangent, h_cotangent, conv_cotangent
+):
+    """Parameters are a dict of arrays by name; gates are [G, in, out] and [G, out]."""
+    x, h, conv_state, dy, dh, dconv = _float64(
+        x, h, conv_state, y_cotangent, h_cotangent, conv_cotangent
+    )
+    p = dict(zip(parameters, _float64(*parameters.values()), strict=True))
+    inputs = np.concatenate([conv_state, x[:, None]], axis=1)
+    back = np.arange(inputs.shape[1])[::-1]
+    seen = (positions[:, None] >= back) | (back == 0)
+    inside, hold = positions[:, None] >= back[1:], (positions < 0)[:, None, None]
+    kernel = seen[..., None] * p["conv_kernel"]
+    u = (kernel * inputs).sum(1) + p["conv_bias"]
+
+    blocks = u.reshape(len(u), len(p["input_gate_kernel"]), -1)
+    gates = {}
+    for name in ("recurrence_gate", "input_gate"):
+        logits = np.einsum("bgi,gio->bgo", blocks, p[f"{name}_kernel"])
+        gates[name] = (logits + p[f"{name}_bias"]).reshape(u.shape)[:, None]
+    recurrence = rg_lru(
+        *(u[:, None], gates["recurrence_gate"], gates["input_gate"], p["a_param"]),
+        *(positions[:, None], h, dy[:, None], dh),
+    )
+    result = {
+        "y": recurrence["y"][:, 0],
+        "h": recurrence["h_last"],
+        "conv_state": np.where(hold, conv_state, inside[..., None] * inputs[:, 1:]),
+        "grad_h": recurrence["grad_h0"],
+        "grad_a_param": recurrence["grad_a_param"],
+    }
+    du = recurrence["grad_x"][:, 0]
+    for name in ("recurrence_gate", "input_gate"):
+        logits = recurrence[f"grad_{name.removesuffix('_gate')}_logits"]
+        d_logits = logits.reshape(blocks.shape)
+        du += np.einsum("bgo,gio->bgi", d_logits, p[f"{name}_kernel"]).reshape(u.shape)
+        result[f"grad_{name}_kernel"] = np.einsum("bgi,bgo->gio", blocks, d_logits)
+        result[f"grad_{name}_bias"] = d_logits.sum(0)
+    d_inputs = kernel * du[:, None]
+    d_inputs[:, 1:] += np.where(hold, 0, inside[..., None] * dconv)
+    d_inputs[:, :-1] += np.where(hold, dconv, 0)
+    return result | {
+        "grad_conv_kernel": (seen[..., None] * inputs * du[:, None]).sum(0),
+        "grad_conv_bias": du.sum(0),
+        "grad_conv_state": d_inputs[:, :-1],
+        "grad_x": d_inputs[:, -1],
+    }
+
+
 def attention(q, k, v, positions, window, scale, soft_cap, out_cotangent):
     """A whole sequence without a cache, one query of one row after another."""
     q, k, v, cotangent = _float64(q, k, v, out_cotangent)
