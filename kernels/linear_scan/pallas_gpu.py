@@ -359,14 +359,23 @@ def for_each_step(
 
 def first_state(h0, products, ends, schedule: Schedule) -> jax.Array:
     """The state before this program's chunk, from refs."""
-    chunk, last = pl.program_id(2), schedule.chunks - 1
-
-    def carry_over(i, h):
-        index = last - i if schedule.reverse else i
-        return products[index, :] * h + ends[index, :]
-
+    last = schedule.chunks - 1
+    if last == 0:
+        return h0[...]
+    chunk = pl.program_id(2)
     earlier = last - chunk if schedule.reverse else chunk
-    return jax.lax.fori_loop(0, earlier, carry_over, h0[...])
+    # Loads of some chunks are in flight together, whether these are earlier or not.
+    together = min(schedule.unroll, last)
+
+    def carry_over(group, h):
+        for i in range(together):
+            number = jnp.minimum(group * together + i, last)
+            index = last - number if schedule.reverse else number
+            after = products[index, :] * h + ends[index, :]
+            h = jnp.where(number < earlier, after, h)
+        return h
+
+    return jax.lax.fori_loop(0, pl.cdiv(earlier, together), carry_over, h0[...])
 
 
 def store_last(ref, state: jax.Array, schedule: Schedule) -> None:
