@@ -1,17 +1,17 @@
 """RG-LRU as Pallas kernels for GPU: gates, decay, input factor and scan in one pass.
 
-Programs, schedule and passes are those of the linear scan's kernels, whose inputs and
-decays are made here of the logits as they are loaded: in both passes, since the logits
-are smaller than they. Padding and document starts become data of the scan: a held step
-has decay 1 and input 0, a start has decay 0 and input factor 1.
+Programs, schedule and passes are those of the linear scan's kernels. Its inputs and
+decays are made here of the logits as these are loaded: in both passes, since to store
+them between the passes would move more bytes. Padding and document starts become data
+of the scan: a held step has decay 1 and input 0, a start decay 0 and input factor 1.
 
 The gradient recomputes the gates from the arguments, takes the states from the result,
 and runs in the other direction (`linear_scan/pallas_gpu.py` has the equations). That
 of a_param gathers in the carry of a program.
 
-The bytes of a bfloat16 element take an H100 as long as some seventy instructions, nine
-of them exponentials, reciprocals or roots. So these are counted here: a step forward has
-about forty, with five.
+An H100 moves the bytes of a bfloat16 element in the time of some seventy instructions,
+or of nine exponentials, reciprocals and roots. So both are counted here: an element
+takes about forty forward, five of them such functions.
 """
 
 import math
