@@ -9,19 +9,23 @@ process of its own.
 """
 
 import functools
+import hashlib
+import importlib.metadata
 import os
-import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from recurrentgemma.benchmarks import bundles
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -31,6 +35,10 @@ ENVIRONMENT = {
     "TPU_LOG_DIR": "disabled",
 }
 """For the process that compiles, before jax is imported: no chip is looked for."""
+PROFILER_REFUSES = "Static LLO profiling of"
+"""In the error of a process that died of it: on copies with three strides."""
+PACKAGES = ("jax", "jaxlib", "libtpu")
+"""Whose versions decide what a program is compiled to."""
 
 
 class Chip(NamedTuple):
@@ -63,36 +71,59 @@ def one_device(generation: str) -> Mesh:
     return Mesh(np.array(topology.devices[:1]), ("device",))
 
 
-def compile_for(generation: str, function: Callable[..., Any], *shapes: Any) -> Any:
-    """Compiles a function for one chip.
+def lower_for(generation: str, function: Callable[..., Any], *shapes: Any) -> Any:
+    """A function on its way to one chip.
 
     Args:
       generation: a name of `CHIPS`.
-      function: takes arrays.
+      function: takes arrays; jitted already or not.
       *shapes: pytrees of anything with a shape and a dtype.
 
     Returns:
-      What `jax.stages.Lowered.compile` returns.
+      A `jax.stages.Lowered`.
     """
     sharding = NamedSharding(one_device(generation), PartitionSpec())
     placed = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
     )
-    return jax.jit(function).lower(*placed).compile()
+    jitted: Any = function if hasattr(function, "lower") else jax.jit(function)
+    return jitted.lower(*placed)
+
+
+def compile_for(generation: str, function: Callable[..., Any], *shapes: Any) -> Any:
+    """A `jax.stages.Compiled` for one chip; see `lower_for`."""
+    return lower_for(generation, function, *shapes).compile()
+
+
+def fingerprint(text: str) -> str:
+    """Of a program and of what compiles it: equal ones have equal estimates."""
+    versions = ",".join(f"{name} {package_version(name)}" for name in PACKAGES)
+    return hashlib.sha256(f"{versions}\n{text}".encode()).hexdigest()[:16]
+
+
+def package_version(package: str) -> str | None:
+    """None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 class Profile(NamedTuple):
-    """Of a program, by the name of its kernels.
+    """Of a program.
 
     Attributes:
-      cycles: estimated, the whole grid.
-      spills: registers stored to memory and loaded again, instructions of its code.
+      cycles: estimated, of the whole grid, by kernel.
+      spills: registers stored to memory and loaded again, instructions of its code, by
+        kernel.
+      hot_loop: slot use of its busiest loop; see `bundles.hot_loop`.
       output: what the code printed.
     """
 
     cycles: dict[str, int]
     spills: dict[str, int]
+    hot_loop: dict[str, Any] | None
     output: str
 
 
@@ -107,56 +138,52 @@ def profile(code: str, *, path: Sequence[str] = (), cycles: bool = True) -> Prof
     Raises:
       RuntimeError: the code failed; with the end of what it printed.
     """
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
         flags = (
             f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true "
-            "--xla_jf_dump_llo_pass_label_regex=hlo-static-per-bundle-utilization"
+            f"--xla_jf_dump_llo_pass_label_regex={bundles.PASSES}"
         )
         if cycles:
             flags += f" --xla_jf_dump_static_llo_profile_to={directory}/cycles"
-        environment = {
+        Path(directory, "cycles").mkdir()
+        output = run(code, path=path, environment={"LIBTPU_INIT_ARGS": flags})
+        return Profile(
+            bundles.cycles(directory / "cycles"),
+            bundles.spills(directory),
+            bundles.hot_loop(directory),
+            output,
+        )
+
+
+def run(
+    code: str,
+    *,
+    path: Sequence[str] = (),
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """What Python code prints in a process that can compile for TPU.
+
+    Args:
+      code: the program.
+      path: directories put before its import path.
+      environment: variables set for it, such as the compiler's flags.
+
+    Raises:
+      RuntimeError: the code failed; with the end of what it printed.
+    """
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env={
             **os.environ,
             **ENVIRONMENT,
-            "LIBTPU_INIT_ARGS": flags,
             "PYTHONPATH": os.pathsep.join(path),
-        }
-        Path(directory, "cycles").mkdir()
-        result = subprocess.run(
-            [sys.executable, "-P", "-c", code],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if result.returncode:
-            raise RuntimeError(result.stderr[-2000:])
-        return Profile(
-            _cycles(Path(directory, "cycles")),
-            _spills(Path(directory)),
-            result.stdout,
-        )
-
-
-def _cycles(directory: Path) -> dict[str, int]:
-    found = {}
-    for file in directory.glob("*_static_llo_profile.textproto"):
-        match = re.search(r"estimated_cycles: (\d+)", file.read_text())
-        if match:
-            found[file.name.split("_TPU")[0]] = int(match[1])
-    return found
-
-
-def _spills(directory: Path) -> dict[str, int]:
-    found = {}
-    for file in directory.glob("*pre-delay_hlo-static-per-bundle-utilization.txt"):
-        name = re.sub(r"^\d+-|-\d+-pre-delay.*$", "", file.name)
-        columns: list[str] = []
-        total = 0
-        for line in file.read_text().splitlines():
-            if "MATMUL" in line:
-                columns = [column.strip() for column in line.split(",")]
-            elif columns and re.fullmatch(r"\d+( \d+)+ *", line):
-                counts = zip(columns, line.split(), strict=False)
-                total += sum(int(n) for column, n in counts if "SPILL" in column)
-        found[name] = total
-    return found
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode:
+        raise RuntimeError(result.stderr[-2000:])
+    return result.stdout

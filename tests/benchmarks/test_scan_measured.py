@@ -1,0 +1,95 @@
+"""The device check, on this CPU."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from recurrentgemma.benchmarks import scan, scan_measured, scan_programs
+from recurrentgemma.kernels.linear_scan.workloads import Workload
+
+TINY = Workload(1, 16, 128)
+NAMES = ["rg_lru: composed", "linear_scan gradient: chunked"]
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    monkeypatch.setitem(scan_measured.WORKLOADS, "train_small", TINY)
+    monkeypatch.setattr(scan_measured, "programs", lambda *_: NAMES)
+    monkeypatch.setattr(scan_measured, "SAMPLE_S", 1e-4)
+    monkeypatch.setattr(scan_measured, "CHECKED", (Workload(1, 20, 128),))
+
+
+def measured_rows(tmp_path, *arguments):
+    output = tmp_path / "scan-cpu.json"
+    command = ["--measure", "--workloads", "train_small", "--output", str(output)]
+    scan.main([*command, *arguments])
+    return json.loads(output.read_text())
+
+
+def test_table(tmp_path, few_programs):
+    document = measured_rows(tmp_path)
+    assert len(document["rows"]) == len(NAMES) * len(scan_programs.DTYPES)
+    bandwidth = max(document["copy_bytes_per_s"].values())
+    for row in document["rows"]:
+        assert 0 < row["rms_error"] < scan_measured.TOLERANCES[row["dtype"]]
+        assert len(row["samples_ms"]) == scan_measured.SAMPLES
+        seconds = row["measured_ms"] / 1e3
+        assert row["bytes_per_s"] == pytest.approx(row["least_bytes"] / seconds)
+        assert row["bandwidth_share"] == pytest.approx(row["bytes_per_s"] / bandwidth)
+
+
+def test_a_wrong_program_is_not_timed(tmp_path, few_programs, monkeypatch):
+    def wrong(x, *others, implementation):
+        y, last = op.function(x, *others, implementation=implementation)
+        return (y * 1.001 if implementation == "composed" else y), last
+
+    op = scan_programs.OPS["rg_lru"]
+    monkeypatch.setitem(scan_measured.OPS, "rg_lru", op._replace(function=wrong))
+    scan_measured.check.cache_clear()
+    rows = measured_rows(tmp_path)["rows"]
+    scan_measured.check.cache_clear()
+    row = rows[0]
+    assert (row["program"], row["remark"]) == (NAMES[0], "WRONG, not timed")
+    assert row["rms_error"] == pytest.approx(1e-3, rel=0.01)
+    assert "measured_ms" not in row
+    assert "measured_ms" in rows[1]
+
+
+def test_what_cannot_run_says_why(tmp_path, few_programs, monkeypatch):
+    monkeypatch.setattr(scan_measured, "_memory_bytes", lambda _: 2**30)
+    monkeypatch.setitem(
+        scan_measured.WORKLOADS, "train_small", Workload(8, 131072, 2560)
+    )
+    rows = measured_rows(tmp_path)["rows"]
+    assert all(row["remark"].startswith("does not fit: ") for row in rows)
+
+    monkeypatch.setattr(scan_measured, "programs", lambda *_: ["rg_lru: chunked"])
+    rows = measured_rows(tmp_path)["rows"]
+    assert all("NotImplementedError" in row["remark"] for row in rows)
+
+
+def test_a_budget_is_kept(tmp_path, few_programs):
+    rows = measured_rows(tmp_path, "--seconds", "0")["rows"]
+    assert all(row["remark"].startswith("left out") for row in rows)
+
+
+def test_estimates_stand_beside(tmp_path, few_programs, monkeypatch):
+    estimates = tmp_path / "estimates.json"
+    key = {"workload": "train_small", "dtype": "float32", "generation": "cpu"}
+    row = {"program": NAMES[0], "estimated_ms": 0.25} | key
+    estimates.write_text(json.dumps({"rows": [row]}))
+    monkeypatch.setattr(scan, "RESULTS", estimates)
+    found = measured_rows(tmp_path)["rows"]
+    assert [row.get("estimated_ms") for row in found] == [0.25, None, None, None]
+
+
+def test_random_arguments_keep_their_order_and_ranges():
+    arguments = scan_programs.random_arguments("rg_lru", TINY, "bfloat16", seed=1)
+    assert list(arguments) == list(scan_programs.OPS["rg_lru"].arguments(TINY, "f4"))
+    assert -6 <= jnp.min(arguments["a_param"]) < jnp.max(arguments["a_param"]) <= -3
+    assert not jnp.array_equal(arguments["x"], arguments["input_logits"])
+    other = scan_programs.random_arguments("rg_lru", TINY, "bfloat16", seed=2)
+    assert not jnp.array_equal(arguments["x"], other["x"])
+    assert jax.tree.leaves(arguments)[0].dtype in ("float32", "bfloat16")
