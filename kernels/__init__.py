@@ -9,12 +9,16 @@ from recurrentgemma.kernels.linear_scan import linear_scan
 from recurrentgemma.kernels.local_attention import KVCache, local_attention
 from recurrentgemma.kernels.recurrent_step import StepParameters, recurrent_step
 from recurrentgemma.kernels.rg_lru import rg_lru
+from recurrentgemma.kernels.rg_lru.gates import Gate
+from recurrentgemma.kernels.rg_lru.with_gates import rg_lru_with_gates
 
 __all__ = [
+    "Gate",
     "KVCache",
     "StepParameters",
     "linear_scan",
     "local_attention",
     "recurrent_step",
     "rg_lru",
+    "rg_lru_with_gates",
 ]

@@ -13,7 +13,7 @@ from flax import nnx
 
 from recurrentgemma.cache import Chunk
 from recurrentgemma.config import Runtime
-from recurrentgemma.kernels import rg_lru
+from recurrentgemma.kernels import rg_lru, rg_lru_with_gates
 from recurrentgemma.kernels.complex_rg_lru import complex_rg_lru
 from recurrentgemma.kernels.dispatch import einsum_float32
 from recurrentgemma.kernels.rg_lru.gates import Gate, logits
@@ -199,22 +199,27 @@ class RGLRU(nnx.Module):
         self, x: jax.Array, chunk: Chunk, h0: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """x [B, T, E], h0 float32 [B, E] -> y [B, T, E], h_last float32 [B, E]."""
-        return self._scan(x, x, chunk, h0)
+        return rg_lru_with_gates(
+            x,
+            self.recurrence_gate.gate,
+            self.input_gate.gate,
+            self.a_param[...],
+            chunk.positions,
+            h0,
+            implementation=self.runtime.rg_lru,
+        )
 
     def states(self, x: jax.Array, chunk: Chunk, h0: jax.Array) -> jax.Array:
         """float32 [B, T, E]: the state after every token, y before it is rounded."""
-        return self._scan(x, x.astype(jnp.float32), chunk, h0)[0]
-
-    def _scan(self, x, scanned, chunk, h0):
         return rg_lru(
-            scanned,
+            x.astype(jnp.float32),
             self.recurrence_gate(x),
             self.input_gate(x),
             self.a_param[...],
             chunk.positions,
             h0,
             implementation=self.runtime.rg_lru,
-        )
+        )[0]
 
 
 class ComplexRGLRU(RGLRU):
@@ -235,6 +240,16 @@ class ComplexRGLRU(RGLRU):
             jax.random.uniform(rngs.params(), (half,), maxval=CG_LRU_MAX_PHASE)
         )
         self.runtime = runtime
+
+    def __call__(
+        self, x: jax.Array, chunk: Chunk, h0: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """x [B, T, E], h0 float32 [B, E] -> y [B, T, E], h_last float32 [B, E]."""
+        return self._scan(x, x, chunk, h0)
+
+    def states(self, x: jax.Array, chunk: Chunk, h0: jax.Array) -> jax.Array:
+        """float32 [B, T, E]: the state after every token, y before it is rounded."""
+        return self._scan(x, x.astype(jnp.float32), chunk, h0)[0]
 
     def _scan(self, x, scanned, chunk, h0):
         return complex_rg_lru(

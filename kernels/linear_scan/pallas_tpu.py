@@ -47,21 +47,15 @@ def _scan_kernel(x, a, h0, y, h, wide_x, wide_a, wide_y, *, length, reverse, siz
     def group(start: jax.Array, states: States) -> States:
         steps = pl.ds(start, sizes.group)
         inside = inside_sequence(block, start, length, sizes)
-        inputs, decays, outputs = [], [], []
-        for i in range(sizes.rows):
-            inputs.append(widened(x.at[i, steps], wide_x.at[i], inside, 0.0))
-            decays.append(widened(a.at[i, steps], wide_a.at[i], inside, 1.0))
-            direct = y.dtype == jnp.float32
-            outputs.append(y.at[i, steps] if direct else wide_y.at[i])
-        for step in range(sizes.group)[:: -1 if reverse else 1]:
-            now = pl.ds(step, 1)
-            for i, state in enumerate(states):
-                states[i] = decays[i][now, :] * state + inputs[i][now, :]
-                outputs[i][now, :] = states[i]
-        if y.dtype != jnp.float32:
-            for i in range(sizes.rows):
-                for slab in slabs(sizes.width):
-                    y[i, steps, slab] = wide_y[i, :, slab].astype(y.dtype)
+        rows = range(sizes.rows)
+        scan_steps(
+            [widened(x.at[i, steps], wide_x.at[i], inside, 0.0) for i in rows],
+            [widened(a.at[i, steps], wide_a.at[i], inside, 1.0) for i in rows],
+            [y.at[i, steps] for i in rows],
+            [wide_y.at[i] for i in rows],
+            states,
+            reverse,
+        )
         return states
 
     for_each_group(group, block, h0, h, length, sizes, reverse)
@@ -260,6 +254,29 @@ def for_each_group(
     states = jax.lax.fori_loop(0, groups, body, states)
     for i, state in enumerate(states):
         carried[i] = state
+
+
+def scan_steps(inputs, decays, outputs, wide, states: States, reverse=False) -> None:
+    """h_t = a_t h_{t-1} + x_t over a group, for each row of a block.
+
+    Args:
+      inputs, decays: float32 refs of the group [group, width].
+      outputs: refs of its results, of any dtype.
+      wide: float32 refs that hold the results where `outputs` are narrower.
+      states: before the group; replaced by those after it.
+      reverse: whether time runs backwards.
+    """
+    direct = outputs[0].dtype == jnp.float32
+    results = outputs if direct else wide
+    for step in range(results[0].shape[0])[:: -1 if reverse else 1]:
+        now = pl.ds(step, 1)
+        for i, state in enumerate(states):
+            states[i] = decays[i][now, :] * state + inputs[i][now, :]
+            results[i][now, :] = states[i]
+    if not direct:
+        for output, result in zip(outputs, results, strict=True):
+            for slab in slabs(result.shape[1]):
+                output[:, slab] = result[:, slab].astype(output.dtype)
 
 
 def adjoint_steps(gradients, decays, results, states: States) -> None:

@@ -65,7 +65,7 @@ def rg_lru(
 
     Source: Griffin, arXiv 2402.19427, section 2.4; RecurrentGemma, arXiv 2404.07839.
     """
-    _validate(x, recurrence_logits, input_logits, a_param, positions, h0)
+    validate(x, recurrence_logits, input_logits, a_param, positions, h0)
     if h0 is None:
         h0 = jnp.zeros((x.shape[0], x.shape[2]), jnp.float32)
     if x.shape[1] == 1 and implementation is None:
@@ -77,11 +77,20 @@ def rg_lru(
     )
 
 
-def _run(*arguments) -> tuple[jax.Array, jax.Array]:
-    *arrays, implementation = arguments
+def rg_lru_forward(
+    *arrays: jax.Array, implementation: str | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """`rg_lru` of its arguments in their order, a_param as [B, E], one for each row.
+
+    Not differentiable: for ops that bring their own gradient.
+    """
     return dispatch(
         "rg_lru", IMPLEMENTATIONS, PLATFORM_DEFAULTS, implementation, *arrays
     )
+
+
+def _run(*arguments):
+    return rg_lru_forward(*arguments[:-1], implementation=arguments[-1])
 
 
 def _forward(*arguments):
@@ -146,7 +155,8 @@ GRADIENTS: Table = {
 """Take the arguments, y, and the gradients of y and h_last; a_param is [B, E]."""
 
 
-def _validate(x, recurrence_logits, input_logits, a_param, positions, h0):
+def validate(x, recurrence_logits, input_logits, a_param, positions, h0) -> None:
+    """Raises a ValueError if the arguments of `rg_lru` do not fit."""
     if x.ndim != 3 or x.shape[1] < 1:
         raise ValueError(
             f"x must have shape [B, T, E] with T >= 1; got {x.shape}. "

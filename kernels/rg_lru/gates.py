@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from recurrentgemma.kernels.dispatch import einsum_float32
 
@@ -31,3 +32,25 @@ def logits(x: jax.Array, gate: Gate) -> jax.Array:
     product = einsum_float32("btgi,gio->btgo", blocks, kernel)
     y = product + gate.bias.astype(product.dtype)[None, None]
     return y.astype(x.dtype).reshape(*x.shape[:2], -1)
+
+
+def logits_gradients(
+    x: jax.Array, gate: Gate, upstream: jax.Array
+) -> tuple[jax.Array, Gate]:
+    """Gradients of `logits`, in float32.
+
+    Args:
+      x, gate: its arguments.
+      upstream: gradient of the logits [B, T, G * out], floating point.
+
+    Returns:
+      Of x [B, T, G * in]; and of the gate, for each row: [B, G, in, out], [B, G, out].
+    """
+    groups = gate.kernel.shape[0]
+    kernel = gate.kernel.astype(x.dtype)
+    inputs, upstream = (
+        array.reshape(*x.shape[:2], groups, -1) for array in (x, upstream)
+    )
+    of_x = einsum_float32("btgo,gio->btgi", upstream, kernel).reshape(x.shape)
+    of_kernel = einsum_float32("btgi,btgo->bgio", inputs, upstream)
+    return of_x, Gate(of_kernel, jnp.sum(upstream.astype(jnp.float32), axis=1))

@@ -44,7 +44,6 @@ def _kernel(
     log_decays, *, length, sizes,
 ):  # fmt: skip
     block = linear_scan.time_block(reverse=False)
-    direct = y.dtype == jnp.float32
     log_decays[...] = log_decay(a_param[...])
 
     def group(start, states):
@@ -61,18 +60,12 @@ def _kernel(
                 value = factor(u * inverse_root(u), kind) * gate
                 value = value * x[at].astype(jnp.float32)
                 wide_x[i, :, slab] = jnp.where(kind == HOLD, 0.0, value)
-        outputs = [
-            y.at[i, steps] if direct else wide_y.at[i] for i in range(sizes.rows)
-        ]
-        for step in range(sizes.group):
-            now = pl.ds(step, 1)
-            for i, state in enumerate(states):
-                states[i] = wide_a[i, now, :] * state + wide_x[i, now, :]
-                outputs[i][now, :] = states[i]
-        if not direct:
-            for i in range(sizes.rows):
-                for slab in linear_scan.slabs(sizes.width):
-                    y[i, steps, slab] = wide_y[i, :, slab].astype(y.dtype)
+        rows = range(sizes.rows)
+        inputs, decays, wide = (
+            [ref.at[i] for i in rows] for ref in (wide_x, wide_a, wide_y)
+        )
+        outputs = [y.at[i, steps] for i in rows]
+        linear_scan.scan_steps(inputs, decays, outputs, wide, states)
         return states
 
     linear_scan.for_each_group(group, block, h0, h, length, sizes, reverse=False)
