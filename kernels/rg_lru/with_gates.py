@@ -81,13 +81,8 @@ def _forward(*arguments):
 
 
 def _backward(implementation, residuals, cotangents):
-    x_gradient, *of_gates, a_param_gradient, h0_gradient = dispatch(
-        "rg_lru_with_gates's gradient",
-        GRADIENTS,
-        PLATFORM_DEFAULTS,
-        implementation,
-        *residuals,
-        *cotangents,
+    x_gradient, *of_gates, a_param_gradient, h0_gradient = rg_lru_with_gates_gradients(
+        *residuals, *cotangents, implementation=implementation
     )
     of_gates = [
         jnp.sum(gradient, axis=0).astype(parameter.dtype)
@@ -96,11 +91,30 @@ def _backward(implementation, residuals, cotangents):
     return x_gradient, *of_gates, a_param_gradient, None, h0_gradient
 
 
+def rg_lru_with_gates_gradients(
+    *arrays: jax.Array, implementation: str | None = None
+) -> tuple[jax.Array, ...]:
+    """Gradients of x; of kernel and bias of both gates, for each row; of a_param, h0.
+
+    Args:
+      *arrays: x, kernel and bias of both gates, a_param as [B, E], one for each row,
+        positions and h0; the result y; the gradients of y and of h_last.
+      implementation: a name of `GRADIENTS`; None picks by platform.
+    """
+    return dispatch(
+        "rg_lru_with_gates's gradient",
+        GRADIENTS,
+        PLATFORM_DEFAULTS,
+        implementation,
+        *arrays,
+    )
+
+
 _recurrence = jax.custom_vjp(_run, nondiff_argnums=(8,))
 _recurrence.defvjp(_forward, _backward)
 
 
-def _apart(
+def apart(
     x, r_kernel, r_bias, i_kernel, i_bias, a_param, positions, h0, *, implementation
 ):
     """The products, then an implementation of `rg_lru`."""
@@ -138,8 +152,8 @@ def _supports(x, r_kernel, *arrays, **options):
 
 INPUTS = "btc,gio,go,gio,go,bc,bt,bc"
 IMPLEMENTATIONS: Table = {
-    **{name: partial(_apart, implementation=name) for name in WITHOUT_GATES},
-    "composed": partial(_apart, implementation=None),
+    **{name: partial(apart, implementation=name) for name in WITHOUT_GATES},
+    "composed": partial(apart, implementation=None),
     "pallas_tpu": Kernel(
         imported_late(PALLAS_TPU, "recurrence"), "tpu", f"{INPUTS}->btc,bc", _supports
     ),

@@ -19,7 +19,17 @@ from recurrentgemma.kernels.linear_scan import linear_scan, linear_scan_gradient
 from recurrentgemma.kernels.linear_scan.workloads import Workload
 from recurrentgemma.kernels.rg_lru import GRADIENTS as RG_LRU_GRADIENTS
 from recurrentgemma.kernels.rg_lru import IMPLEMENTATIONS as RG_LRUS
-from recurrentgemma.kernels.rg_lru import reference, rg_lru, rg_lru_gradients
+from recurrentgemma.kernels.rg_lru import (
+    reference,
+    rg_lru,
+    rg_lru_gradients,
+    with_gates,
+)
+from recurrentgemma.kernels.rg_lru.gates import Gate
+from recurrentgemma.kernels.rg_lru.with_gates import (
+    rg_lru_with_gates,
+    rg_lru_with_gates_gradients,
+)
 
 DTYPES = ("float32", "bfloat16")
 IMPLEMENTATIONS = {
@@ -28,9 +38,11 @@ IMPLEMENTATIONS = {
     "cpu": ("sequential", "chunked", "associative", "composed"),
 }
 """By platform, what is worth a row where an op has it."""
-RANGES = {"a": (0.8, 0.999), "a_param": (-6.0, -3.0)}
+RANGES = {"a": (0.8, 0.999), "a_param": (-6.0, -3.0), "kernel": (-0.1, 0.1)}
 """Of random inputs, by the name of the argument: decays near those of trained models."""
 OTHER_RANGE = (-2.0, 2.0)
+GATE_BLOCK = 256
+"""Channels of a diagonal block of the gates, in RecurrentGemma."""
 DOCUMENT = 200
 """Tokens after which positions start again at 0."""
 
@@ -89,6 +101,32 @@ def _rg_lru_gradient_arguments(workload: Workload, dtype: str) -> Arguments:
     return arguments | _results(sequence, state)
 
 
+def _with_gates_arguments(workload: Workload, dtype: str) -> Arguments:
+    arguments = _rg_lru_arguments(workload, dtype)
+    width = min(GATE_BLOCK, workload.width)
+    kernel = jax.ShapeDtypeStruct((workload.width // width, width, width), dtype)
+    bias = jax.ShapeDtypeStruct(kernel.shape[:2], "float32")
+    gate = Gate._make((kernel, bias))
+    gates = {"recurrence_gate": gate, "input_gate": gate}
+    rest = ("a_param", "positions", "h0")
+    return {"x": arguments["x"]} | gates | {name: arguments[name] for name in rest}
+
+
+def _with_gates_gradient_arguments(workload: Workload, dtype: str) -> Arguments:
+    sequence, state = _shapes(workload, dtype)
+    arguments = _with_gates_arguments(workload, dtype) | {"a_param": state}
+    flat = {
+        f"{name}{suffix}": array
+        for name, value in arguments.items()
+        for suffix, array in (
+            zip((".kernel", ".bias"), value, strict=True)
+            if isinstance(value, Gate)
+            else [("", value)]
+        )
+    }
+    return flat | _results(sequence, state)
+
+
 def _shapes(workload, dtype):
     """Of a sequence and of a state."""
     state = jax.ShapeDtypeStruct((workload.batch, workload.width), "float32")
@@ -110,6 +148,15 @@ OPS = {
         _rg_lru_gradient_arguments,
         RG_LRU_GRADIENTS,
         forward=reference.recurrence,
+    ),
+    "rg_lru_with_gates": Op(
+        rg_lru_with_gates, _with_gates_arguments, with_gates.IMPLEMENTATIONS
+    ),
+    "rg_lru_with_gates gradient": Op(
+        rg_lru_with_gates_gradients,
+        _with_gates_gradient_arguments,
+        with_gates.GRADIENTS,
+        forward=partial(with_gates.apart, implementation="reference"),
     ),
 }
 
