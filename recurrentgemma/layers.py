@@ -6,6 +6,7 @@ float32 accumulation; norms and the RG-LRU compute in float32. Equations: Griffi
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,8 @@ def causal_conv1d(
     """
     reach = kernel.shape[0] - 1
     length, kept = x.shape[1], state.shape[1]
-    inputs = jnp.concatenate([state.astype(x.dtype), x], axis=1)
+    state = state.astype(x.dtype)
+    inputs = jnp.concatenate([state, x], axis=1)
     kernel = kernel.astype(jnp.float32)[:, None, None, :]
     y = _add_bias(x.astype(jnp.float32) * kernel[reach], bias)
     for back in range(1, reach + 1):
@@ -95,11 +97,16 @@ def causal_conv1d(
         same_document = (chunk.positions >= back)[..., None]
         y = y + jnp.where(same_document, tap * kernel[reach - back], 0)
 
+    # Taken from x and from the state apart: a gather from `inputs` would have it stored.
     steps = jnp.arange(kept, dtype=jnp.int32)[None]
-    index = chunk.lengths[:, None] + steps
-    new_state = jnp.take_along_axis(inputs, index[..., None], axis=1)
-    position = chunk.next_position[:, None] - kept + steps
-    new_state = jnp.where((position >= 0)[..., None], new_state, 0)
+    index = chunk.lengths[:, None] + steps - kept
+    position = (chunk.next_position[:, None] - kept + steps)[..., None]
+    from_x = jnp.take_along_axis(x, jnp.maximum(index, 0)[..., None], axis=1)
+    from_state = jnp.take_along_axis(
+        state, jnp.minimum(index + kept, kept - 1)[..., None], axis=1
+    )
+    new_state = jnp.where((index >= 0)[..., None], from_x, from_state)
+    new_state = jnp.where(position >= 0, new_state, 0)
     return y.astype(x.dtype), new_state
 
 
@@ -291,11 +298,20 @@ class Embedder(nnx.Module):
     def decode(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> logits before the soft cap, float32 [B, T, V]."""
         embedding = self.embedding[...]
-        batch_size, length, width = x.shape
-        if batch_size * length > FEW_ROWS:
+        if x.shape[0] * x.shape[1] > FEW_ROWS:
             return einsum("btd,vd->btv", x, embedding)
-        # XLA for CPU reads a matrix twice as fast as the left operand of few columns.
-        rows = x.reshape(batch_size * length, width)
-        logits = einsum_float32("vd,nd->vn", embedding.astype(x.dtype), rows)
-        logits = jax.lax.optimization_barrier(logits).T  # Or XLA swaps them back.
-        return logits.reshape(batch_size, length, -1)
+        return jax.lax.platform_dependent(
+            x,
+            embedding,
+            cpu=_few_rows_times_embedding,
+            default=partial(einsum, "btd,vd->btv"),
+        )
+
+
+def _few_rows_times_embedding(x: jax.Array, embedding: jax.Array) -> jax.Array:
+    # XLA for CPU reads a matrix twice as fast as the left operand of few columns.
+    batch_size, length, width = x.shape
+    rows = x.reshape(batch_size * length, width)
+    logits = einsum_float32("vd,nd->vn", embedding.astype(x.dtype), rows)
+    logits = jax.lax.optimization_barrier(logits).T  # Or XLA swaps them back.
+    return logits.reshape(batch_size, length, -1)

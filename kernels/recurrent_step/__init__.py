@@ -22,7 +22,7 @@ IMPLEMENTATIONS: Table = {
         imported_late(PALLAS_TPU, "supports"),
     ),
 }
-PLATFORM_DEFAULTS = {"default": ("reference",)}
+PLATFORM_DEFAULTS = {"tpu": ("pallas_tpu", "reference"), "default": ("reference",)}
 
 __all__ = ["Gate", "StepParameters", "recurrent_step"]
 

@@ -43,7 +43,7 @@ def _kernel(
     recurrence_bias, input_kernel, input_bias, a_param, y, new_h, new_conv_state,
     convolved, recurrence_logits, input_logits, log_decays, wide_positions,
 ):  # fmt: skip
-    rows, reach = x.shape[0], conv_state.shape[0]
+    rows, reach = x.shape[0], conv_kernel.shape[0] - 1
     height = min(rows, TILE_ROWS)
     blocks, block, _ = recurrence_kernel.shape
     first_block = pl.program_id(0) * blocks
@@ -60,8 +60,11 @@ def _kernel(
 
         jax.lax.fori_loop(0, rows // height, body, ())
 
+    def tap(k, tile, slab):
+        return (pl.ds(k, 1), slab) if rows == 1 else (k, tile, slab)
+
     def convolve(tile, here, slab):
-        inputs = [conv_state[k, tile, slab] for k in range(reach)]
+        inputs = [conv_state[tap(k, tile, slab)] for k in range(reach)]
         total, moved = _convolution(
             [array.astype(jnp.float32) for array in (*inputs, x[tile, slab])],
             wide_positions[tile, :],
@@ -70,7 +73,7 @@ def _kernel(
         )
         convolved[tile, here] = _rounded(total, x.dtype)
         for k, state in enumerate(moved):
-            new_conv_state[k, tile, slab] = state.astype(new_conv_state.dtype)
+            new_conv_state[tap(k, tile, slab)] = state.astype(new_conv_state.dtype)
 
     def recur(tile, here, slab):
         at = (tile, here)
@@ -154,13 +157,17 @@ def step(
     together = blocks_together(gate_arrays[0])
     channels = together * block
 
-    # The layout that arrays of such a shape have on TPU: no padding of the taps.
-    state = jnp.swapaxes(conv_state, 0, 1)
-    state_spec = pl.BlockSpec((len(state), rows, channels), lambda c, b: (0, b, c))
-    of_rows = pl.BlockSpec((rows, channels), lambda c, b: (b, c))
-
     def of_channels(height: int):
         return pl.BlockSpec((height, channels), lambda c, b: (0, c))
+
+    # The layouts that arrays of these shapes have on TPU: others would be copies.
+    if batch == 1:
+        state = conv_state[0]
+        state_spec = of_channels(len(state))
+    else:
+        state = jnp.swapaxes(conv_state, 0, 1)
+        state_spec = pl.BlockSpec((len(state), rows, channels), lambda c, b: (0, b, c))
+    of_rows = pl.BlockSpec((rows, channels), lambda c, b: (b, c))
 
     matrix = pl.BlockSpec((together, block, block), lambda c, b: (c, 0, 0))
     biases = pl.BlockSpec((blocks, block), lambda c, b: (0, 0))
@@ -194,7 +201,7 @@ def step(
         ),
         interpret=interpret,
     )(*arguments)
-    return y, h, jnp.swapaxes(state, 0, 1)
+    return y, h, state[None] if batch == 1 else jnp.swapaxes(state, 0, 1)
 
 
 def blocks_together(matrices: jax.Array) -> int:
