@@ -117,13 +117,13 @@ class Profile(NamedTuple):
       cycles: estimated, of the whole grid, by kernel.
       spills: registers stored to memory and loaded again, instructions of its code, by
         kernel.
-      hot_loop: slot use of its busiest loop; see `bundles.hot_loop`.
+      issued: bundles and slot use of its largest kernel; see `bundles.issued`.
       output: what the code printed.
     """
 
     cycles: dict[str, int]
     spills: dict[str, int]
-    hot_loop: dict[str, Any] | None
+    issued: dict[str, Any] | None
     output: str
 
 
@@ -151,7 +151,7 @@ def profile(code: str, *, path: Sequence[str] = (), cycles: bool = True) -> Prof
         return Profile(
             bundles.cycles(directory / "cycles"),
             bundles.spills(directory),
-            bundles.hot_loop(directory),
+            bundles.issued(directory),
             output,
         )
 

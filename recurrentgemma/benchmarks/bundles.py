@@ -49,72 +49,69 @@ def spills(directory: Path) -> dict[str, int]:
     return found
 
 
-def hot_loop(directory: Path) -> dict[str, Any] | None:
-    """Slot use of the loop that issues the most bundles, of all kernels of a program.
+def issued(directory: Path) -> dict[str, Any] | None:
+    """Slot use of the kernel that issues the most bundles, of a program's kernels.
+
+    A bundle counts as often as the constant turns of the loops around it say, the grid
+    among them; what is conditional counts as executed, a loop of unknown length once.
 
     Returns:
       kernel: its name;
-      bundles: of one turn of the loop;
-      turns: a time that the loop is entered, None if it is no constant;
+      bundles: that it issues, which is a cycle each if nothing waits;
       bundles_using: by unit of `UNITS`, the share of bundles that use it;
       slots_filled: by unit, the share of its slots, over all bundles.
-      None if no kernel has a loop.
+      None if there are no dumps.
     """
     utilizations = _utilizations(directory)
-    best: tuple[int, dict[str, Any]] | None = None
+    best: dict[str, Any] | None = None
     for file in directory.glob("*-packed-bundles-post-ra.txt"):
         name = _kernel(file)
-        if name not in utilizations:
-            continue
-        slots, rows = utilizations[name]
-        for first, last, turns in innermost_loops(file.read_text()):
-            issued = (last + 1 - first) * (turns or 1)
-            if last < len(rows) and (best is None or issued > best[0]):
-                body = rows[first : last + 1]
-                loop = {
-                    "kernel": name.split("-", 1)[1],
-                    "bundles": len(body),
-                    "turns": turns,
-                }
-                best = issued, loop | slot_use(slots, body)
-    return best[1] if best else None
+        if name in utilizations:
+            slots, rows = utilizations[name]
+            times = turns_of_bundles(file.read_text())
+            if len(times) == len(rows) and (not best or sum(times) > best["bundles"]):
+                best = {"kernel": name.split("-", 1)[1], "bundles": sum(times)}
+                best |= slot_use(slots, rows, times)
+    return best
 
 
-def innermost_loops(text: str) -> list[tuple[int, int, int | None]]:
-    """First and last bundle and turns of every loop that has no loop inside."""
+def turns_of_bundles(text: str) -> list[int]:
+    """How often each bundle is issued."""
     bundles: list[str] = []
     for line in text.splitlines():
         if _BUNDLE.match(line):
             bundles.append(line)
         elif bundles:
             bundles[-1] += line
-    loops = []
-    for index, bundle in enumerate(bundles):
-        for target in map(int, _JUMP.findall(bundle)):
-            if target <= index:
-                tests = _EXIT_TEST.findall("".join(bundles[target : index + 1]))
-                turns = int(tests[-1]) if tests else None
-                last = min(index + DELAY_SLOTS, len(bundles) - 1)
-                loops.append((target, last, turns))
-    return [
-        loop
-        for loop in loops
-        if not any(
-            other != loop and loop[0] <= other[0] and other[1] <= loop[1]
-            for other in loops
-        )
+    loops = [
+        range(target, index + 1)
+        for index, bundle in enumerate(bundles)
+        for target in map(int, _JUMP.findall(bundle))
+        if target <= index
     ]
+    times = [1] * len(bundles)
+    for loop in loops:
+        inside = {i for other in loops if len(other) < len(loop) for i in other}
+        own = "".join(bundles[i] for i in loop if i not in inside)
+        tests = _EXIT_TEST.findall(own)
+        if tests:
+            for i in range(loop.start, min(loop.stop + DELAY_SLOTS, len(bundles))):
+                times[i] *= int(tests[-1])
+    return times
 
 
 def slot_use(
-    slots: dict[str, int], bundles: list[dict[str, int]]
+    slots: dict[str, int], rows: list[dict[str, int]], times: list[int]
 ) -> dict[str, dict[str, float]]:
-    """`bundles_using` and `slots_filled` of `hot_loop`."""
+    """`bundles_using` and `slots_filled` of `issued`."""
     using, filled = {}, {}
     for unit, column in UNITS.items():
-        counts = [bundle[column] for bundle in bundles]
-        using[unit] = sum(count > 0 for count in counts) / len(bundles)
-        filled[unit] = sum(counts) / (len(bundles) * slots[column])
+        counts = [row[column] for row in rows]
+        pairs = list(zip(counts, times, strict=True))
+        using[unit] = sum(n for count, n in pairs if count) / sum(times)
+        filled[unit] = sum(n * count for count, n in pairs) / (
+            sum(times) * slots[column]
+        )
     return {"bundles_using": using, "slots_filled": filled}
 
 

@@ -6,10 +6,10 @@ On a machine with a TPU or a GPU this measures, within a few minutes: see
 `scan_measured`. Elsewhere the real TPU compiler (extra `tpu-plan`) is asked. For each
 program, workload and TPU generation: the least bytes (every argument read once, every
 result written once), the time these take at the published bandwidth (roofline), the
-bytes that the blocks of its kernel transfer, the compiler's cycles, the use of its
-hottest loop's slots (printed: the busiest unit and the share of its slots that are
-filled), and the estimated time, the longer one of cycles / clock and bytes / bandwidth.
-These are estimates: they rank programs and scale with size.
+bytes that the blocks of its kernel transfer, the compiler's cycles, the use of its slots
+by unit, over all bundles that it issues (printed: the unit that is fullest), and the
+estimated time, the longer one of cycles / clock and bytes / bandwidth. These are
+estimates: they rank programs and scale with size.
 
 `--official DIRECTORY`, which holds the official package `recurrentgemma`, adds its scan,
 compiled the same way in a process of its own. `--model` adds whole programs of the 2B
@@ -124,10 +124,10 @@ def estimate(
         "cycles": cycles,
         "cycles_by_kernel": profile.cycles,
         "spills": sum(profile.spills.values()),
-        "hot_loop": profile.hot_loop,
+        "issued": profile.issued,
         "estimated_ms": 1e3 * max(cycles / chip.clock_hz, seconds),
     }
-    filled = profile.hot_loop["slots_filled"] if profile.hot_loop else {"no loop": 0}
+    filled = profile.issued["slots_filled"] if profile.issued else {"none": 0}
     busiest = max(filled, key=filled.__getitem__)
     return row | {"remark": f"{busiest} {filled[busiest]:.0%}"}
 

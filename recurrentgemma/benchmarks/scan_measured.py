@@ -6,7 +6,8 @@ Then each program of the platform, dtype and workload: it is compared with the o
 back to back between two waits, so that the host's part is hidden where a call takes
 longer than its dispatch, whose time (of a program that does nothing) stands in the
 document. The bandwidth of a row is that of its least bytes: every argument read once and
-every result written once. Estimates that were made for this TPU stand beside.
+every result written once; what fits a cache may be faster than copies. Estimates that
+were made for this TPU stand beside.
 
 What does not fit the memory, cannot run here or is wrong says so in its row. The file,
 `scan-DEVICE.json` in the current directory, is meant to be sent in.
@@ -38,12 +39,12 @@ from recurrentgemma.benchmarks.scan_programs import (
 from recurrentgemma.benchmarks.scan_table import KEY, Column, Document, Row
 from recurrentgemma.kernels.linear_scan.workloads import WORKLOADS, Workload
 
-MEASURED = ("train_2b", "prefill_2b", "train_2b_long", "document_2b", "decode_2b")
+MEASURED = ("train_2b", "train_2b_long", "prefill_2b", "decode_2b")
 """Workloads of an accelerator."""
 MEASURED_ON_CPU = ("train_small", "prefill_67m")
 CHECKED = (Workload(2, 300, 512), Workload(8, 1, 512))
 """Small shapes; an op is checked at the first that is one for it."""
-TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}
+TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 2e-3}
 """Relative RMS error: of sums of some hundred float32 products; of results, and of the
 states inside a gradient, that are rounded to 8 and to 11 bits."""
 TINY = 1e-30
@@ -148,15 +149,17 @@ def check(name: str, dtype: str) -> dict[str, float]:
     workload = next(workload for workload in CHECKED if op.fits(workload))
     arguments = random_arguments(name, workload, dtype, seed=0)
     exact = {key: jax.tree.map(_widened, value) for key, value in arguments.items()}
-    if op.forward:
-        before = list(arguments)[: list(arguments).index("y")]
-        y, _ = op.forward(*(exact[key] for key in before))
-        arguments["y"] = y.astype(dtype)
     with jax.default_matmul_precision("highest"):
+        if op.forward:
+            before = list(arguments)[: list(arguments).index("y")]
+            y, _ = op.forward(*(exact[key] for key in before))
+            arguments["y"] = y.astype(dtype)
         expected = op.function(*exact.values(), implementation="reference")
-    actual = jax.jit(
-        lambda *arrays: op.function(*arrays, implementation=implementation)
-    )(*arguments.values())
+    run = functools.partial(op.function, implementation=implementation)
+    # float32 products are rounded to less on most devices, unless they are asked not to.
+    precision = "highest" if dtype == "float32" else None
+    with jax.default_matmul_precision(precision):
+        actual = jax.jit(run)(*arguments.values())
     errors = [
         _errors(*pair)
         for pair in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)

@@ -37,7 +37,7 @@ from recurrentgemma.training.step import make_train_step
 PRESET = "recurrentgemma-2b"
 STEPS = 1000
 """Of the learning rate's schedule: nothing depends on it."""
-PLAIN_OPS = ("linear_scan", "rg_lru")
+PLAIN_OPS = ("linear_scan", "rg_lru", "rg_lru.with_gates", "recurrent_step")
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
 
 

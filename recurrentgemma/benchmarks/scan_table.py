@@ -55,7 +55,7 @@ class Document:
             rows = json.loads(path.read_text())["rows"]
             self._rows = {_key(row): row for row in rows if "commit" in row}
         titles = " ".join(column.title.rjust(8) for column in columns)
-        print(_names(tuple(KEY)) + titles)
+        print(f"{_names(tuple(KEY))}{titles}  remark")
 
     def fingerprint(self, row: Row) -> str | None:
         """Of the program of the row that the file holds for this one."""
