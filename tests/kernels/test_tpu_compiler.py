@@ -4,8 +4,11 @@ Needs the extra `tpu-plan` (libtpu); no TPU.
 """
 
 import importlib.util
+import math
 import os
 import re
+from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +19,9 @@ from recurrentgemma.benchmarks import ahead_of_time
 from recurrentgemma.benchmarks.scan import PROGRAMS, program_code
 from recurrentgemma.config import PRESETS, Runtime
 from recurrentgemma.griffin import Griffin
+from recurrentgemma.kernels import StepParameters, recurrent_step
 from recurrentgemma.kernels.linear_scan.workloads import WORKLOADS, Workload
+from recurrentgemma.kernels.rg_lru.gates import Gate
 
 if importlib.util.find_spec("libtpu") is None:
     pytest.skip(
@@ -123,13 +128,54 @@ def model_2b(**fields):
     return jax.tree_util.tree_map_with_path(inference_dtype, model)
 
 
-@pytest.mark.parametrize("length", [2048, 1])
-def test_the_2b_model_compiles_for_v5e(length):
-    """Prefill runs one kernel a recurrent layer, with no relayout around it."""
-    model = model_2b()
-    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    cache = jax.eval_shape(lambda model: model.init_cache(1), model)
+def compile_decode_steps(generation, batches):
+    """The kernel of the decode step at the sizes of the 2B and the 9B model."""
+    shape = jax.ShapeDtypeStruct
+    for blocks in (10, 16):
+        width = 256 * blocks
+        vector = shape((width,), jnp.float32)
+        for batch in batches:
+            for dtype in DTYPES:
+                matrices = shape((blocks, 256, 256), dtype)
+                gate = Gate(matrices, shape((blocks, 256), jnp.float32))
+                parameters = StepParameters(
+                    shape((4, width), dtype), vector, gate, gate, vector
+                )
+                ahead_of_time.compile_for(
+                    generation,
+                    partial(recurrent_step, implementation="pallas_tpu"),
+                    shape((batch, width), dtype),
+                    parameters,
+                    shape((batch,), jnp.int32),
+                    shape((batch, width), jnp.float32),
+                    shape((batch, 3, width), dtype),
+                )
 
+
+@pytest.mark.parametrize("generation", ahead_of_time.CHIPS)
+def test_decode_steps_compile_without_spills(generation):
+    module = "tests.kernels.test_tpu_compiler"
+    run = f"compile_decode_steps({generation!r}, (1, 8, 64))"
+    code = f"from {module} import compile_decode_steps; {run}"
+    root = str(Path(__file__).parents[2])
+    profile = ahead_of_time.profile(code, path=[root], cycles=False)
+    kernels = [name for name in profile.spills if "recurrent_step" in name]
+    assert len(kernels) == 12
+    assert sum(profile.spills[name] for name in kernels) == 0
+
+
+def test_odd_decode_steps_compile():
+    compile_decode_steps("v5e", (3, 21, 100))
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 2048), (1, 1), (64, 1)])
+def test_the_2b_model_compiles_for_v5e(batch, length):
+    """One kernel a recurrent layer, with no relayout around it."""
+    model = model_2b()
+    tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    cache = jax.eval_shape(lambda model: model.init_cache(batch), model)
+
+    @partial(jax.jit, donate_argnums=2)
     def run(model, tokens, cache):
         hidden, cache = model(tokens, cache=cache)
         return model.logits(hidden[:, -1:]), cache
@@ -137,6 +183,11 @@ def test_the_2b_model_compiles_for_v5e(length):
     compiled = ahead_of_time.compile_for("v5e", run, model, tokens, cache)
     text = compiled.as_text()
     recurrent = model.config.block_types.count("recurrent")
-    kernels = re.findall(r"%(rg_lru[\w.]*) = .* custom-call", text)
-    assert len(kernels) == (recurrent if length > 1 else 0)
+    kernels = re.findall(r"%(rg_lru|recurrent_step)[\w.]* = .* custom-call", text)
+    assert kernels == ["rg_lru" if length > 1 else "recurrent_step"] * recurrent
     assert relayouts_around_kernels(text) == []
+    if length == 1:
+        # The states of the convolutions are updated where they lie.
+        copied = re.findall(r" = bf16\[([\d,]+)\]\S* copy\(", text)
+        sizes = {math.prod(map(int, shape.split(","))) for shape in copied}
+        assert batch * 3 * model.config.lru_width not in sizes
