@@ -89,7 +89,7 @@ def _kernel(
     wide_positions[...] = jnp.broadcast_to(positions[...], wide_positions.shape)
     log_decays[...] = log_decay(a_param[...])
 
-    def gate_block(i, _):
+    def gate_block(i):
         for_each_tile(convolve, i * block)
         inputs = convolved[...].astype(x.dtype)
         row = first_block + i
@@ -101,9 +101,16 @@ def _kernel(
             product = jnp.dot(inputs, matrix, preferred_element_type=jnp.float32)
             logits[...] = _rounded(product + _row(biases, row), x.dtype)
         for_each_tile(recur, i * block)
+
+    # One block's products overlap with the other's arithmetic; more would spill.
+    at_once = 2 - blocks % 2
+
+    def gate_blocks(i, _):
+        for j in range(at_once):
+            gate_block(i * at_once + j)
         return ()
 
-    jax.lax.fori_loop(0, blocks, gate_block, (), unroll=2)
+    jax.lax.fori_loop(0, blocks // at_once, gate_blocks, ())
 
 
 def _convolution(inputs, position, kernel, bias):
