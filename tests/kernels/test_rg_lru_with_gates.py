@@ -4,56 +4,67 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from recurrentgemma.kernels import Gate, rg_lru_with_gates
+from recurrentgemma.kernels.linear_scan import block_sizes
+from recurrentgemma.kernels.rg_lru import with_gates_pallas_tpu as kernels
 from recurrentgemma.kernels.rg_lru.with_gates import IMPLEMENTATIONS
 from tests.kernels import definitions
 from tests.tolerances import assert_close
 
 NAMES = ("x", "r_kernel", "r_bias", "i_kernel", "i_bias", "a_param", "positions", "h0")
-B, G, BLOCK = 2, 2, 128
-E = G * BLOCK
+DIFFERENTIATED = tuple(i for i, name in enumerate(NAMES) if name != "positions")
+B, GROUPS, BLOCK = 2, 2, 128
 
 
-def random_inputs(length, groups=G, seed=0):
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    """So that few steps are several blocks of time, and several parts of a block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block_sizes, "MAX_STEPS", 16)
+        patch.setattr(kernels, "PART_STEPS", 8)
+        jax.clear_caches()
+        yield
+    jax.clear_caches()
+
+
+def random_inputs(length, dtype="float32", seed=0):
     """Arguments and two cotangents; documents start and rows are held anywhere."""
     rng = np.random.default_rng(seed)
     kind = rng.random((B, length))
-    width = groups * BLOCK
     positions = np.where(kind < 0.1, 0, np.where(kind < 0.2, -1, 5)).astype(np.int32)
+    width = GROUPS * BLOCK
     x, y_cotangent = rng.normal(size=(2, B, length, width)).astype(np.float32)
-    kernels = rng.normal(size=(2, groups, BLOCK, BLOCK), scale=BLOCK**-0.5)
-    biases = rng.normal(size=(2, groups, BLOCK), scale=0.3)
     h0, last_cotangent = rng.normal(size=(2, B, width)).astype(np.float32)
-    gates = (
-        array.astype(np.float32) for pair in zip(kernels, biases) for array in pair
-    )
+    gates = []
+    for _ in range(2):
+        kernel = rng.normal(size=(GROUPS, BLOCK, BLOCK), scale=BLOCK**-0.5)
+        bias = rng.normal(size=(GROUPS, BLOCK), scale=0.3)
+        gates += [kernel.astype(np.float32), bias.astype(np.float32)]
     a_param = rng.uniform(-9, 1, width).astype(np.float32)
+    x, gates[0], gates[2] = (jnp.asarray(a, dtype) for a in (x, gates[0], gates[2]))
     arguments = (x, *gates, a_param, positions, h0)
     return (*arguments, y_cotangent, last_cotangent)
 
 
+def op(implementation, x, r_kernel, r_bias, i_kernel, i_bias, *rest):
+    gates = Gate(r_kernel, r_bias), Gate(i_kernel, i_bias)
+    return rg_lru_with_gates(x, *gates, *rest, implementation=implementation)
+
+
 def run(implementation, inputs):
     """Values and gradients by name."""
-    differentiated = tuple(i for i, name in enumerate(NAMES) if name != "positions")
 
     def loss(*inputs):
-        x, r_kernel, r_bias, i_kernel, i_bias, *rest, y_cotangent, last_cotangent = (
-            inputs
-        )
-        y, h_last = rg_lru_with_gates(
-            x,
-            Gate(r_kernel, r_bias),
-            Gate(i_kernel, i_bias),
-            *rest,
-            implementation=implementation,
-        )
+        *arguments, y_cotangent, last_cotangent = inputs
+        y, h_last = op(implementation, *arguments)
         total = jnp.sum(y.astype(jnp.float32) * y_cotangent)
         return total + jnp.sum(h_last * last_cotangent), {"y": y, "h_last": h_last}
 
-    compute = jax.jit(jax.grad(loss, differentiated, has_aux=True))
+    compute = jax.jit(jax.grad(loss, DIFFERENTIATED, has_aux=True))
     gradients, values = compute(*map(jnp.asarray, inputs))
-    names = (f"grad_{NAMES[i]}" for i in differentiated)
+    names = (f"grad_{NAMES[i]}" for i in DIFFERENTIATED)
     return values | dict(zip(names, gradients, strict=True))
 
 
@@ -63,9 +74,102 @@ def assert_all_close(actual, expected, dtype="float32"):
         assert_close(array, expected[name], kind, dtype)
 
 
-@pytest.mark.parametrize("length", [1, 7, 130])
+@pytest.mark.parametrize("length", [1, 7, 50])
 @pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
 def test_values_and_gradients(implementation, length):
     inputs = random_inputs(length)
     expected = definitions.rg_lru_with_gates(*inputs)
     assert_all_close(run(implementation, inputs), expected)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16(implementation):
+    inputs = random_inputs(32, "bfloat16")
+    actual = run(implementation, inputs)
+    for name, array in actual.items():
+        narrow = name in ("y", "grad_x", "grad_r_kernel", "grad_i_kernel")
+        assert array.dtype == (jnp.bfloat16 if narrow else jnp.float32), name
+    expected = definitions.rg_lru_with_gates(*inputs)
+    assert_all_close(actual, expected, "bfloat16")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_split_invariance_and_transformations(implementation):
+    """Chunks with the state between them, under vmap and remat, are one call."""
+    *arguments, _, _ = map(jnp.asarray, random_inputs(40))
+    x, *gates, a_param, positions, h0 = arguments
+
+    @jax.checkpoint
+    def row(x, positions, h0):
+        h, parts = h0[None], []
+        for chunk in (slice(None, 13), slice(13, None)):
+            sequences = x[None, chunk], *gates, a_param, positions[None, chunk], h
+            y, h = op(implementation, *sequences)
+            parts.append(y)
+        return jnp.concatenate(parts, axis=1)[0], h[0]
+
+    split = jax.jit(jax.vmap(row))(x, positions, h0)
+    whole = jax.jit(lambda *arrays: op(implementation, *arrays))(*arguments)
+    for actual, expected in zip(split, whole, strict=True):
+        assert_close(actual, expected, "scan")
+
+
+def test_kernels_read_only_what_was_written(capfd):
+    """No races, no memory that nobody wrote, and nothing from past the end."""
+    pltpu.reset_tpu_interpret_mode_state()
+    interpret = pltpu.InterpretParams(
+        detect_races=True, uninitialized_memory="nan", random_seed=3
+    )
+    *arguments, y_gradient, last_gradient = map(jnp.asarray, random_inputs(19))
+    arguments[5] = jnp.broadcast_to(arguments[5], arguments[7].shape)
+    y, h_last = kernels.recurrence(*arguments, interpret=interpret)
+    gradients = kernels.gradients(
+        *arguments, y, y_gradient, last_gradient, interpret=interpret
+    )
+    assert "RACE DETECTED" not in capfd.readouterr().out
+    expected = definitions.rg_lru_with_gates(*random_inputs(19))
+    assert_all_close({"y": y, "h_last": h_last}, expected)
+    for index, gradient in zip(DIFFERENTIATED, gradients, strict=True):
+        name = f"grad_{NAMES[index]}"
+        of_rows = name not in ("grad_x", "grad_h0")
+        actual = gradient.sum(0) if of_rows else gradient
+        assert_close(actual, expected[name], "gradient")
+
+
+def lowered(arguments, platform="tpu"):
+    def loss(*arguments):
+        y, h_last = op(None, *arguments)
+        return jnp.sum(y.astype(jnp.float32)) + jnp.sum(h_last)
+
+    traced = jax.jit(jax.grad(loss, DIFFERENTIATED)).trace(*arguments)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_choice():
+    """One kernel forward and one backward on TPU, where gate blocks are whole tiles."""
+    *arguments, _, _ = map(jnp.asarray, random_inputs(20, "bfloat16"))
+    text = lowered(arguments)
+    assert text.count("@tpu_custom_call") == 2
+    assert 'kernel_name = "rg_lru_with_gates_gradient"' in text
+    assert "tpu_custom_call" not in lowered(arguments, "cpu")
+    narrow = [
+        jnp.resize(array, (4, 64, 64) if array.ndim == 3 else (4, 64))
+        for array in arguments[1:5]
+    ]
+    text = lowered([arguments[0], *narrow, *arguments[5:]])
+    assert 'kernel_name = "rg_lru_gradient"' in text
+    with pytest.raises(NotImplementedError, match="must be multiples of 128 wide, not"):
+        op("pallas_tpu", arguments[0], *narrow, *arguments[5:])
+
+
+def test_errors():
+    *arguments, _, _ = map(jnp.asarray, random_inputs(7))
+    x, r_kernel, r_bias, *rest = arguments
+    for changed, message in [
+        ((x[0], r_kernel, r_bias, *rest), r"x must have shape \[B, T, E\]"),
+        ((x, r_kernel[:1], r_bias, *rest), "recurrence_gate must have a kernel"),
+        ((x, r_kernel.astype(int), r_bias, *rest), "recurrence_gate must be floating"),
+        ((x, r_kernel, r_bias, *rest[:2], rest[2][1:], *rest[3:]), "a_param must"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            op(None, *changed)
