@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from recurrentgemma.kernels import Gate, rg_lru_with_gates
 from recurrentgemma.kernels.linear_scan import block_sizes
@@ -134,6 +136,19 @@ def test_kernels_read_only_what_was_written(capfd):
         of_rows = name not in ("grad_x", "grad_h0")
         actual = gradient.sum(0) if of_rows else gradient
         assert_close(actual, expected[name], "gradient")
+
+
+def test_gate_blocks_are_sharded_with_their_channels():
+    inputs = random_inputs(20)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    x = jax.device_put(inputs[0], NamedSharding(mesh, P("data", None, "model")))
+    with jax.set_mesh(mesh):
+        actual = run("pallas_tpu", (x, *inputs[1:]))
+        text = lowered(tuple(map(jnp.asarray, inputs[:-2])))
+    assert_all_close(actual, definitions.rg_lru_with_gates(*inputs))
+    calls = [line for line in text.splitlines() if "@tpu_custom_call" in line]
+    assert len(calls) == 2
+    assert all("tensor<1x20x128xf32>, tensor<1x128x128xf32>" in c for c in calls)
 
 
 def lowered(arguments, platform="tpu"):
