@@ -13,7 +13,7 @@ without a mesh, the plain implementation takes its place.
 import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -217,8 +217,15 @@ def _compiled(*args, call):
 
 @_kernel_p.def_abstract_eval
 def _results(*args, call):
-    shapes = jax.eval_shape(call.run_plain, *args)
-    return [ShapedArray(shape.shape, shape.dtype) for shape in shapes]
+    return _results_of(call, *((arg.shape, arg.dtype) for arg in args))
+
+
+@lru_cache(maxsize=1024)
+def _results_of(call, *arrays):
+    """Cached: tracing what stands for a kernel takes a while, and layers are alike."""
+    shapes = (jax.ShapeDtypeStruct(*array) for array in arrays)
+    results = jax.eval_shape(call.run_plain, *shapes)
+    return [ShapedArray(result.shape, result.dtype) for result in results]
 
 
 def _lower(ctx, *args, call):
