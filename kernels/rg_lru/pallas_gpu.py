@@ -20,7 +20,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels.linear_scan.pallas_gpu import (
+from recurrentgemma.kernels.linear_scan.pallas_gpu import scan_of, summaries
+from recurrentgemma.kernels.linear_scan.triton_programs import (
     Before,
     PerChunk,
     PerStep,
@@ -30,9 +31,7 @@ from recurrentgemma.kernels.linear_scan.pallas_gpu import (
     for_each_step,
     load,
     load_before,
-    scan_of,
     store_last,
-    summaries,
 )
 from recurrentgemma.kernels.rg_lru.reference import DECAY_SCALE, SMALLEST_RADICAND
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from recurrentgemma.kernels import linear_scan, rg_lru
-from recurrentgemma.kernels.linear_scan.pallas_gpu import (
+from recurrentgemma.kernels.linear_scan.pallas_gpu import UNROLL
+from recurrentgemma.kernels.linear_scan.triton_programs import (
     CHANNELS,
     PROGRAMS,
     ROW_BYTES,
-    UNROLL,
     choose_schedule,
 )
 from recurrentgemma.kernels.linear_scan.workloads import WORKLOADS
