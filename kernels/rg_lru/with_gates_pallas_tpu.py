@@ -5,7 +5,9 @@ memory. A block of time is handled in sweeps: over the diagonal blocks of the ga
 over time. The first leaves decays and scan inputs of the whole block in scratch, float32;
 the second is the scan. All diagonal blocks are in one piece of straight code, so that the
 products of one run in the matrix units while the vector units are at the gates of another.
-The sequence is read once and written once.
+(Their results are more than the registers hold. The compiler spills some, and still the
+whole block at once takes fewer cycles by its estimate than halves of it, which spill
+less.) The sequence is read once and written once.
 
 The gradient recomputes the gates in the same way, runs the scan in the other direction,
 and in a third sweep over the diagonal blocks takes the gradient through the gates and
@@ -30,8 +32,6 @@ from recurrentgemma.kernels.rg_lru import pallas_tpu as rg_lru
 from recurrentgemma.kernels.rg_lru.pallas_tpu import HOLD, STEP
 from recurrentgemma.kernels.rg_lru.reference import DECAY_SCALE, SMALLEST_RADICAND
 
-PART_STEPS = 64
-"""Steps of a block whose products are taken at once: their results fill registers."""
 TILE = linear_scan.TILE
 COMPILER_PARAMS = pltpu.CompilerParams(
     dimension_semantics=("parallel", "parallel", "arbitrary"),
@@ -159,13 +159,11 @@ def _prepare(kinds, log_decays, positions, a_param, block, length, sizes) -> Non
 
 
 def _parts(kernel, sizes: BlockSizes) -> Iterator[tuple[int, tuple]]:
-    """Diagonal blocks, and for each the row, steps and channels of some steps of it."""
+    """Diagonal blocks, and for each its channels of each row: (row, steps, channels)."""
     groups, width, _ = kernel.shape
     for g in range(groups):
         for i in range(sizes.rows):
-            for start in range(0, sizes.steps, PART_STEPS):
-                steps = min(PART_STEPS, sizes.steps - start)
-                yield g, (i, pl.ds(start, steps), pl.ds(g * width, width))
+            yield g, (i, pl.ds(0, sizes.steps), pl.ds(g * width, width))
 
 
 def _kind(kinds, at) -> jax.Array:

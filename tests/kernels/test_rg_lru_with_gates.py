@@ -22,10 +22,9 @@ B, GROUPS, BLOCK = 2, 2, 128
 
 @pytest.fixture(autouse=True, scope="module")
 def small_blocks():
-    """So that few steps are several blocks of time, and several parts of a block."""
+    """So that few steps are several blocks of time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(block_sizes, "MAX_STEPS", 16)
-        patch.setattr(kernels, "PART_STEPS", 8)
         jax.clear_caches()
         yield
     jax.clear_caches()
