@@ -28,6 +28,8 @@ from recurrentgemma.benchmarks import ahead_of_time, hlo_text
 from recurrentgemma.benchmarks.hlo_text import Computations, Instruction, Shape
 
 KERNEL = 'custom_call_target="tpu_custom_call"'
+CONFIG = ("custom_call_config", "scoped_memory_configs")
+"""Of a kernel: its code, and the on-chip memory that it asks for."""
 FREE = {
     "parameter",
     "constant",
@@ -77,7 +79,8 @@ class Kernel(NamedTuple):
     @classmethod
     def of(cls, call: Instruction) -> "Kernel":
         """The kernel that an instruction calls."""
-        config = {"custom_call_config": call.config()["custom_call_config"]}
+        config = call.config()
+        config = {key: config[key] for key in CONFIG if config.get(key)}
         after = call.text.split("operand_layout_constraints={", 1)[1]
         layouts = re.split(r"\}, [a-z_]+=", after, maxsplit=1)[0]
         arguments, results = map(hlo_text.shapes, (layouts, call.shape))

@@ -1,6 +1,7 @@
 """What the TPU compiler writes, and what is made of it."""
 
 import importlib.util
+import json
 
 import pytest
 
@@ -14,7 +15,8 @@ from recurrentgemma.benchmarks import (
 
 CYCLES = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
 KERNEL_CONFIG = (
-    'backend_config={"custom_call_config":{"body":"AA=="},"aliasing_operands":{}}'
+    'backend_config={"scoped_memory_configs":[{"size":"9"}],'
+    '"custom_call_config":{"body":"AA=="},"aliasing_operands":{}}'
 )
 MODULE = f"""HloModule jit_f, is_scheduled=true
 
@@ -73,7 +75,10 @@ def test_a_program_is_summed_with_its_loops():
     [kernel] = set(kernels)
     assert kernel.arguments == (("f32", (8, 8)),)
     assert kernel.results == (("bf16", (2, 16)), ("f32", (4,)))
-    assert kernel.config == '{"custom_call_config": {"body": "AA=="}}'
+    assert json.loads(kernel.config) == {
+        "custom_call_config": {"body": "AA=="},
+        "scoped_memory_configs": [{"size": "9"}],
+    }
 
 
 def test_a_loop_that_is_not_understood_is_refused():
