@@ -4,16 +4,16 @@ The TPU compiler writes beside every fusion, copy and matrix product the cycles 
 expects of it (it chooses tilings by them). They are summed over the entry computation;
 the body of a loop counts as often as it runs, of a conditional the longest branch. Two
 things have no such number: Pallas kernels, each of which is compiled and profiled alone
-(static profile; at least the bytes of its arguments and results over the bandwidth), and
-a few gathers, slices and windows, for which twice the bytes of their results are taken,
-and nothing where these stay on the chip. Asynchronous copies are taken as hidden behind
-what runs meanwhile.
+(static profile, or every bundle of its loops where the profiler refuses; at least the
+bytes of its arguments and results over the bandwidth), and a few gathers, slices
+and windows, for which twice the bytes of their results are taken, and nothing where these
+stay on the chip. Asynchronous copies are taken as hidden behind what runs meanwhile.
 
 How good these cycles are, beside published peaks: a product of 8192 x 8192 bfloat16
 matrices costs 1.1 (v5e, v5p) to 1.4 (v6e) times its peak time; adding two float32 arrays
 1.1 to 1.4 times its bytes over the bandwidth, bfloat16 ones 2.5 to 2.8 times, a sum over
 everything 4 to 6 times. Programs of many small elementwise steps therefore come out too
-slow, and kernels with data-dependent branches (attention) too fast.
+slow; kernels with data-dependent branches (attention) too fast, or too slow if refused.
 """
 
 import json
