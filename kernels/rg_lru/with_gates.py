@@ -21,7 +21,7 @@ from recurrentgemma.kernels.rg_lru import (
 from recurrentgemma.kernels.rg_lru.gates import Gate, logits, logits_gradients
 
 PALLAS_TPU = "recurrentgemma.kernels.rg_lru.with_gates_pallas_tpu"
-PLATFORM_DEFAULTS = {"tpu": ("pallas_tpu", "composed"), "default": ("composed",)}
+PLATFORM_DEFAULTS = {"tpu": ("pallas_tpu", "apart"), "default": ("composed",)}
 
 
 def rg_lru_with_gates(
@@ -60,8 +60,8 @@ def rg_lru_with_gates(
     _validate(x, recurrence_gate, input_gate, a_param, positions, h0)
     if h0 is None:
         h0 = jnp.zeros((x.shape[0], x.shape[2]), jnp.float32)
-    if x.shape[1] == 1 and implementation is None:
-        implementation = "composed"  # One step has nothing to scan.
+    if implementation is None and (x.shape[1] == 1 or _supports(x, input_gate.kernel)):
+        implementation = "apart"  # One step has nothing to scan.
     # With a row of its own for each sequence, rows depend on each other nowhere.
     a_param = jnp.broadcast_to(a_param[None], h0.shape)
     gates = (*recurrence_gate, *input_gate)
@@ -153,15 +153,16 @@ def _supports(x, r_kernel, *arrays, **options):
 INPUTS = "btc,gio,go,gio,go,bc,bt,bc"
 IMPLEMENTATIONS: Table = {
     **{name: partial(apart, implementation=name) for name in WITHOUT_GATES},
-    "composed": partial(apart, implementation=None),
+    "apart": partial(apart, implementation=None),
     "pallas_tpu": Kernel(
         imported_late(PALLAS_TPU, "recurrence"), "tpu", f"{INPUTS}->btc,bc", _supports
     ),
 }
-"""By default the products and the platform's `rg_lru`: "composed"."""
+"""By the name of an implementation of `rg_lru`, it after the products; "apart" is the
+platform's. For TPU there is a kernel with the products inside."""
 GRADIENTS: Table = {
     **{name: partial(_gradients_apart, implementation=name) for name in WITHOUT_GATES},
-    "composed": partial(_gradients_apart, implementation=None),
+    "apart": partial(_gradients_apart, implementation=None),
     "pallas_tpu": Kernel(
         imported_late(PALLAS_TPU, "gradients"),
         "tpu",

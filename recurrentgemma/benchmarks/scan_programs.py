@@ -17,6 +17,8 @@ from recurrentgemma.kernels.linear_scan import GRADIENTS as SCAN_GRADIENTS
 from recurrentgemma.kernels.linear_scan import IMPLEMENTATIONS as SCANS
 from recurrentgemma.kernels.linear_scan import linear_scan, linear_scan_gradients
 from recurrentgemma.kernels.linear_scan.workloads import Workload
+from recurrentgemma.kernels.recurrent_step import IMPLEMENTATIONS as STEPS
+from recurrentgemma.kernels.recurrent_step import StepParameters, recurrent_step
 from recurrentgemma.kernels.rg_lru import GRADIENTS as RG_LRU_GRADIENTS
 from recurrentgemma.kernels.rg_lru import IMPLEMENTATIONS as RG_LRUS
 from recurrentgemma.kernels.rg_lru import (
@@ -43,6 +45,8 @@ RANGES = {"a": (0.8, 0.999), "a_param": (-6.0, -3.0), "kernel": (-0.1, 0.1)}
 OTHER_RANGE = (-2.0, 2.0)
 GATE_BLOCK = 256
 """Channels of a diagonal block of the gates, in RecurrentGemma."""
+CONV_WIDTH = 4
+"""Taps of the convolution before the RG-LRU, in RecurrentGemma."""
 DOCUMENT = 200
 """Tokens after which positions start again at 0."""
 
@@ -127,6 +131,27 @@ def _with_gates_gradient_arguments(workload: Workload, dtype: str) -> Arguments:
     return flat | _results(sequence, state)
 
 
+def _step_arguments(workload: Workload, dtype: str) -> Arguments:
+    arguments = _with_gates_arguments(workload, dtype)
+    batch, _, width = workload
+    parameters = StepParameters._make(
+        (
+            jax.ShapeDtypeStruct((CONV_WIDTH, width), dtype),
+            arguments["a_param"],
+            arguments["recurrence_gate"],
+            arguments["input_gate"],
+            arguments["a_param"],
+        )
+    )
+    return {
+        "x": jax.ShapeDtypeStruct((batch, width), dtype),
+        "parameters": parameters,
+        "positions": jax.ShapeDtypeStruct((batch,), "int32"),
+        "h": arguments["h0"],
+        "conv_state": jax.ShapeDtypeStruct((batch, CONV_WIDTH - 1, width), dtype),
+    }
+
+
 def _shapes(workload, dtype):
     """Of a sequence and of a state."""
     state = jax.ShapeDtypeStruct((workload.batch, workload.width), "float32")
@@ -157,6 +182,12 @@ OPS = {
         _with_gates_gradient_arguments,
         with_gates.GRADIENTS,
         forward=partial(with_gates.apart, implementation="reference"),
+    ),
+    "recurrent_step": Op(
+        recurrent_step,
+        _step_arguments,
+        STEPS,
+        fits=lambda workload: workload.length == 1,
     ),
 }
 
