@@ -61,7 +61,8 @@ def rg_lru_with_gates(
     if h0 is None:
         h0 = jnp.zeros((x.shape[0], x.shape[2]), jnp.float32)
     if implementation is None and (x.shape[1] == 1 or _supports(x, input_gate.kernel)):
-        implementation = "apart"  # One step has nothing to scan.
+        # One step has nothing to scan; or the only kernel with products does not fit.
+        implementation = "apart"
     # With a row of its own for each sequence, rows depend on each other nowhere.
     a_param = jnp.broadcast_to(a_param[None], h0.shape)
     gates = (*recurrence_gate, *input_gate)

@@ -15,6 +15,9 @@ their products. Gradients of matrices are summed over time in the block of the r
 
 The compiler lays the batched product of `gates.logits` out with time along the lanes,
 and copies every sequence before and after it: that costs more than everything here.
+The convolution before the gates stays outside. Inside it would take 250k cycles more, as
+its own fusion it takes 375k: by the estimates for v5e at (8, 2048, 2560) in bfloat16,
+where a layer takes 25 million.
 """
 
 from collections.abc import Iterator
