@@ -1,8 +1,9 @@
 """The gates of the RG-LRU before their sigmoids: block-diagonal matrix products.
 
-Blocks come first while they are multiplied. Left to choose, the compilers for CPU and TPU
-put time last and transpose every sequence, element by element, before and after: on two
-CPU cores the RG-LRU with its gates then takes twice the time, and its gradient too.
+Blocks come first while they are multiplied. Left to choose, the compiler for CPU puts time
+last and transposes every sequence, element by element, before and after: on two cores the
+RG-LRU with its gates then takes twice the time, and its gradient too. The one for TPU
+copies sequences either way, which is what `with_gates_pallas_tpu.py` is for.
 """
 
 from typing import NamedTuple
@@ -33,9 +34,10 @@ def logits(x: jax.Array, gate: Gate) -> jax.Array:
     Returns:
       [B, T, G * out] in x's dtype; products are accumulated in float32.
     """
-    y = _multiply(x, gate.kernel.astype(x.dtype))
-    bias = gate.bias.astype(jnp.float32).reshape(1, 1, -1)
-    return (y + bias).astype(x.dtype)
+    blocks, kernel = _to_blocks(x, len(gate.kernel)), gate.kernel.astype(x.dtype)
+    y = einsum_float32("gni,gio->gno", blocks, kernel)
+    y = y + gate.bias.astype(jnp.float32)[:, None]
+    return _to_sequence(y.astype(x.dtype), x.shape)
 
 
 def _forward(x, gate):
@@ -67,27 +69,25 @@ def logits_gradients(
     Returns:
       Of x [B, T, G * in]; and of the gate, for each row: [B, G, in, out], [B, G, out].
     """
-    groups = gate.kernel.shape[0]
-    transposed = jnp.swapaxes(gate.kernel, 1, 2).astype(x.dtype)
+    groups = len(gate.kernel)
+    kernel = gate.kernel.astype(x.dtype)
+    of_x = einsum_float32("gno,gio->gni", _to_blocks(upstream, groups), kernel)
     of_bias = jnp.sum(upstream.astype(jnp.float32), axis=1)
-    return _multiply(upstream, transposed), Gate(
-        _multiply_sequences(x, upstream, groups),
+    rows, upstream_rows = (
+        jnp.swapaxes(array.reshape(*x.shape[:2], groups, -1), 1, 2)
+        for array in (x, upstream)
+    )
+    return _to_sequence(of_x, x.shape), Gate(
+        einsum_float32("bgti,bgto->bgio", rows, upstream_rows),
         of_bias.reshape(x.shape[0], groups, -1),
     )
 
 
-def _multiply(x, kernel):
-    """[B, T, G * in] times [G, in, out], float32 [B, T, G * out]."""
-    batch, length, _ = x.shape
-    blocks = jnp.swapaxes(x.reshape(batch * length, kernel.shape[0], -1), 0, 1)
-    y = einsum_float32("gni,gio->gno", blocks, kernel)
-    return jnp.swapaxes(y, 0, 1).reshape(batch, length, -1)
+def _to_blocks(x, groups):
+    """[B, T, G * channels] -> [G, B * T, channels]."""
+    return jnp.swapaxes(x.reshape(x.shape[0] * x.shape[1], groups, -1), 0, 1)
 
 
-def _multiply_sequences(x, upstream, groups):
-    """Of each row and block, the sum over time of outer products: [B, G, in, out]."""
-    x, upstream = (
-        jnp.swapaxes(array.reshape(*x.shape[:2], groups, -1), 1, 2)
-        for array in (x, upstream)
-    )
-    return einsum_float32("bgti,bgto->bgio", x, upstream)
+def _to_sequence(blocks, shape):
+    """[G, B * T, channels] -> [B, T, G * channels]; shape starts with B and T."""
+    return jnp.swapaxes(blocks, 0, 1).reshape(*shape[:2], -1)

@@ -106,7 +106,8 @@ def test_odd_shapes_compile(program):
     for shape in shapes:
         for dtype in DTYPES:
             function, arguments = PROGRAMS[program](Workload(*shape), dtype)
-            ahead_of_time.compile_for("v5e", function, *arguments)
+            compiled = ahead_of_time.compile_for("v5e", function, *arguments)
+            assert compiled.as_text().count(CUSTOM_CALL) == 1
 
 
 SPILLS = {
