@@ -23,9 +23,9 @@ from recurrentgemma.kernels.rg_lru.pallas_tpu import (
     factor,
     gates,
     inverse_root,
-    log_decay,
     scan_decay,
 )
+from recurrentgemma.kernels.rg_lru.reference import log_decay
 
 MAX_ROWS = 64
 """Rows of a step of the grid."""

@@ -9,7 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from recurrentgemma.kernels.linear_scan import linear_scan, linear_scan_gradients
-from recurrentgemma.kernels.rg_lru.reference import DECAY_SCALE, SMALLEST_RADICAND
+from recurrentgemma.kernels.rg_lru.reference import (
+    DECAY_SCALE,
+    SMALLEST_RADICAND,
+    log_decay,
+)
 
 
 def recurrence(
@@ -86,7 +90,7 @@ def _gates(recurrence_logits, input_logits, a_param):
     """r_t, i_t, log a_t / r_t, a_t and 1 - a_t^2, in float32."""
     r = jax.nn.sigmoid(recurrence_logits.astype(jnp.float32))
     i = jax.nn.sigmoid(input_logits.astype(jnp.float32))
-    c = -DECAY_SCALE * jax.nn.softplus(a_param.astype(jnp.float32))[:, None]
+    c = log_decay(a_param)[:, None]
     log_a = c * r
     # 1 - a^2 in this form keeps its digits where a is close to 1.
     return r, i, c, jnp.exp(log_a), -jnp.expm1(2.0 * log_a)

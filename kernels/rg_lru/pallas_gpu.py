@@ -33,7 +33,11 @@ from recurrentgemma.kernels.linear_scan.triton_programs import (
     load_before,
     store_last,
 )
-from recurrentgemma.kernels.rg_lru.reference import DECAY_SCALE, SMALLEST_RADICAND
+from recurrentgemma.kernels.rg_lru.reference import (
+    DECAY_SCALE,
+    SMALLEST_RADICAND,
+    log_decay,
+)
 
 UNROLL, GRADIENT_UNROLL = 32, 16
 """Steps in flight together; the gradient has more inputs for each."""
@@ -50,7 +54,7 @@ SMALLEST_SQUARE = 1e-30
 
 def _read(schedule, x, recurrence, input_, positions, a_param):
     ops = schedule.arithmetic
-    log2_decay = _log2_decay(a_param)
+    log2_decay = log_decay(a_param[...]) * LOG2_E
 
     def scan_inputs(x_t, recurrence_t, input_t, position):
         r = ops.reciprocal(_inverse_gate(recurrence_t, ops))
@@ -67,7 +71,7 @@ def _read(schedule, x, recurrence, input_, positions, a_param):
 
 def _read_adjoint(schedule, dy, recurrence, positions, a_param):
     ops = schedule.arithmetic
-    log2_decay = _log2_decay(a_param)
+    log2_decay = log_decay(a_param[...]) * LOG2_E
 
     def scan_inputs(dy_t, recurrence_t, position):
         r = ops.reciprocal(_inverse_gate(recurrence_t, ops))
@@ -82,8 +86,8 @@ def _gradient_kernel(
     ends, dx, d_recurrence, d_input, d_a_param, dh, *, schedule,
 ):  # fmt: skip
     ops = schedule.arithmetic
-    log2_decay = _log2_decay(a_param)
-    log_decay = log2_decay / LOG2_E
+    decay = log_decay(a_param[...])
+    log2_decay = decay * LOG2_E
 
     def step(carry, inputs):
         c, total = carry
@@ -102,7 +106,7 @@ def _gradient_kernel(
         per_gate = jnp.where(position > 0, d_log_a * r, 0.0)
         results = (
             x_gradient,
-            per_gate * log_decay * (1.0 - r),
+            per_gate * decay * (1.0 - r),
             x_gradient * x_t * (1.0 - i),
         )
         return (_scan_decay(a, position) * g, total + per_gate), results
@@ -119,13 +123,6 @@ def _gradient_kernel(
 
 def _inverse_gate(logits, ops):
     return ops.exp2(logits * -LOG2_E) + 1.0
-
-
-def _log2_decay(a_param):
-    """log2 a_t / r_t = -8 softplus(a_param) log2 e, of a ref."""
-    a_param = a_param[...].astype(jnp.float32)
-    softplus = jnp.maximum(a_param, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(a_param)))
-    return softplus * (-DECAY_SCALE * LOG2_E)
 
 
 def _decay(r, log2_decay, ops):

@@ -24,7 +24,11 @@ from jax.experimental.pallas import tpu as pltpu
 from recurrentgemma.kernels.linear_scan import pallas_tpu as linear_scan
 from recurrentgemma.kernels.linear_scan.block_sizes import LANES, BlockSizes
 from recurrentgemma.kernels.linear_scan.block_sizes import block_sizes as _block_sizes
-from recurrentgemma.kernels.rg_lru.reference import DECAY_SCALE, SMALLEST_RADICAND
+from recurrentgemma.kernels.rg_lru.reference import (
+    DECAY_SCALE,
+    SMALLEST_RADICAND,
+    log_decay,
+)
 
 TILE = linear_scan.TILE
 SERIES_BELOW = 1 / 16
@@ -182,14 +186,6 @@ def gates(recurrence_logits, input_logits, log_decay):
     for coefficient in reversed(SERIES[:-1]):
         series = series * w + coefficient
     return r, i, a, jnp.where(w < SERIES_BELOW, w * series, 1.0 - a * a)
-
-
-def log_decay(a_param: jax.Array) -> jax.Array:
-    """log a_t / r_t = -8 softplus(a_param), float32."""
-    a_param = a_param.astype(jnp.float32)
-    return -DECAY_SCALE * (
-        jnp.maximum(a_param, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(a_param)))
-    )
 
 
 def inverse_root(u: jax.Array) -> jax.Array:

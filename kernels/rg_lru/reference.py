@@ -33,6 +33,14 @@ def _sqrt_jvp(primals, tangents):
     return jnp.sqrt(u), derivative * tangent
 
 
+def log_decay(a_param: jax.Array) -> jax.Array:
+    """log a_t / r_t = -8 softplus(a_param), float32."""
+    # Not jax.nn.softplus, whose case of NaN the compilers of kernels do not take.
+    a_param = a_param.astype(jnp.float32)
+    softplus = jnp.maximum(a_param, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(a_param)))
+    return -DECAY_SCALE * softplus
+
+
 def recurrence(
     x: jax.Array,
     recurrence_logits: jax.Array,
@@ -44,8 +52,7 @@ def recurrence(
     """See `rg_lru`; a_param is [B, E] here, one for each row."""
     recurrence_gate = jax.nn.sigmoid(recurrence_logits.astype(jnp.float32))
     input_gate = jax.nn.sigmoid(input_logits.astype(jnp.float32))
-    log_decay = -DECAY_SCALE * jax.nn.softplus(a_param.astype(jnp.float32))
-    log_a = log_decay[:, None] * recurrence_gate
+    log_a = log_decay(a_param)[:, None] * recurrence_gate
     # 1 - a^2 in this form keeps its digits where a is close to 1.
     multiplier = sqrt_bounded_derivative(-jnp.expm1(2.0 * log_a))
     gated = input_gate * x.astype(jnp.float32)

@@ -33,7 +33,11 @@ from recurrentgemma.kernels.linear_scan import pallas_tpu as linear_scan
 from recurrentgemma.kernels.linear_scan.block_sizes import LANES, BlockSizes
 from recurrentgemma.kernels.rg_lru import pallas_tpu as rg_lru
 from recurrentgemma.kernels.rg_lru.pallas_tpu import HOLD, STEP
-from recurrentgemma.kernels.rg_lru.reference import DECAY_SCALE, SMALLEST_RADICAND
+from recurrentgemma.kernels.rg_lru.reference import (
+    DECAY_SCALE,
+    SMALLEST_RADICAND,
+    log_decay,
+)
 
 TILE = linear_scan.TILE
 COMPILER_PARAMS = dataclasses.replace(
@@ -152,7 +156,7 @@ def _gradient_kernel(
 
 def _prepare(kinds, log_decays, positions, a_param, block, length, sizes) -> None:
     """What the sweeps over the gates need of positions and a_param."""
-    log_decays[...] = rg_lru.log_decay(a_param[...])
+    log_decays[...] = log_decay(a_param[...])
     for i in range(sizes.rows):
         for start in range(0, sizes.steps, sizes.group):
             kinds[i, pl.ds(start, sizes.group), :] = rg_lru.step_kinds(
