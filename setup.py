@@ -32,6 +32,7 @@ setup(
         "recurrentgemma.checkpoints",
         "recurrentgemma.commands",
         "recurrentgemma.evaluation",
+        "recurrentgemma.generation",
         "recurrentgemma.training",
         "recurrentgemma.kernels",
         *(f"recurrentgemma.kernels.{name}" for name in KERNEL_PACKAGES),

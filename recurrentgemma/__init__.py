@@ -8,13 +8,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from recurrentgemma.chat import Chat
     from recurrentgemma.checkpoints import load, save
     from recurrentgemma.config import PRESETS, GriffinConfig, Runtime
+    from recurrentgemma.generation.chat import Chat
+    from recurrentgemma.generation.prefix import Prefix
+    from recurrentgemma.generation.sampler import Sampler
+    from recurrentgemma.generation.sampling import Sampling
     from recurrentgemma.griffin import Griffin
-    from recurrentgemma.prefix import Prefix
-    from recurrentgemma.sampler import Sampler
-    from recurrentgemma.sampling import Sampling
     from recurrentgemma.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
@@ -35,13 +35,13 @@ __all__ = [
 
 _MODULE_OF = {
     "PRESETS": "config",
-    "Chat": "chat",
+    "Chat": "generation.chat",
     "Griffin": "griffin",
     "GriffinConfig": "config",
-    "Prefix": "prefix",
+    "Prefix": "generation.prefix",
     "Runtime": "config",
-    "Sampler": "sampler",
-    "Sampling": "sampling",
+    "Sampler": "generation.sampler",
+    "Sampling": "generation.sampling",
     "Tokenizer": "tokenizer",
     "load": "checkpoints",
     "save": "checkpoints",

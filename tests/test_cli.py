@@ -12,16 +12,17 @@ import types
 import pytest
 from safetensors import safe_open
 
-from recurrentgemma import cli, cost, reading
-from recurrentgemma.chat import Chat
+from recurrentgemma import cli, cost
 from recurrentgemma.checkpoints import save
 from recurrentgemma.commands import _shared
 from recurrentgemma.commands import train as train_command
 from recurrentgemma.commands.sample import SEPARATOR
 from recurrentgemma.config import PRESETS
-from recurrentgemma.prefix import Prefix
-from recurrentgemma.sampler import Sampler
-from recurrentgemma.sampling import Sampling
+from recurrentgemma.generation import prefill as reading
+from recurrentgemma.generation.chat import Chat
+from recurrentgemma.generation.prefix import Prefix
+from recurrentgemma.generation.sampler import Sampler
+from recurrentgemma.generation.sampling import Sampling
 from recurrentgemma.tokenizer import Tokenizer
 from tests.golden_models import load_golden
 
@@ -539,7 +540,8 @@ def test_a_full_disk_is_told_once():
 
 ENDLESS_CHAT = """
 import fcntl, signal, sys, termios, types
-from recurrentgemma import chat, cli
+from recurrentgemma import cli
+from recurrentgemma.generation import chat
 from recurrentgemma.commands import _shared
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it.
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)

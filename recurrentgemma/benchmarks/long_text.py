@@ -27,10 +27,10 @@ from recurrentgemma import cost
 from recurrentgemma.benchmarks.provenance import ROOT, provenance
 from recurrentgemma.checkpoints import load, save
 from recurrentgemma.config import GriffinConfig
+from recurrentgemma.generation.prefix import Prefix
+from recurrentgemma.generation.results import Sample
+from recurrentgemma.generation.sampler import Sampler
 from recurrentgemma.griffin import Griffin
-from recurrentgemma.outputs import Sample
-from recurrentgemma.prefix import Prefix
-from recurrentgemma.sampler import Sampler
 from recurrentgemma.tokenizer import Tokenizer
 from recurrentgemma.training.corpus import PYTHON_STDLIB, read_documents
 

@@ -29,10 +29,10 @@ from recurrentgemma import cost
 from recurrentgemma.benchmarks.paired import OURS, Measure, table, take_turns
 from recurrentgemma.benchmarks.provenance import ROOT, provenance
 from recurrentgemma.checkpoints import load, named_parameters
+from recurrentgemma.generation.results import Sample
+from recurrentgemma.generation.sampler import Sampler
+from recurrentgemma.generation.sampling import Sampling
 from recurrentgemma.griffin import Griffin
-from recurrentgemma.outputs import Sample
-from recurrentgemma.sampler import Sampler
-from recurrentgemma.sampling import Sampling
 from recurrentgemma.tokenizer import Tokenizer
 from recurrentgemma.training.corpus import (
     PYTHON_STDLIB,

@@ -21,9 +21,9 @@ from recurrentgemma.benchmarks.paired import OURS, Measure, table, take_turns
 from recurrentgemma.benchmarks.provenance import ROOT, provenance
 from recurrentgemma.benchmarks.versus import CONFIG
 from recurrentgemma.checkpoints import load
+from recurrentgemma.generation.results import Sample
+from recurrentgemma.generation.sampler import Sampler
 from recurrentgemma.griffin import Griffin
-from recurrentgemma.outputs import Sample
-from recurrentgemma.sampler import Sampler
 
 RESULTS = ROOT / "recurrentgemma" / "benchmarks" / "results" / "throughput.json"
 PROMPT_TOKENS = (16, 512)

@@ -14,8 +14,8 @@ from absl import flags
 from recurrentgemma.commands import UsageError
 
 if TYPE_CHECKING:
-    from recurrentgemma.prefix import Prefix
-    from recurrentgemma.sampler import Sampler
+    from recurrentgemma.generation.prefix import Prefix
+    from recurrentgemma.generation.sampler import Sampler
 
 STANDARD_INPUT = "-"
 # Longer lines are read in parts of so many bytes: a text may have no lines at all.
@@ -108,7 +108,7 @@ def generation_settings(values: dict[str, Any]) -> dict[str, Any]:
       UsageError: a stop string is empty.
       ValueError: a number is out of its range.
     """
-    from recurrentgemma.sampling import Sampling, check_seed
+    from recurrentgemma.generation.sampling import Sampling, check_seed
 
     settings = {
         "max_new_tokens": values["max-new-tokens"],
@@ -186,8 +186,8 @@ def load_sampler(values: dict[str, Any]) -> "tuple[Sampler, Prefix | None]":
         check_file("--prefix", path)
 
     from recurrentgemma.checkpoints import load
-    from recurrentgemma.prefix import Prefix
-    from recurrentgemma.sampler import Sampler
+    from recurrentgemma.generation.prefix import Prefix
+    from recurrentgemma.generation.sampler import Sampler
 
     model, tokenizer = load(values["model"])
     draft = values.get("draft")

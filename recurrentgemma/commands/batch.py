@@ -32,7 +32,7 @@ def run(values: dict[str, Any], arguments: list[str]) -> None:
         raise UsageError(f"expected INPUT and OUTPUT, got {len(arguments)} arguments")
     settings = _shared.generation_settings(values)
 
-    from recurrentgemma.batch_jobs import BatchJob
+    from recurrentgemma.generation.batch_jobs import BatchJob
 
     job = BatchJob(*arguments, **settings)
     sampler, _ = _shared.load_sampler(values)

@@ -12,7 +12,7 @@ from absl import flags
 from recurrentgemma.commands import UsageError, _shared, one_line
 
 if TYPE_CHECKING:
-    from recurrentgemma.chat import Chat
+    from recurrentgemma.generation.chat import Chat
 
 USAGE = "[FLAGS]"
 DETAILS = (
@@ -53,7 +53,7 @@ def run(values: dict[str, Any], arguments: list[str]) -> None:
         _shared.check_file("--load", values["load"])
     sampler, _ = _shared.load_sampler(values)
 
-    from recurrentgemma.chat import Chat
+    from recurrentgemma.generation.chat import Chat
 
     chat = Chat(sampler, system=values["system"], **settings)
     if values["load"] is not None:

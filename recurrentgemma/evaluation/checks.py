@@ -14,8 +14,8 @@ from recurrentgemma.checkpoints.parameters import presets_of
 from recurrentgemma.checkpoints.tensors import TensorSource, blocks_of
 from recurrentgemma.config import PRESETS, GriffinConfig
 from recurrentgemma.evaluation.reader import Reader
-from recurrentgemma.sampler import Sampler
-from recurrentgemma.sampling import Sampling
+from recurrentgemma.generation.sampler import Sampler
+from recurrentgemma.generation.sampling import Sampling
 from recurrentgemma.tokenizer import Tokenizer
 
 PROMPTS = (

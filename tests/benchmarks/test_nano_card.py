@@ -11,7 +11,7 @@ from recurrentgemma.benchmarks.nano_card import (
     is_python,
     xz_bits_per_byte,
 )
-from recurrentgemma.sampler import Sample
+from recurrentgemma.generation.sampler import Sample
 from recurrentgemma.tokenizer import Tokenizer
 from recurrentgemma.training.corpus import Document
 from recurrentgemma.training.loop import BUNDLED_TOKENIZER

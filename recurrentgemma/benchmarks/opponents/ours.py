@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from recurrentgemma import decoding
 from recurrentgemma.checkpoints import load, named_parameters
-from recurrentgemma.sampler import Sampler
-from recurrentgemma.sampling import Sampling
+from recurrentgemma.generation import programs as decoding
+from recurrentgemma.generation.sampler import Sampler
+from recurrentgemma.generation.sampling import Sampling
 from recurrentgemma.training.data import Batch
 from recurrentgemma.training.state import TrainState
 from recurrentgemma.training.step import make_train_step

@@ -14,9 +14,9 @@ import os
 import warnings
 from collections.abc import Iterator
 
-from recurrentgemma.prefix import Prefix
-from recurrentgemma.sampler import Sampler
-from recurrentgemma.sampling import Sampling
+from recurrentgemma.generation.prefix import Prefix
+from recurrentgemma.generation.sampler import Sampler
+from recurrentgemma.generation.sampling import Sampling
 from recurrentgemma.tokenizer import END_OF_TURN
 
 MAX_UNDO = 16

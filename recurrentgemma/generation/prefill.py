@@ -16,7 +16,8 @@ import numpy as np
 from recurrentgemma import cache as cache_lib
 from recurrentgemma.cache import Cache
 from recurrentgemma.config import GriffinConfig
-from recurrentgemma.decoding import (
+from recurrentgemma.generation.prefix import Prefix
+from recurrentgemma.generation.programs import (
     CHUNK_SIZES,
     new_cache,
     plan_chunks,
@@ -24,7 +25,6 @@ from recurrentgemma.decoding import (
     score_chunk,
 )
 from recurrentgemma.griffin import Griffin
-from recurrentgemma.prefix import Prefix
 from recurrentgemma.tokenizer import Tokenizer
 
 MIN_CAPACITY = 128

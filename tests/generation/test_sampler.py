@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from recurrentgemma import decoding, reading
-from recurrentgemma import sampling as sampling_lib
 from recurrentgemma.config import GriffinConfig
+from recurrentgemma.generation import prefill as reading
+from recurrentgemma.generation import programs as decoding
+from recurrentgemma.generation import sampling as sampling_lib
+from recurrentgemma.generation.sampler import Sampler
+from recurrentgemma.generation.sampling import Sampling, row_keys
 from recurrentgemma.griffin import Griffin
-from recurrentgemma.sampler import Sampler
-from recurrentgemma.sampling import Sampling, row_keys
 from recurrentgemma.tokenizer import Tokenizer
 from tests.golden_models import load_data, load_golden
 from tests.tolerances import assert_close
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "sampler"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "sampler"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
 END = 1
 # All with both filters, some of which let everything pass: one program for all three.

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from recurrentgemma.generation import Generation, Request
-from recurrentgemma.prefix import Prefix
+from recurrentgemma.generation.batching import Generation, Request
+from recurrentgemma.generation.prefix import Prefix
 
 
 @dataclasses.dataclass(frozen=True)

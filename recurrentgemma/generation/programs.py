@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from recurrentgemma.cache import Cache
+from recurrentgemma.generation.sampling import Sampling, log_prob, row_keys, sample
 from recurrentgemma.griffin import Griffin
-from recurrentgemma.sampling import Sampling, log_prob, row_keys, sample
 
 CHUNK_SIZES = (16, 128, 1024)
 """Tokens of a row that one prefill call reads, smallest first."""

@@ -3,12 +3,12 @@
 import jax.numpy as jnp
 import pytest
 
-from recurrentgemma import reading
-from recurrentgemma.chat import Chat
-from recurrentgemma.sampler import Sampler
-from recurrentgemma.sampling import Sampling
+from recurrentgemma.generation import prefill as reading
+from recurrentgemma.generation.chat import Chat
+from recurrentgemma.generation.sampler import Sampler
+from recurrentgemma.generation.sampling import Sampling
+from tests.generation.test_sampler import GOLDEN, Tokenizer
 from tests.golden_models import load_golden
-from tests.test_sampler import GOLDEN, Tokenizer
 
 GREEDY = Sampling(0)
 WARNING = "ignore:This model does not end its turns"

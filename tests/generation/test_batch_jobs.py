@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recurrentgemma.batch_jobs import OUTPUT_FIELDS, BatchJob
-from recurrentgemma.sampler import Sampler
-from recurrentgemma.sampling import Sampling
+from recurrentgemma.generation.batch_jobs import OUTPUT_FIELDS, BatchJob
+from recurrentgemma.generation.sampler import Sampler
+from recurrentgemma.generation.sampling import Sampling
 from recurrentgemma.tokenizer import Tokenizer
 from tests.golden_models import load_golden
 
-GOLDEN = Path(__file__).parent / "golden" / "sampler"
+GOLDEN = Path(__file__).parents[1] / "golden" / "sampler"
 COUNT = 9
 SETTINGS = {"max_new_tokens": 12, "sampling": Sampling(0.9), "seed": 7}
 

@@ -1,7 +1,7 @@
 """Text in, text out: continue, stream, read ahead and score with one model.
 
 Prompts are read in chunks of three sizes, so that a new prompt length compiles nothing,
-and continued in blocks of decode steps (see `recurrentgemma.generation`). What a text
+and continued in blocks of decode steps (see `recurrentgemma.generation.batching`). What a text
 leaves behind is a `Prefix`, of one size for a Griffin model, which everything here can
 start from. Neither the cache nor the programs grow with the text.
 """
@@ -14,12 +14,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from recurrentgemma.generation import Generation, Part, Request, Settings
+from recurrentgemma.generation.batching import Generation, Part, Request, Settings
+from recurrentgemma.generation.prefill import Progress, RowReader, pieces_of
+from recurrentgemma.generation.prefix import Prefix, model_digest
+from recurrentgemma.generation.results import Sample, Score, TextStream
+from recurrentgemma.generation.sampling import Sampling, check_seed
 from recurrentgemma.griffin import Griffin
-from recurrentgemma.outputs import Sample, Score, TextStream
-from recurrentgemma.prefix import Prefix, model_digest
-from recurrentgemma.reading import Progress, RowReader, pieces_of
-from recurrentgemma.sampling import Sampling, check_seed
 from recurrentgemma.tokenizer import END_OF_TURN, Tokenizer
 
 Prompt = str | Sequence[int]

@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recurrentgemma.outputs import Sample
-from recurrentgemma.prefix import model_digest
-from recurrentgemma.reading import Progress
-from recurrentgemma.sampler import Sampler
-from recurrentgemma.sampling import Sampling, check_seed
+from recurrentgemma.generation.prefill import Progress
+from recurrentgemma.generation.prefix import model_digest
+from recurrentgemma.generation.results import Sample
+from recurrentgemma.generation.sampler import Sampler
+from recurrentgemma.generation.sampling import Sampling, check_seed
 
 OUTPUT_FIELDS = ("line", "digest", "text", "num_tokens", "log_prob", "ended")
 """What an output line has besides the fields of its input line."""

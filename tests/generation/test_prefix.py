@@ -8,14 +8,15 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from recurrentgemma import Runtime, reading
-from recurrentgemma import prefix as prefix_lib
-from recurrentgemma.prefix import Prefix
-from recurrentgemma.sampler import Sampler
-from recurrentgemma.sampling import Sampling
+from recurrentgemma import Runtime
+from recurrentgemma.generation import prefill as reading
+from recurrentgemma.generation import prefix as prefix_lib
+from recurrentgemma.generation.prefix import Prefix
+from recurrentgemma.generation.sampler import Sampler
+from recurrentgemma.generation.sampling import Sampling
+from tests.generation.test_sampler import GOLDEN, Tokenizer, assert_close
 from tests.golden_models import load_golden
 from tests.models import forward, random_model, tiny_config
-from tests.test_sampler import GOLDEN, Tokenizer, assert_close
 
 SETTINGS = [
     Sampling(0),

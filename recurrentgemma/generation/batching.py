@@ -17,7 +17,15 @@ import numpy as np
 
 from recurrentgemma import cache as cache_lib
 from recurrentgemma.cache import Cache
-from recurrentgemma.decoding import (
+from recurrentgemma.generation.prefill import (
+    Progress,
+    capacity_for,
+    compile_chunks,
+    make_room,
+    read_rows,
+)
+from recurrentgemma.generation.prefix import Prefix
+from recurrentgemma.generation.programs import (
     BLOCK_STEPS,
     BlockOutput,
     DecodeState,
@@ -25,18 +33,10 @@ from recurrentgemma.decoding import (
     new_cache,
     place_row,
 )
+from recurrentgemma.generation.sampling import Sampling
+from recurrentgemma.generation.speculation import speculate_block
+from recurrentgemma.generation.stop_strings import TextUntilStop
 from recurrentgemma.griffin import Griffin
-from recurrentgemma.prefix import Prefix
-from recurrentgemma.reading import (
-    Progress,
-    capacity_for,
-    compile_chunks,
-    make_room,
-    read_rows,
-)
-from recurrentgemma.sampling import Sampling
-from recurrentgemma.speculation import speculate_block
-from recurrentgemma.stop_strings import TextUntilStop
 from recurrentgemma.tokenizer import Tokenizer
 
 # Streaming: steps before the first text, and how often text should come after it.

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from recurrentgemma import sampling as sampling_lib
-from recurrentgemma.sampling import Sampling
+from recurrentgemma.generation import sampling as sampling_lib
+from recurrentgemma.generation.sampling import Sampling
 
 VOCAB = 50
 sample = jax.jit(sampling_lib.sample)

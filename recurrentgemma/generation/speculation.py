@@ -19,15 +19,15 @@ import jax
 import jax.numpy as jnp
 
 from recurrentgemma.cache import rewind
-from recurrentgemma.decoding import (
+from recurrentgemma.generation.programs import (
     BLOCK_STEPS,
     BlockOutput,
     DecodeState,
     empty_output,
     mark_seen,
 )
+from recurrentgemma.generation.sampling import Sampling, log_prob, row_keys, sample
 from recurrentgemma.griffin import Griffin
-from recurrentgemma.sampling import Sampling, log_prob, row_keys, sample
 
 
 @functools.partial(

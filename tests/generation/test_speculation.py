@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from recurrentgemma.sampler import Sampler
-from recurrentgemma.sampling import Sampling
+from recurrentgemma.generation.sampler import Sampler
+from recurrentgemma.generation.sampling import Sampling
+from tests.generation.test_sampler import GOLDEN, Tokenizer
 from tests.golden_models import load_golden
 from tests.models import random_model, tiny_config
-from tests.test_sampler import GOLDEN, Tokenizer
 
 VOCAB = 40
 SETTINGS = {

@@ -1,0 +1,1 @@
+"""Everything that continues or scores text with a model."""
