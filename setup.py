@@ -61,15 +61,10 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "data": ["grain"],
-        "peft": ["qwix"],
-        "eval": ["lm_eval"],
-        "plot": ["matplotlib"],
         "tpu-plan": ["libtpu"],
         "cuda12": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
         "notebooks": ["nbclient", "ipykernel"],
-        "tensorboard": ["tensorboardX"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "basedpyright"],
     },
     classifiers=[

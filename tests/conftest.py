@@ -22,6 +22,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 LOCAL_HOSTS = {"127.0.0.1", "::1", "localhost"}
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """No workers for a single file: `--dist loadfile` would use one of them."""
+    files = {argument.split("::")[0] for argument in config.args}
+    return 0 if len(files) == 1 and files.pop().endswith(".py") else None
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """A test that reaches for another machine fails at once, and says so."""
