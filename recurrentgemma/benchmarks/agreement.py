@@ -1,13 +1,17 @@
-"""The check before anything is timed: everybody computes the same model."""
+"""The check before any speed is reported: everybody computes the same model.
 
-from collections.abc import Sequence
+transformers shows W keys where the others show W + 1, so that it joins in where all
+that is read fits the window. (Compilation happens once, and is timed on the way here.)
+"""
+
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from recurrentgemma.benchmarks.measures import Plan
 from recurrentgemma.benchmarks.opponents.worker import Worker
-from recurrentgemma.benchmarks.paired import OURS
+from recurrentgemma.benchmarks.paired import OURS, Disagreement
 
 LOGITS_TOLERANCE = 5e-4
 """Largest difference of a logit (they are capped at 30): float32 sums of thousands of
@@ -16,18 +20,16 @@ LOSS_TOLERANCE = 1e-4
 """Nats a token."""
 
 
-class Disagreement(RuntimeError):
-    """Somebody computes something else, so that timing it would mean nothing."""
-
-
 def check(workers: Sequence[Worker], plan: Plan, window: int) -> list[dict[str, Any]]:
-    """Compares logits, greedily generated tokens and the loss with ours.
+    """Compares logits, greedy tokens and losses with ours.
 
-    transformers shows W keys instead of W + 1 and joins in up to W tokens only.
+    Logits at every length of `plan.check_lengths`; the tokens of one row through
+    everybody's sampler; the loss of two train steps, so that the update agrees too, at
+    the length that is timed and at one that fits the window.
 
     Args:
-      workers: ours among them.
-      plan: its `check_lengths`, `prompt`, `new_tokens` and `train_length` are used.
+      workers: Ours among them.
+      plan: Sizes of the comparison.
       window: W.
 
     Returns:
@@ -37,60 +39,38 @@ def check(workers: Sequence[Worker], plan: Plan, window: int) -> list[dict[str, 
       Disagreement: a difference is above its tolerance.
     """
     findings = []
-    for length in plan.check_lengths:
+    for what, length, tolerance, command, arguments in _questions(plan, window):
         able = [w for w in workers if w.name != "transformers" or length <= window]
-        logits = {w.name: np.load(w.ask("logits", length=length)) for w in able}
-        ours = logits.pop(OURS)
-        for name, theirs in logits.items():
+        answers = {w.name: _values(w.ask(command, **arguments)) for w in able}
+        ours = answers.pop(OURS)
+        for name, theirs in answers.items():
             difference = float(np.abs(ours - theirs).max())
-            findings.append(_finding(f"logits {length}", name, difference))
-            _require(difference <= LOGITS_TOLERANCE, findings[-1])
+            if not difference <= tolerance:  # true of NaN too
+                raise Disagreement(
+                    f"{what}: {OURS} and {name} differ by {difference:.3g}"
+                )
+            finding = {"what": what, "opponent": name, "difference": difference}
+            findings.append(finding)
     return findings
 
 
-def check_generation(workers: Sequence[Worker], plan: Plan) -> list[dict[str, Any]]:
-    """Greedy tokens through everybody's sampler; see `check`."""
-    tokens = {
-        w.name: w.ask(
-            "generate", batch=1, prompt=plan.prompt, new_tokens=1 + plan.new_tokens
-        )["tokens"]
-        for w in workers
-    }
-    ours = np.array(tokens.pop(OURS))
-    findings = []
-    for name, theirs in tokens.items():
-        different = int((ours != np.array(theirs)).sum())
-        findings.append(_finding("greedy tokens that differ", name, different))
-        _require(different == 0, findings[-1])
-    return findings
+def _questions(
+    plan: Plan, window: int
+) -> Iterator[tuple[str, int, float, str, dict[str, Any]]]:
+    """What is compared, tokens that are read, tolerance, command and arguments."""
+    for length in plan.check_lengths:
+        yield f"logits {length}", length, LOGITS_TOLERANCE, "logits", {"length": length}
+    new_tokens = 1 + plan.new_tokens
+    greedy = {"batch": 1, "prompt": plan.prompt, "new_tokens": new_tokens}
+    yield "greedy tokens", plan.prompt + new_tokens, 0, "generate", greedy
+    for length in sorted({min(plan.train_length, window), plan.train_length}):
+        for step in "first", "second":
+            what = f"loss {length}, {step} step"
+            yield what, length, LOSS_TOLERANCE, "train", {"length": length}
 
 
-def check_loss(
-    workers: Sequence[Worker], plan: Plan, window: int
-) -> list[dict[str, Any]]:
-    """The loss of the first and of the second train step: the update agrees too."""
-    findings = []
-    for step in "first", "second":
-        losses = {
-            w.name: w.ask("train", length=plan.train_length)["loss"] for w in workers
-        }
-        ours = losses.pop(OURS)
-        for name, theirs in losses.items():
-            findings.append(_finding(f"loss, {step} step", name, abs(ours - theirs)))
-            comparable = name != "transformers" or plan.train_length <= window
-            _require(
-                not comparable or abs(ours - theirs) <= LOSS_TOLERANCE, findings[-1]
-            )
-    return findings
-
-
-def _finding(what: str, opponent: str, difference: float) -> dict[str, Any]:
-    return {"what": what, "opponent": opponent, "difference": difference}
-
-
-def _require(condition: bool, finding: dict[str, Any]) -> None:
-    if not condition:
-        raise Disagreement(
-            f"{finding['what']}: ours and {finding['opponent']} differ by "
-            f"{finding['difference']:.3g}"
-        )
+def _values(answer: Any) -> np.ndarray:
+    """The numbers of a reply: an array's path, tokens or a loss."""
+    if isinstance(answer, str):
+        return np.load(answer)
+    return np.asarray(answer.get("tokens", answer.get("loss")))

@@ -10,7 +10,6 @@ process of its own.
 
 import functools
 import hashlib
-import importlib.metadata
 import os
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from recurrentgemma.benchmarks import bundles
+from recurrentgemma.benchmarks.report import package_version
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -37,8 +37,10 @@ ENVIRONMENT = {
 """For the process that compiles, before jax is imported: no chip is looked for."""
 PROFILER_REFUSES = "Static LLO profiling of"
 """In the error of a process that died of it: on copies with three strides."""
+ROOT = str(Path(__file__).resolve().parents[2])
+"""What this package is imported from."""
 PACKAGES = ("jax", "jaxlib", "libtpu")
-"""Whose versions decide what a program is compiled to."""
+"""Packages whose versions decide what a program is compiled to."""
 
 
 class Chip(NamedTuple):
@@ -71,16 +73,16 @@ def one_device(generation: str) -> Mesh:
     return Mesh(np.array(topology.devices[:1]), ("device",))
 
 
-def lower_for(generation: str, function: Callable[..., Any], *shapes: Any) -> Any:
-    """A function on its way to one chip.
+def compile_for(generation: str, function: Callable[..., Any], *shapes: Any) -> Any:
+    """A function compiled for one chip.
 
     Args:
-      generation: a name of `CHIPS`.
-      function: takes arrays; jitted already or not.
-      *shapes: pytrees of anything with a shape and a dtype.
+      generation: A name of `CHIPS`.
+      function: Takes arrays; jitted already or not.
+      *shapes: Pytrees of anything with a shape and a dtype.
 
     Returns:
-      A `jax.stages.Lowered`.
+      A `jax.stages.Compiled`.
     """
     sharding = NamedSharding(one_device(generation), PartitionSpec())
     placed = jax.tree.map(
@@ -88,26 +90,13 @@ def lower_for(generation: str, function: Callable[..., Any], *shapes: Any) -> An
         shapes,
     )
     jitted: Any = function if hasattr(function, "lower") else jax.jit(function)
-    return jitted.lower(*placed)
-
-
-def compile_for(generation: str, function: Callable[..., Any], *shapes: Any) -> Any:
-    """A `jax.stages.Compiled` for one chip; see `lower_for`."""
-    return lower_for(generation, function, *shapes).compile()
+    return jitted.lower(*placed).compile()
 
 
 def fingerprint(text: str) -> str:
     """Of a program and of what compiles it: equal ones have equal estimates."""
     versions = ",".join(f"{name} {package_version(name)}" for name in PACKAGES)
     return hashlib.sha256(f"{versions}\n{text}".encode()).hexdigest()[:16]
-
-
-def package_version(package: str) -> str | None:
-    """None if it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 class Profile(NamedTuple):
@@ -177,7 +166,7 @@ def run(
         env={
             **os.environ,
             **ENVIRONMENT,
-            "PYTHONPATH": os.pathsep.join(path),
+            "PYTHONPATH": os.pathsep.join([*path, ROOT]),
             **environment,
         },
         capture_output=True,

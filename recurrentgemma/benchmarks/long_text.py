@@ -1,12 +1,11 @@
 """A million tokens read at flat memory; their prefix saved, continued, questioned.
 
-    python -m recurrentgemma.benchmarks.long_text
-
 A model of about one million random parameters reads the source of Python's standard
 library, line by line and again from the start, until it has read so many tokens. The
 peak memory of the process is noted along the way. The prefix is saved and continued, in
 this process and in a new one, and 100 questions are asked of it; what is read for that
-is counted, and some answers are checked against a sampler that asks one at a time.
+is counted. A new process must continue alike, and some questions, asked one at a time,
+must get the same answers.
 """
 
 import argparse
@@ -24,17 +23,17 @@ from typing import Any
 from flax import nnx
 
 from recurrentgemma import cost
-from recurrentgemma.benchmarks.provenance import ROOT, provenance
+from recurrentgemma.benchmarks.paired import Disagreement
+from recurrentgemma.benchmarks.report import Column, Report, note
 from recurrentgemma.checkpoints import load, save
 from recurrentgemma.config import GriffinConfig
 from recurrentgemma.generation.prefix import Prefix
-from recurrentgemma.generation.results import Sample
 from recurrentgemma.generation.sampler import Sampler
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.tokenizer import Tokenizer
 from recurrentgemma.training.corpus import PYTHON_STDLIB, read_documents
 
-RESULTS = ROOT / "recurrentgemma" / "benchmarks" / "results" / "long_text.json"
+MARKS = 10
 CONTINUATION = {"max_new_tokens": 64, "end_tokens": [], "seed": 1}
 CHECKED_ANSWERS = 5
 KIBIBYTE = 1024
@@ -78,59 +77,47 @@ def take(source: Iterator[str], tokenizer: Tokenizer, num_tokens: int) -> Iterat
 
 
 def read(
-    sampler: Sampler, tokenizer: Tokenizer, num_tokens: int, marks: int
-) -> tuple[Prefix, list[dict]]:
-    """Reads at least so many tokens; notes time and memory at equal distances."""
-    source, notes = lines(), []
+    sampler: Sampler, tokenizer: Tokenizer, num_tokens: int, report: Report
+) -> Prefix:
+    """Reads at least so many tokens; a row for each of ten equal distances."""
+    source = lines()
     prefix = sampler.prefill([next(source)])
     start = time.perf_counter()
-    for mark in range(1, marks + 1):
-        missing = num_tokens * mark // marks - int(prefix.num_tokens[0])
+    for mark in range(1, MARKS + 1):
+        missing = num_tokens * mark // MARKS - int(prefix.num_tokens[0])
         prefix = sampler.prefill(take(source, tokenizer, missing), prefix=prefix)
-        seconds = time.perf_counter() - start
         count = int(prefix.num_tokens[0])
-        notes.append(
-            {
-                "tokens": count,
-                "peak_bytes": peak_bytes(),
-                "tokens_per_s": count / seconds,
-            }
-        )
-        print(
-            f"{count:,} tokens, peak {notes[-1]['peak_bytes'] / 1e6:.1f} MB, "
-            f"{notes[-1]['tokens_per_s']:,.0f} tokens/s",
-            file=sys.stderr,
-        )
-    return prefix, notes
+        rate = count / (time.perf_counter() - start)
+        row = {"tokens": count, "peak_bytes": peak_bytes(), "tokens_per_s": rate}
+        report.add({"name": f"{count:,} tokens"} | row)
+    return prefix
 
 
 def ask(sampler: Sampler, prefix: Prefix, count: int) -> dict[str, Any]:
-    """`count` questions of one prefix, in one call; none reads it again."""
+    """`count` questions of one prefix, in one call; none reads it again.
+
+    Raises:
+      Disagreement: a question asked alone got another answer.
+    """
     questions = [
         f"\n# question {i}: what does function {i} do?\n" for i in range(count)
     ]
-    request = {"max_new_tokens": 16, "end_tokens": []}
+    request = {"prefix": prefix, "max_new_tokens": 16, "end_tokens": []}
     read_tokens = []
     start = time.perf_counter()
     answers = sampler(
-        questions,
-        prefix=prefix,
-        progress=lambda _, total: read_tokens.append(total),
-        **request,
+        questions, progress=lambda _, total: read_tokens.append(total), **request
     )
     seconds = time.perf_counter() - start
-    alone: list[Sample] = []
-    for i in range(CHECKED_ANSWERS):
-        alone += sampler([questions[i]], prefix=prefix, seed=i, **request)
+    for i, question in enumerate(questions[:CHECKED_ANSWERS]):
+        [alone] = sampler([question], seed=i, **request)
+        if alone.tokens != answers[i].tokens:
+            raise Disagreement(f"question {i} gets another answer when asked alone")
     return {
         "questions": count,
         "seconds": seconds,
         "longest_question_tokens": max(len(a.prompt_tokens) for a in answers),
         "tokens_read_for_each": max(read_tokens),
-        "checked_answers_equal": all(
-            one.tokens == together.tokens
-            for one, together in zip(alone, answers, strict=False)
-        ),
     }
 
 
@@ -141,46 +128,50 @@ def continuation(model: str, prefix: str) -> list[int]:
     return sample.tokens
 
 
-def measure(num_tokens: int, questions: int, marks: int = 10) -> dict[str, Any]:
-    """The JSON document."""
+def saved_and_continued(sampler: Sampler, prefix: Prefix) -> int:
+    """The size of the prefix's file, which a new process continues like this one.
+
+    Raises:
+      Disagreement: it writes something else.
+    """
+    [here] = sampler([[]], prefix=prefix, **CONTINUATION)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [str(Path(folder) / name) for name in ("model", "text.prefix")]
+        save(paths[0], sampler.model, sampler.tokenizer)
+        prefix.save(paths[1])
+        code = f"from {__name__} import continuation; print(continuation(*{paths!r}))"
+        there = subprocess.check_output([sys.executable, "-c", code], text=True)
+        if json.loads(there) != here.tokens:
+            raise Disagreement("a new process continues the saved prefix otherwise")
+        return Path(paths[1]).stat().st_size
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--questions", type=int, default=100)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Reads, continues and asks.
+
+    Raises:
+      Disagreement: what was read goes on otherwise elsewhere.
+    """
     _, tokenizer = load("nano")
     assert tokenizer is not None
     model = Griffin(config(tokenizer.vocab_size), rngs=nnx.Rngs(0))
     sampler = Sampler(model, tokenizer, compile_ahead=False)
-    prefix, notes = read(sampler, tokenizer, num_tokens, marks)
-    [here] = sampler([[]], prefix=prefix, **CONTINUATION)
-    with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder) / "model", model, tokenizer)
-        file = Path(folder) / "text.prefix"
-        prefix.save(file)
-        command = [sys.executable, "-m", __spec__.name, "--continue-from", folder]
-        there = json.loads(subprocess.check_output(command, text=True))
-        file_bytes = file.stat().st_size
-    return {
-        **provenance(),
-        "parameters": cost.num_parameters(model.config),
-        "reading": notes,
-        "prefix_file_bytes": file_bytes,
-        "continued_alike_in_a_new_process": here.tokens == there,
-        "questions": ask(sampler, prefix, questions),
-    }
-
-
-def main() -> None:
-    """Runs from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--questions", type=int, default=100)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--continue-from", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if folder := arguments.continue_from:
-        print(json.dumps(continuation(str(folder / "model"), folder / "text.prefix")))
-        return
-    document = measure(arguments.tokens, arguments.questions)
-    print(json.dumps(document, indent=1))
-    arguments.output.write_text(json.dumps(document, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    columns = [
+        Column("", "name", 20),
+        Column("peak MB", "peak_bytes", scale=1e-6),
+        Column("tokens/s", "tokens_per_s"),
+    ]
+    parameters = cost.num_parameters(model.config)
+    report = Report(options.output, columns, parameters=parameters)
+    prefix = read(sampler, tokenizer, options.tokens, report)
+    size = saved_and_continued(sampler, prefix)
+    questions = ask(sampler, prefix, options.questions)
+    report.facts |= {"prefix_file_bytes": size, "questions": questions}
+    report.write()
+    note(f"A prefix of {size} bytes, continued alike in a new process; {questions}")

@@ -1,6 +1,7 @@
 """What `versus` compares: how each figure is made of the workers' commands."""
 
 import dataclasses
+from collections.abc import Callable
 
 from recurrentgemma.benchmarks.opponents.worker import Worker
 from recurrentgemma.benchmarks.paired import Measure
@@ -24,6 +25,8 @@ class Plan:
     """Lengths at which logits are compared, within and beyond the window."""
     rounds: int = 5
     rounds_of_long_prefill: int = 2
+    rounds_of_compilation: int = 3
+    """Each in new processes."""
     long_prefill: int = 32768
 
     @property
@@ -32,14 +35,54 @@ class Plan:
         return min(max(self.prefill_lengths), OFFICIAL_LONGEST_PREFILL)
 
 
+def compilations(plan: Plan) -> list[Measure]:
+    """What first calls take beyond second ones, in processes that are new each round.
+
+    They leave every worker as it is after its first calls.
+    """
+
+    def forward_and_decode(worker: Worker) -> float:
+        forward = worker.ask("prefill", length=plan.compile_length)["seconds"]
+        return forward + _generate(worker, plan, 1, 1 + plan.new_tokens)
+
+    def train(worker: Worker) -> float:
+        return worker.ask("train", length=plan.train_length)["seconds"]
+
+    def measure(name: str, work: Callable[[Worker], float]) -> Measure:
+        def sample(worker: Worker, _: int) -> float:
+            worker.restart()
+            return work(worker) - work(worker)
+
+        return Measure(
+            f"compile {name}",
+            "s",
+            higher_is_better=False,
+            sample=sample,
+            rounds=plan.rounds_of_compilation,
+            warm_up=False,
+            leave_out=("transformers",),
+        )
+
+    return [
+        measure("train step", train),
+        measure("forward and decode", forward_and_decode),
+    ]
+
+
 def measures(plan: Plan) -> list[Measure]:
-    """Every line of the comparison but compilation, cheap ones first."""
+    """Every other row, cheap ones first."""
     return [
         *(_decode(plan, batch) for batch in plan.decode_batches),
         *(_prefill(plan, length) for length in plan.prefill_lengths),
         _first_call(plan),
         _train(plan),
     ]
+
+
+def _generate(worker: Worker, plan: Plan, batch: int, new_tokens: int) -> float:
+    """Seconds to continue prompts of `plan.prompt` tokens."""
+    sizes = {"batch": batch, "prompt": plan.prompt, "new_tokens": new_tokens}
+    return worker.ask("generate", **sizes)["seconds"]
 
 
 def _prefill(plan: Plan, length: int) -> Measure:
@@ -59,15 +102,10 @@ def _prefill(plan: Plan, length: int) -> Measure:
 
 
 def _decode(plan: Plan, batch: int) -> Measure:
-    def seconds(worker: Worker, new_tokens: int) -> float:
-        reply = worker.ask(
-            "generate", batch=batch, prompt=plan.prompt, new_tokens=new_tokens
-        )
-        return reply["seconds"]
-
     def sample(worker: Worker, _: int) -> float:
         # The difference is decode alone: the prompt and all fixed costs cancel.
-        difference = seconds(worker, 1 + plan.new_tokens) - seconds(worker, 1)
+        with_decode = _generate(worker, plan, batch, 1 + plan.new_tokens)
+        difference = with_decode - _generate(worker, plan, batch, 1)
         return batch * plan.new_tokens / difference
 
     return Measure(
@@ -106,31 +144,4 @@ def _train(plan: Plan) -> Measure:
         higher_is_better=True,
         sample=sample,
         rounds=plan.rounds,
-    )
-
-
-def compilation(plan: Plan) -> Measure:
-    """What the first prefill and the first generation take beyond the second.
-
-    It must be the first thing that a worker is asked of these shapes; it happens once.
-    """
-
-    def work(worker: Worker) -> float:
-        forward = worker.ask("prefill", length=plan.compile_length)
-        decode = worker.ask(
-            "generate", batch=1, prompt=plan.prompt, new_tokens=1 + plan.new_tokens
-        )
-        return forward["seconds"] + decode["seconds"]
-
-    def sample(worker: Worker, _: int) -> float:
-        return work(worker) - work(worker)
-
-    return Measure(
-        "compile forward and decode",
-        "s",
-        higher_is_better=False,
-        sample=sample,
-        rounds=1,
-        warm_up=False,
-        leave_out=("transformers",),
     )

@@ -1,6 +1,4 @@
-"""The numbers on the bundled model's card, as one JSON document.
-
-    python -m recurrentgemma.benchmarks.nano_card --twin runs/nano-transformer/model
+"""The numbers on the bundled model's card.
 
 Held-out documents are those of `training.corpus`. Bits per byte are the nats of all
 tokens after each document's first, its end included, over the bytes of the text: read
@@ -13,18 +11,15 @@ is not empty.
 
 import argparse
 import ast
-import json
 import lzma
 import math
-import sys
 import warnings
-from typing import Any
 
 import jax
 import numpy as np
 import tqdm
 
-from recurrentgemma.benchmarks.provenance import provenance
+from recurrentgemma.benchmarks.report import Column, Report, Row, note
 from recurrentgemma.checkpoints import load, named_parameters
 from recurrentgemma.generation.results import Sample
 from recurrentgemma.generation.sampler import Sampler
@@ -111,59 +106,61 @@ def sampled_texts(
     return samples
 
 
-def measure(path: str, documents: list[Document], arguments: Any) -> dict[str, Any]:
+def measure(path: str, documents: list[Document], options: argparse.Namespace) -> Row:
     """Everything about one model."""
     model, tokenizer = load(path)
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer")
-    texts = [
-        complete_statements(sample)
-        for sample in sampled_texts(
-            model, tokenizer, arguments.samples, arguments.max_new_tokens
-        )
-    ]
-    accepted = [is_python(text) for text in texts]
+    samples = sampled_texts(model, tokenizer, options.samples, options.max_new_tokens)
+    texts = [complete_statements(sample) for sample in samples]
+    figures = {
+        str(row_tokens): held_out_loss(model, tokenizer, documents, row_tokens)
+        for row_tokens in options.row_tokens
+    }
     return {
-        "model": path,
+        "name": path,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(model)),
-        "rows": {
-            row_tokens: held_out_loss(model, tokenizer, documents, row_tokens)
-            for row_tokens in arguments.row_tokens
-        },
-        "samples": {
-            "count": len(texts),
-            "max_new_tokens": arguments.max_new_tokens,
-            "temperature": TEMPERATURE,
-            "accepted_share": float(np.mean(accepted)),
-            "median_lines": float(np.median([len(t.splitlines()) for t in texts])),
-        },
+        "held_out": figures,
+        "accepted_share": float(np.mean([is_python(text) for text in texts])),
+        "median_lines": float(np.median([len(text.splitlines()) for text in texts])),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the bundled model.")
-    parser.add_argument("--model", default="nano")
-    parser.add_argument("--twin", help="directory of the Transformer twin's model")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["nano"],
+        help="presets or checkpoints, such as nano and its Transformer twin",
+    )
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--row-tokens", type=int, nargs="+", default=ROW_TOKENS)
-    arguments = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> None:
+    """A row for each model."""
     _, documents = split_held_out(read_documents(PYTHON_STDLIB))
-    paths = [arguments.model, *([arguments.twin] if arguments.twin else [])]
-    json.dump(
-        {
-            **provenance(),
-            "jax": jax.__version__,
-            "held_out_documents": len(documents),
-            "held_out_bytes": size_in_bytes(documents),
-            "xz_bits_per_byte": xz_bits_per_byte(documents),
-            "models": [measure(path, documents, arguments) for path in paths],
-        },
-        sys.stdout,
-        indent=2,
+    lengths = options.row_tokens
+    columns = [
+        Column("", "name", 30),
+        Column("parameters", "parameters"),
+        *(Column(f"bits/byte {n}", f"held_out/{n}/bits_per_byte", 16) for n in lengths),
+        Column("accepted %", "accepted_share", scale=100),
+        Column("median lines", "median_lines"),
+    ]
+    xz = xz_bits_per_byte(documents)
+    report = Report(
+        options.output,
+        columns,
+        held_out_documents=len(documents),
+        held_out_bytes=size_in_bytes(documents),
+        xz_bits_per_byte=xz,
+        samples=options.samples,
+        max_new_tokens=options.max_new_tokens,
+        temperature=TEMPERATURE,
     )
-    print()
-
-
-if __name__ == "__main__":
-    main()
+    note(f"xz -{XZ_PRESET}: {xz:.4g} bits/byte")
+    for path in options.models:
+        report.add(measure(path, documents, options))

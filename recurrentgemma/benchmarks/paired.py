@@ -1,112 +1,141 @@
-"""Timing implementations in turn, so that their ratio survives a noisy machine.
+"""Timing in turn, so that ratios survive a noisy machine.
 
 Two measurements taken one after the other share the machine's mood; two taken minutes
 apart do not. Every round measures each worker once, in alternating order, and the ratio
-is formed inside the round. What is reported is the median over rounds; every single
+is formed inside the round. The figure is the median over rounds; every single
 measurement is kept.
 """
 
 import dataclasses
 import os
 import statistics
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from recurrentgemma.benchmarks.opponents.worker import Worker
+from recurrentgemma.benchmarks.report import Column, Row
+from recurrentgemma.generation.results import Sample
 
 OURS = "ours"
 
 
+class Disagreement(RuntimeError):
+    """Somebody computes something else, so that timing it would mean nothing."""
+
+
+class Named(Protocol):
+    """What is measured: a process of an opponent, or a `Way`."""
+
+    name: str
+    peak_bytes: int | None
+    """Peak memory of its last measurement, if that is known."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """One line of the comparison."""
+    """One row of a comparison."""
 
     name: str
     unit: str
     higher_is_better: bool
-    sample: Callable[[Worker, int], float]
+    sample: Callable[[Any, int], float]
     """(worker, round) -> value in `unit`; round -1 is the warm-up."""
     rounds: int = 5
     warm_up: bool = True
     leave_out: tuple[str, ...] = ()
     """Opponents that cannot do this at all."""
 
-
-@dataclasses.dataclass
-class Result:
-    """Values by worker, one a round."""
-
-    name: str
-    unit: str
-    higher_is_better: bool
-    samples: dict[str, list[float]]
-    peak_bytes: dict[str, int]
-    load_average: float
-    """Of the machine's last minute: above the number of cores, others were at work."""
-
-    def median(self, worker: str) -> float:
-        """In `unit`."""
-        return statistics.median(self.samples[worker])
-
-    def advantage(self, opponent: str) -> float:
-        """Median over rounds of how many times better ours is than the opponent."""
-        pairs = zip(self.samples[OURS], self.samples[opponent], strict=True)
+    def advantage(self, ours: Sequence[float], theirs: Sequence[float]) -> float:
+        """Median over rounds of how many times better ours is."""
         sign = 1 if self.higher_is_better else -1
-        return statistics.median((ours / theirs) ** sign for ours, theirs in pairs)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For the JSON document."""
-        workers = list(self.samples)
-        return dataclasses.asdict(self) | {
-            "median": {worker: self.median(worker) for worker in workers},
-            "advantage": {w: self.advantage(w) for w in workers if w != OURS},
-        }
+        pairs = zip(ours, theirs, strict=True)
+        return statistics.median((a / b) ** sign for a, b in pairs)
 
 
-def compare(measure: Measure, workers: Sequence[Worker]) -> Result:
-    """Warms the workers up, then measures them in turn."""
+def compare(measure: Measure, workers: Sequence[Named]) -> Row:
+    """Warms the workers up, then measures them in turn: A B C, C B A, A B C, ...
+
+    Returns:
+      The row of the document; `load_average`, of the machine's last minute, is above
+      the number of cores if others were at work.
+    """
     taking_part = [w for w in workers if w.name not in measure.leave_out]
     if measure.warm_up:
         for worker in taking_part:
             measure.sample(worker, -1)
-    return take_turns(measure, taking_part)
-
-
-def take_turns(measure: Measure, workers: Sequence[Worker]) -> Result:
-    """Measures the workers in turn: A B C, C B A, A B C, ..."""
-    samples: dict[str, list[float]] = {w.name: [] for w in workers}
-    peaks = {w.name: 0 for w in workers}
+    samples: dict[str, list[float]] = {w.name: [] for w in taking_part}
+    peaks = {w.name: 0 for w in taking_part}
     for index in range(measure.rounds):
-        for worker in workers if index % 2 == 0 else reversed(workers):
+        for worker in taking_part if index % 2 == 0 else reversed(taking_part):
             samples[worker.name].append(measure.sample(worker, index))
             peaks[worker.name] = max(peaks[worker.name], worker.peak_bytes or 0)
-    return Result(
-        measure.name,
-        measure.unit,
-        measure.higher_is_better,
-        samples,
-        peaks,
-        load_average=os.getloadavg()[0],
-    )
+    return {
+        "name": measure.name,
+        "unit": measure.unit,
+        "higher_is_better": measure.higher_is_better,
+        "samples": samples,
+        "peak_bytes": peaks,
+        "load_average": os.getloadavg()[0],
+        "median": {name: statistics.median(values) for name, values in samples.items()},
+        "advantage": {
+            name: measure.advantage(samples[OURS], values)
+            for name, values in samples.items()
+            if name != OURS
+        },
+    }
 
 
-def table(results: Sequence[Result]) -> str:
-    """Medians, and how many times better ours is, in columns."""
-    names = dict.fromkeys(name for result in results for name in result.samples)
-    opponents = [name for name in names if name != OURS]
-    header = ["", OURS, *(f"{name} (x)" for name in opponents), "unit"]
-    rows = [header]
-    for result in results:
-        row = [result.name, f"{result.median(OURS):.4g}"]
-        for name in opponents:
-            if name in result.samples:
-                text = f"{result.median(name):.4g} ({result.advantage(name):.2f})"
-            else:
-                text = "-"
-            row.append(text)
-        rows.append([*row, result.unit])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-        for row in rows
+def columns(names: Sequence[str], *more: Column) -> list[Column]:
+    """Medians by worker; behind an opponent, how many times better ours is."""
+    found = [Column("", "name", 30), Column("unit", "unit", 8)]
+    for name in names:
+        found.append(Column(name, f"median/{name}", max(len(name), 8)))
+        if name != OURS:
+            found.append(Column("ours is x", f"advantage/{name}", 9))
+    return [*found, *more]
+
+
+@dataclasses.dataclass
+class Way:
+    """One way of writing texts in this process."""
+
+    name: str
+    run: Callable[[], list[Sample]]
+    peak_bytes: int | None = None
+
+
+def compare_ways(
+    name: str, ways: Sequence[Way], rounds: int
+) -> tuple[Row, list[Sample]]:
+    """Checks that all ways write the same tokens, then compares their speed.
+
+    Returns:
+      The row of the document, in tokens/s, and the samples of the first way.
+
+    Raises:
+      Disagreement: a way wrote other tokens than the first one.
+    """
+    first, *others = [way.run() for way in ways]
+    for way, samples in zip(ways[1:], others, strict=True):
+        pairs = zip(first, samples, strict=True)
+        different = sum(a.tokens != b.tokens for a, b in pairs)
+        if different:
+            raise Disagreement(
+                f"{name}: {different} of {len(first)} texts differ between "
+                f"{ways[0].name} and {way.name}"
+            )
+
+    def tokens_per_s(way: Way, _: int) -> float:
+        start = time.perf_counter()
+        count = sum(len(sample.tokens) for sample in way.run())
+        return count / (time.perf_counter() - start)
+
+    measure = Measure(
+        name,
+        "tokens/s",
+        higher_is_better=True,
+        sample=tokens_per_s,
+        rounds=rounds,
+        warm_up=False,
     )
+    return compare(measure, ways), first

@@ -1,266 +1,266 @@
-"""The recurrence's kernels: what they must move, what is expected of them, their time.
+"""The recurrence's programs on the device that is here: are they right, how fast are they.
 
-    python -m recurrentgemma.benchmarks.scan
+The device's copy bandwidth comes first: x + 1 over large arrays, read and written once.
+Then each program of the platform, dtype and workload: it is compared with the op's
+`reference` in float32 on a small shape; if it agrees, it is timed. Calls are dispatched
+back to back between two waits, so that the host's part is hidden where a call takes
+longer than its dispatch, whose time (of a program that does nothing) stands in the
+document. The bandwidth of a row is that of its least bytes: every argument read once and
+every result written once; what fits a cache may be faster than copies. Estimates that
+were made for this TPU stand beside.
 
-On a machine with a TPU or a GPU this measures, within a few minutes: see
-`scan_measured`. Elsewhere the real TPU compiler (extra `tpu-plan`) is asked. For each
-program, workload and TPU generation: the least bytes (every argument read once, every
-result written once), the time these take at the published bandwidth (roofline), the
-bytes that the blocks of its kernel transfer, the compiler's cycles, the use of its slots
-by unit, over all bundles that it issues (printed: the unit that is fullest), and the
-estimated time, the longer one of cycles / clock and bytes / bandwidth. These are
-estimates: they rank programs and scale with size.
-
-`--official DIRECTORY`, which holds the official package `recurrentgemma`, adds its scan,
-compiled the same way in a process of its own. `--model` adds whole programs of the 2B
-model, with the kernels and without: see `scan_model`. A run that was cut short goes on
-where it was, and what has not changed since the last run is not estimated again.
-`--quick` takes the bundles that a kernel issues for its cycles: within 6 % of the profile
-where arithmetic decides, half of it where memory does, and with it the bytes.
+What does not fit the memory, cannot run here or is wrong says so in its row. The file
+of a TPU or a GPU is meant to be sent in.
 """
 
 import argparse
-import importlib.util
+import functools
+import json
+import math
 import os
-import re
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from recurrentgemma.benchmarks import ahead_of_time, scan_measured, scan_model
-from recurrentgemma.benchmarks.block_traffic import block_bytes
+from recurrentgemma.benchmarks.report import RESULTS, Column, Report, Row, note
 from recurrentgemma.benchmarks.scan_programs import (
-    DTYPES,
+    KEY,
+    KEY_COLUMNS,
+    OPS,
     PROGRAMS,
     least_bytes,
     programs,
+    random_arguments,
+    split_name,
 )
-from recurrentgemma.benchmarks.scan_table import Column, Document, Row
-from recurrentgemma.kernels.linear_scan.workloads import WORKLOADS
+from recurrentgemma.kernels.linear_scan.workloads import WORKLOADS, Workload
 
-RESULTS = Path(__file__).parent / "results" / "scan.json"
-OFFICIAL = Path(__file__).parent / "opponents" / "official_scan.py"
-PROFILED = ("prefill_2b", "train_2b")
-"""Workloads whose cycles are taken: the profiler needs half a minute for a program."""
-WITHOUT_CYCLES = ("associative", "composed", "official")
-"""Implementations of hundreds of small kernels, or with relayout copies: the profiler
-takes many minutes for them, or refuses. Their estimate is that of their bytes alone."""
-OFFICIAL_PROGRAMS = {
-    "linear_scan: official": "scan",
-    "linear_scan and gradient: official": "scan_and_gradient",
-    "rg_lru: official": "gates_and_scan",
-    "rg_lru and gradient: official": "gates_and_scan_and_gradient",
+MEASURED = ("train_2b", "train_2b_long", "prefill_2b", "decode_2b")
+"""Workloads of an accelerator."""
+MEASURED_ON_CPU = ("train_small", "prefill_67m")
+CHECKED = (Workload(2, 300, 512), Workload(8, 1, 512))
+"""Small shapes; an op is checked at the first that is one for it."""
+TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 2e-3}
+"""Relative RMS error: of sums of some hundred float32 products; of results, and of the
+states inside a gradient, that are rounded to 8 and to 11 bits."""
+TINY = 1e-30
+"""Scale of errors where all expected values are zero."""
+BUDGET_S = 240.0
+"""After which nothing more is measured."""
+SAMPLES = 7
+SAMPLE_S = 0.1
+MOST_CALLS = 100
+"""Of a sample."""
+USABLE_MEMORY = 0.9
+COPY_BYTES = {"cpu": (2**24,)}
+ACCELERATOR_COPY_BYTES = (2**26, 2**28, 2**30)
+GENERATIONS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
 }
+"""By what jax calls a device."""
 COLUMNS = (
-    Column("least MB", "least_bytes", 1e-6),
-    Column("moved MB", "moved_bytes", 1e-6),
-    Column("roofline ms", "roofline_ms"),
-    Column("cycles/1000", "cycles", 1e-3),
-    Column("spills", "spills"),
-    Column("estimate ms", "estimated_ms"),
+    *KEY_COLUMNS,
+    Column("least MB", "least_bytes", 8, 1e-6),
+    Column("rms error", "rms_error", 9),
+    Column("measured ms", "measured_ms", 11),
+    Column("GB/s", "bytes_per_s", 8, 1e-9),
+    Column("of copy %", "bandwidth_share", 9, 100),
+    Column("estimate ms", "estimated_ms", 11),
 )
-PRINT_BYTES = "print(compiled.cost_analysis().get('bytes accessed', 0))\n"
+ESTIMATES = RESULTS / "scan_estimates.json"
 
 
-def program_code(generation: str, program: str, workload: str, dtype: str) -> str:
-    """Python that compiles one of our programs and prints the bytes that it moves."""
-    return (
-        "from recurrentgemma.benchmarks import ahead_of_time, scan\n"
-        f"workload = scan.WORKLOADS[{workload!r}]\n"
-        f"function, shapes = scan.PROGRAMS[{program!r}](workload, {dtype!r})\n"
-        "compiled = ahead_of_time.compile_for("
-        f"{generation!r}, function, *shapes)\n"
-        f"{PRINT_BYTES}"
-    )
-
-
-def official_code(generation: str, program: str, workload: str, dtype: str) -> str:
-    """The same of a program around the official scan."""
-    topology = ahead_of_time.CHIPS[generation].topology
-    arguments = (topology, OFFICIAL_PROGRAMS[program], *WORKLOADS[workload], dtype)
-    return f"{OFFICIAL.read_text()}\ncompiled = compile_for{arguments!r}\n{PRINT_BYTES}"
-
-
-def ours(name: str, workload: str, dtype: str) -> Row:
-    """What is known of one of our programs without a compiler."""
-    program = PROGRAMS[name](WORKLOADS[workload], dtype)
-    function, shapes = program
-    row: Row = {"least_bytes": least_bytes(program)}
-    if name.endswith("pallas_tpu"):
-        # Not the compiler's: it counts an array twice of which a kernel has two views.
-        row["moved_bytes"] = block_bytes(function, *shapes)
-    lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("tpu",))
-    row["fingerprint"] = ahead_of_time.fingerprint(lowered.as_text())
-    return row
-
-
-def estimate(
-    run: Callable[..., ahead_of_time.Profile], row: Row, *, quick: bool
-) -> Row:
-    """What the compiler says of one program for one chip.
-
-    Args:
-      run: `ahead_of_time.profile` of the program.
-      row: of the program, with its generation; `moved_bytes` if they are known.
-      quick: whether to take the bundles that are issued for the cycles.
-    """
-    chip = ahead_of_time.CHIPS[row["generation"]]
-    if "moved_bytes" not in row:  # alone: under the profiler it does not say
-        row = row | {"moved_bytes": float(run(cycles=False).output)}
-    seconds = row["moved_bytes"] / chip.bytes_per_s
-    if row["program"].endswith(WITHOUT_CYCLES):
-        return row | {"estimated_ms": 1e3 * seconds, "remark": "bytes alone"}
-    try:
-        profile = run(cycles=not quick)
-    except RuntimeError as error:
-        reason = re.search(f"{ahead_of_time.PROFILER_REFUSES}.*", str(error))
-        if not reason:
-            raise
-        row = row | {"profile_refused": reason[0]}
-        profile = run(cycles=False)
-    issued = profile.issued or {"bundles": 0, "slots_filled": {"none": 0.0}}
-    cycles = sum(profile.cycles.values()) or issued["bundles"]
-    filled = issued["slots_filled"]
-    busiest = max(filled, key=filled.__getitem__)
-    remark = f"{busiest} {filled[busiest]:.0%}"
-    return row | {
-        "cycles": cycles,
-        "cycles_by_kernel": profile.cycles,
-        "spills": sum(profile.spills.values()),
-        "issued": issued,
-        "estimated_ms": 1e3 * max(cycles / chip.clock_hz, seconds),
-        "remark": remark if profile.cycles else f"{remark}, issued",
-    }
-
-
-def estimates(
-    document: Document,
-    options: argparse.Namespace,
-    official: Path | None,
-) -> None:
-    """A row for each program, workload, dtype and generation."""
-    for workload, dtype, name, row in _programs(options, official):
-        for generation in options.generations:
-            key = {
-                "program": name,
-                "workload": workload,
-                "dtype": dtype,
-                "generation": generation,
-            }
-            row_here = key | row
-            if name in PROGRAMS:
-                code, path = program_code(generation, name, workload, dtype), ()
-                chip = ahead_of_time.CHIPS[generation]
-                row_here["roofline_ms"] = 1e3 * row["least_bytes"] / chip.bytes_per_s
-            else:
-                code = official_code(generation, name, workload, dtype)
-                path = (str(official),)
-                row_here["fingerprint"] = ahead_of_time.fingerprint(code)
-            fingerprint = row_here["fingerprint"]
-            good = {f"{fingerprint} profiled"}
-            if workload in options.profiled:
-                if options.quick:
-                    good.add(f"{fingerprint} issued")
-            else:
-                good |= {fingerprint, f"{fingerprint} issued"}
-            if document.fingerprint(row_here) in good:
-                continue
-            if workload in options.profiled:
-                run = partial(ahead_of_time.profile, code, path=path)
-                row_here = estimate(run, row_here, quick=options.quick)
-                how = "issued" if options.quick else "profiled"
-                row_here["fingerprint"] = f"{fingerprint} {how}"
-            document.add(row_here)
-
-
-def _programs(
-    options: argparse.Namespace, official: Path | None
-) -> Iterator[tuple[str, str, str, Row]]:
-    """Workload, dtype, name and row of each program."""
-    left_out = tuple(options.leave_out)
-    for workload in options.workloads:
-        names = programs("tpu", WORKLOADS[workload])
-        if official and workload in options.profiled:
-            names += OFFICIAL_PROGRAMS
-        for dtype in DTYPES:
-            for name in names:
-                if not name.endswith(left_out):
-                    known = ours(name, workload, dtype) if name in PROGRAMS else {}
-                    yield workload, dtype, name, known
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line."""
-    options = _options(arguments)
-    platform = jax.default_backend()
-    if options.measure or platform != "cpu":
-        scan_measured.run(
-            options.output, RESULTS, options.workloads, budget_s=options.seconds
-        )
-        return
-    if options.workloads is None:
-        options.workloads = list(WORKLOADS)
-    document = Document(options.output or RESULTS, COLUMNS, resume=True)
-    with tempfile.TemporaryDirectory() as directory:
-        official = None
-        if options.official:  # alone: what else lies beside it must not be imported
-            official = Path(directory)
-            package = options.official.absolute() / "recurrentgemma"
-            os.symlink(package, official / "recurrentgemma")
-        estimates(document, options, official)
-    if options.model:
-        scan_model.estimates(document)
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--official", type=Path, help="directory of the package")
-    parser.add_argument(
-        "--model", action="store_true", help="also whole programs of the 2B model"
-    )
-    parser.add_argument(
-        "--generations",
-        nargs="+",
-        default=list(ahead_of_time.CHIPS),
-        choices=list(ahead_of_time.CHIPS),
-    )
-    parser.add_argument("--workloads", nargs="*", choices=list(WORKLOADS))
-    parser.add_argument(
-        "--profiled", nargs="*", default=list(PROFILED), choices=list(WORKLOADS)
-    )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="seconds a program, not minutes: cycles are the bundles that it issues",
-    )
-    parser.add_argument(
-        "--leave-out", nargs="*", default=(), help="programs, by the end of their names"
-    )
-    parser.add_argument(
-        "--measure", action="store_true", help="time the programs, on a CPU too"
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS))
     parser.add_argument(
         "--seconds",
         type=float,
-        default=scan_measured.BUDGET_S,
+        default=BUDGET_S,
         help="after which no other program is measured",
     )
-    parser.add_argument("--output", type=Path, help="the JSON document")
-    options = parser.parse_args(arguments)
-    needs_compiler = options.profiled or options.model
-    if options.measure or jax.default_backend() != "cpu":
-        if options.output and options.output.resolve() == RESULTS.resolve():
-            parser.error("--output: these are the estimates; measure into another file")
-    elif needs_compiler and importlib.util.find_spec("libtpu") is None:
-        parser.error(
-            "there is no TPU or GPU here, and no TPU compiler for estimates: "
-            "pip install 'recurrentgemma[tpu-plan]', or time this CPU with --measure"
-        )
-    return options
 
 
-if __name__ == "__main__":
-    main()
+def run(options: argparse.Namespace) -> None:
+    """Measures the programs of the device that is here."""
+    start = time.perf_counter()
+    device, platform = jax.devices()[0], jax.default_backend()
+    kind = device.device_kind
+    workloads = options.workloads
+    if workloads is None:
+        workloads = MEASURED_ON_CPU if platform == "cpu" else MEASURED
+    memory = _memory_bytes(device)
+    copies = copy_bandwidths(platform, memory)
+    bandwidth = max(copies.values())
+    dispatch_s = min(_samples_s(jax.jit(lambda x: x + 1), [jnp.ones((8, 128))], 100))
+    note(f"{kind}: copies {bandwidth / 1e9:.4g} GB/s, a call {1e6 * dispatch_s:.3g} us")
+    report = Report(
+        options.output,
+        COLUMNS,
+        key=KEY,
+        accelerator=kind,
+        memory_bytes=memory,
+        copy_bytes_per_s=copies,
+        dispatch_ms=1e3 * dispatch_s,
+    )
+    generation = str(GENERATIONS.get(kind, kind))
+    expected = _expected(ESTIMATES)
+    for workload in workloads:
+        for dtype in _dtypes(device):
+            for name in programs(platform, WORKLOADS[workload]):
+                key = dict(zip(KEY, (name, workload, dtype, generation), strict=True))
+                row: Row = {"remark": f"left out: {options.seconds:g} s are over"}
+                if time.perf_counter() - start < options.seconds:
+                    row = measure(name, WORKLOADS[workload], dtype, memory)
+                if "measured_ms" in row:
+                    row["bandwidth_share"] = row["bytes_per_s"] / bandwidth
+                report.add(key | row | expected.get(tuple(key.values()), {}))
+    note(f"Written to {options.output}")
+
+
+def measure(name: str, workload: Workload, dtype: str, memory: int) -> Row:
+    """Checks and times a program; what goes wrong is a remark of its row."""
+    try:
+        row = check(name, dtype)
+        if not row["rms_error"] <= TOLERANCES[dtype]:  # true of NaN too
+            return row | {"remark": "WRONG, not timed"}
+        return row | _timed(name, workload, dtype, memory)
+    except Exception as error:  # noqa: BLE001 - whatever a device comes up with
+        reason = str(error).strip().split("\n")[0][:200]
+        return {"remark": f"{type(error).__name__}: {reason}"}
+
+
+@functools.cache
+def check(name: str, dtype: str) -> dict[str, float]:
+    """Largest and relative RMS error of a program's results, the worst of them."""
+    name, implementation = split_name(name)
+    op = OPS[name]
+    workload = next(workload for workload in CHECKED if op.fits(workload))
+    arguments = random_arguments(name, workload, dtype, seed=0)
+    exact = {key: jax.tree.map(_widened, value) for key, value in arguments.items()}
+    reference = functools.partial(op.function, implementation="reference")
+    with jax.default_matmul_precision("highest"):
+        if op.forward:
+            before = list(arguments)[: list(arguments).index("y")]
+            y, _ = jax.jit(op.forward)(*(exact[key] for key in before))
+            arguments["y"] = y.astype(dtype)
+        expected = jax.jit(reference)(*exact.values())
+    run = functools.partial(op.function, implementation=implementation)
+    # float32 products are rounded to less on most devices, unless they are asked not to.
+    precision = "highest" if dtype == "float32" else None
+    with jax.default_matmul_precision(precision):
+        actual = jax.jit(run)(*arguments.values())
+    errors = [
+        _errors(*pair)
+        for pair in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    ]
+    largest, rms = np.max(errors, axis=0)
+    return {"maximum_error": float(largest), "rms_error": float(rms)}
+
+
+def _widened(array: jax.Array) -> jax.Array:
+    floating = jnp.issubdtype(array.dtype, jnp.floating)
+    return array.astype(jnp.float32) if floating else array
+
+
+def _errors(actual: jax.Array, expected: jax.Array) -> tuple[float, float]:
+    found, right = (np.asarray(a).astype(np.float64) for a in (actual, expected))
+    scale = max(float(np.sqrt(np.mean(right**2))), TINY)
+    difference = np.abs(found - right)
+    return float(difference.max()), float(np.sqrt(np.mean(difference**2))) / scale
+
+
+def _timed(name: str, workload: Workload, dtype: str, memory: int) -> Row:
+    program = PROGRAMS[name](workload, dtype)
+    function, shapes = program
+    moved = least_bytes(program)
+    row: Row = {"least_bytes": moved}
+    results = _bytes(jax.eval_shape(function, *shapes))
+    # Another set of results exists while the next call runs.
+    needed = moved + results
+    if needed < USABLE_MEMORY * memory:
+        compiled = jax.jit(function).lower(*shapes).compile()
+        analysis = compiled.memory_analysis()
+        needed += analysis.temp_size_in_bytes if analysis else 0
+    if needed >= USABLE_MEMORY * memory:
+        room = f"{needed / 1e9:.3g} of {memory / 1e9:.3g} GB"
+        return row | {"remark": f"does not fit: {room}"}
+    arguments = random_arguments(split_name(name)[0], workload, dtype, seed=1)
+    in_flight = int((USABLE_MEMORY * memory - needed) // results) + 1
+    samples = _samples_s(compiled, list(arguments.values()), min(MOST_CALLS, in_flight))
+    seconds = statistics.median(samples)
+    return row | {
+        "measured_ms": 1e3 * seconds,
+        "samples_ms": [1e3 * sample for sample in samples],
+        "bytes_per_s": moved / seconds,
+    }
+
+
+def _samples_s(
+    function: Callable[..., Any], arguments: Sequence[Any], most_calls: int
+) -> list[float]:
+    """Seconds a call, of samples of several calls."""
+
+    def sample(calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = function(*arguments)
+        jax.block_until_ready(result)
+        return (time.perf_counter() - start) / calls
+
+    jax.block_until_ready(function(*arguments))
+    calls = max(1, min(most_calls, math.ceil(SAMPLE_S / sample(1))))
+    sample(calls)
+    return [sample(calls) for _ in range(SAMPLES)]
+
+
+def copy_bandwidths(platform: str, memory: int) -> dict[str, float]:
+    """Bytes a second, read and written, by the bytes of the array that is copied."""
+    found = {}
+    for size in COPY_BYTES.get(platform, ACCELERATOR_COPY_BYTES):
+        if 4 * size < memory:
+            x = jax.random.uniform(jax.random.key(0), (size // 4,))
+            samples = _samples_s(jax.jit(lambda x: x + 1), [x], most_calls=MOST_CALLS)
+            found[str(size)] = 2 * size / statistics.median(samples)
+    return found
+
+
+def _memory_bytes(device: Any) -> int:
+    """Of the device; on a CPU a quarter of the machine's."""
+    statistics_ = device.memory_stats() or {}
+    if "bytes_limit" in statistics_:
+        return statistics_["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+
+
+def _dtypes(device: Any) -> tuple[str, str]:
+    """float32 and the device's short one."""
+    capability = getattr(device, "compute_capability", None)
+    old_gpu = device.platform == "gpu" and capability and float(capability) < 8
+    return "float32", "float16" if old_gpu else "bfloat16"
+
+
+def _expected(estimates: Path) -> dict[tuple[str, ...], Row]:
+    """What the compiler said, by the values of `KEY`."""
+    if not estimates.exists():
+        return {}
+    return {
+        tuple(row[name] for name in KEY): {"estimated_ms": row["estimated_ms"]}
+        for row in json.loads(estimates.read_text())["rows"]
+        if "estimated_ms" in row
+    }
+
+
+def _bytes(shapes: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))

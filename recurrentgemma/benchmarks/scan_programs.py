@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from recurrentgemma.benchmarks.report import Column
 from recurrentgemma.kernels.dispatch import Table
 from recurrentgemma.kernels.linear_scan import GRADIENTS as SCAN_GRADIENTS
 from recurrentgemma.kernels.linear_scan import IMPLEMENTATIONS as SCANS
@@ -49,6 +50,10 @@ CONV_WIDTH = 4
 """Taps of the convolution before the RG-LRU, in RecurrentGemma."""
 DOCUMENT = 200
 """Tokens after which positions start again at 0."""
+
+KEY = ("program", "workload", "dtype", "generation")
+"""What tells the rows of these programs apart."""
+KEY_COLUMNS = tuple(map(Column, KEY, KEY, (38, 16, 8, 10)))
 
 Arguments = dict[str, Any]
 Program = tuple[Callable[..., Any], tuple[Any, ...]]

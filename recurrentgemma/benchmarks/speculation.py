@@ -1,23 +1,17 @@
 """Speculative decoding: nano proposes, a larger model of its tokens decides.
 
-    python -m recurrentgemma.benchmarks.speculation
-
 The larger model is made here: nano with more layers and wider MLPs, whose new parts
 change nothing at first (their last matrices are zero; Net2Net, arXiv 1511.05641), then
 trained on for some steps on the text that nano was trained on, so that the two differ as
 a model and its smaller sibling do. `--target` takes another one.
 
-Every way writes the same greedy and sampled text, which is checked, and the ways are
-timed in turn. Accepted is the share of proposed tokens that were kept.
+Both ways must write the same greedy and sampled text before they are timed in turn.
+Accepted is the share of proposed tokens that were kept.
 """
 
 import argparse
 import dataclasses
-import json
 import sys
-import time
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +20,9 @@ import tqdm
 from flax import nnx
 
 from recurrentgemma import cost
-from recurrentgemma.benchmarks.paired import OURS, Measure, table, take_turns
-from recurrentgemma.benchmarks.provenance import ROOT, provenance
+from recurrentgemma.benchmarks.paired import OURS, Way, columns, compare_ways
+from recurrentgemma.benchmarks.report import Column, Report
 from recurrentgemma.checkpoints import load, named_parameters
-from recurrentgemma.generation.results import Sample
 from recurrentgemma.generation.sampler import Sampler
 from recurrentgemma.generation.sampling import Sampling
 from recurrentgemma.griffin import Griffin
@@ -44,7 +37,6 @@ from recurrentgemma.training.optimizer import OptimizerConfig, make_optimizer
 from recurrentgemma.training.state import TrainState, with_parameters
 from recurrentgemma.training.step import make_train_step
 
-RESULTS = ROOT / "recurrentgemma" / "benchmarks" / "results" / "speculation.json"
 LAYERS_FACTOR = 4
 MLP_FACTOR = 4
 LAST_MATRICES = ("linear_out", "proj_out", "down")
@@ -105,83 +97,8 @@ def train_on(
     return with_parameters(template, state.params), losses
 
 
-class Way:
-    """Decoding with or without a draft; a worker for `take_turns`."""
-
-    peak_bytes = None
-
-    def __init__(self, name: str, sampler: Sampler, request: dict[str, Any]):
-        self.name = name
-        self.sampler = sampler
-        self._request = request
-
-    def run(self) -> list[Sample]:
-        """One sample of every prompt, one after another."""
-        request = dict(self._request)
-        prompts = request.pop("prompts")
-        return [self.sampler([prompt], **request)[0] for prompt in prompts]
-
-    def tokens_per_s(self) -> float:
-        """New tokens for a second."""
-        start = time.perf_counter()
-        samples = self.run()
-        return sum(len(s.tokens) for s in samples) / (time.perf_counter() - start)
-
-
-def compare(
-    target: Griffin, draft: Griffin, tokenizer: Tokenizer, arguments: Any
-) -> list[dict[str, Any]]:
-    """Every number of proposed tokens, greedy and sampled, against plain decoding.
-
-    Raises:
-      RuntimeError: a draft changed the text.
-    """
-    documents = split_held_out(read_documents(PYTHON_STDLIB), 0.02)[1]
-    prompts = [d.text[:400] for d in documents if len(d.text) > 800]
-    prompts = prompts[: arguments.prompts]
-    results = []
-    for name, sampling in SAMPLINGS.items():
-        request = {
-            "prompts": prompts,
-            "sampling": sampling,
-            "max_new_tokens": arguments.new_tokens,
-            "end_tokens": [],
-        }
-        plain = Way(PLAIN, Sampler(target, tokenizer), request)
-        expected = plain.run()
-        for count in arguments.draft_tokens:
-            sampler = Sampler(target, tokenizer, draft=draft, num_draft_tokens=count)
-            way = Way(OURS, sampler, request)
-            samples = way.run()
-            same = [
-                a.tokens == b.tokens for a, b in zip(samples, expected, strict=True)
-            ]
-            if not all(same):
-                raise RuntimeError(f"{name}, {count}: {same.count(False)} other texts")
-            calls = sum(s.num_calls for s in samples)
-            tokens = sum(len(s.tokens) for s in samples)
-            result = take_turns(
-                Measure(
-                    f"{name}, {count} proposed",
-                    "tokens/s",
-                    higher_is_better=True,
-                    sample=lambda way, _: way.tokens_per_s(),  # type: ignore
-                    rounds=arguments.rounds,
-                ),
-                [way, plain],  # type: ignore[arg-type]
-            )
-            accepted = (tokens - calls) / (calls * count)
-            print(table([result]), f"\naccepted {accepted:.1%}, same text", flush=True)
-            results.append(
-                result.to_dict()
-                | {"accepted": accepted, "tokens_per_call": tokens / calls}
-            )
-    return results
-
-
-def main() -> None:
-    """Runs from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
     parser.add_argument("--target", help="a larger model of the draft's tokens")
     parser.add_argument("--draft", default="nano")
     parser.add_argument("--steps", type=int, default=60, help="of training the target")
@@ -189,25 +106,47 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    draft, tokenizer = load(arguments.draft)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Every number of proposed tokens, greedy and sampled, against plain decoding.
+
+    Raises:
+      Disagreement: a draft changed the text.
+    """
+    draft, tokenizer = load(options.draft)
     assert tokenizer is not None
     losses: list[float] = []
-    if arguments.target:
-        target, _ = load(arguments.target)
+    if options.target:
+        target, _ = load(options.target)
     else:
-        target, losses = train_on(grow(draft), tokenizer, arguments.steps)
-    document = {
-        **provenance(),
-        "target": arguments.target or "nano, grown and trained on",
-        "target_parameters": cost.num_parameters(target.config),
-        "draft_parameters": cost.num_parameters(draft.config),
-        "losses": losses,
-        "results": compare(target, draft, tokenizer, arguments),
-    }
-    arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+        target, losses = train_on(grow(draft), tokenizer, options.steps)
+    report = Report(
+        options.output,
+        columns([OURS, PLAIN], Column("accepted", "accepted")),
+        target=options.target or "nano, grown and trained on",
+        target_parameters=cost.num_parameters(target.config),
+        draft_parameters=cost.num_parameters(draft.config),
+        losses=losses,
+    )
+    documents = split_held_out(read_documents(PYTHON_STDLIB), 0.02)[1]
+    prompts = [d.text[:400] for d in documents if len(d.text) > 800][: options.prompts]
 
+    def way(name: str, sampler: Sampler, sampling: Sampling) -> Way:
+        request = {"sampling": sampling, "max_new_tokens": options.new_tokens}
+        return Way(
+            name, lambda: [sampler([p], end_tokens=[], **request)[0] for p in prompts]
+        )
 
-if __name__ == "__main__":
-    main()
+    for name, sampling in SAMPLINGS.items():
+        plain = way(PLAIN, Sampler(target, tokenizer), sampling)
+        for count in options.draft_tokens:
+            sampler = Sampler(target, tokenizer, draft=draft, num_draft_tokens=count)
+            ways = [way(OURS, sampler, sampling), plain]
+            row, samples = compare_ways(
+                f"{name}, {count} proposed", ways, options.rounds
+            )
+            calls = sum(sample.num_calls for sample in samples)
+            tokens = sum(len(sample.tokens) for sample in samples)
+            row["accepted"] = (tokens - calls) / (calls * count)
+            report.add(row | {"tokens_per_call": tokens / calls})

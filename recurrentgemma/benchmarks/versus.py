@@ -1,38 +1,35 @@
-"""This package beside the official recurrentgemma 1.0.1 and transformers, on one CPU.
+"""This package beside others: the official recurrentgemma 1.0.1, transformers, itself.
 
-    python -m recurrentgemma.benchmarks.versus \\
+    python -m recurrentgemma.benchmarks versus \\
         --official-python /envs/official/bin/python \\
         --transformers-python /envs/transformers/bin/python
+    python -m recurrentgemma.benchmarks versus --before WORKTREE
 
 The regime asked about: float32, a model of 67M parameters (width 768, six layers R R A,
 window 1024, 32000 pieces), the same random weights and tokens for everybody, one
-process each, measured in turn. Environments that are not given are left out. First it
-is checked that all compute the same; then come the figures: the median of each, in
-brackets how many times better ours is (median of the ratios within rounds), and the
-ceiling that this machine's own matrix products set. The JSON document, written last,
-holds every single measurement.
+process each on this CPU, measured in turn. Opponents that are not given are left out;
+`--before` names another checkout of this project, such as a worktree of an older
+commit. No speed is reported before it is checked that all compute the same. A row holds
+the median of each, how many times better ours is (median of the ratios within rounds),
+and the limit that this machine's own matrix products set.
 """
 
 import argparse
 import contextlib
-import json
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from recurrentgemma.benchmarks import agreement
+from recurrentgemma.benchmarks import agreement, runner
 from recurrentgemma.benchmarks.limits import limits, rates
-from recurrentgemma.benchmarks.measures import Plan, compilation, measures
+from recurrentgemma.benchmarks.measures import Plan, compilations, measures
 from recurrentgemma.benchmarks.opponents import checkpoint
 from recurrentgemma.benchmarks.opponents.worker import Worker
-from recurrentgemma.benchmarks.paired import OURS, compare, table
-from recurrentgemma.benchmarks.provenance import provenance
+from recurrentgemma.benchmarks.paired import OURS, columns, compare
+from recurrentgemma.benchmarks.report import Column, Report, note
 from recurrentgemma.config import GriffinConfig
 
-RESULTS = Path(__file__).parent / "results" / "versus.json"
-
+BEFORE = "before"
 CONFIG = GriffinConfig(
     vocab_size=32000,
     width=768,
@@ -48,90 +45,82 @@ CONFIG = GriffinConfig(
 )
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    parser.add_argument("--official-python", type=_file, metavar="PATH")
+    parser.add_argument("--transformers-python", type=_file, metavar="PATH")
+    parser.add_argument(
+        "--before", type=Path, metavar="DIRECTORY", help="another checkout of ours"
+    )
+    parser.add_argument("--rounds", type=int, default=Plan.rounds)
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="rows, by the beginnings of their names"
+    )
+
+
+def _file(text: str) -> str:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"expected a Python interpreter, got {text}")
+    return str(Path(text).absolute())
+
+
 def run(
-    pythons: dict[str, str | None],
-    config: GriffinConfig,
-    plan: Plan,
-    directory: Path,
-) -> dict[str, Any]:
+    options: argparse.Namespace,
+    config: GriffinConfig = CONFIG,
+    plan: Plan | None = None,
+) -> None:
     """The whole comparison.
 
     Args:
-      pythons: Interpreter by opponent; None leaves the opponent out.
-      config: See `checkpoint.write`.
+      options: Those of `add_arguments`, and `output`.
+      config: The model; see `checkpoint.write`.
       plan: Sizes and repetitions.
-      directory: Empty; weights and the workers' logs go here.
-
-    Returns:
-      The document.
 
     Raises:
-      Disagreement: Somebody computes something else.
-      WorkerError: An opponent failed.
+      Disagreement: somebody computes something else.
+      WorkerError: an opponent failed.
     """
-    where = provenance()  # first: the checkout may move on while this runs
-    checkpoint.write(directory, config)
-    with contextlib.ExitStack() as stack:
+    plan = plan or Plan(rounds=options.rounds)
+    first, later = (
+        [m for m in some if m.name.startswith(tuple(options.only))]
+        for some in (compilations(plan), measures(plan))
+    )
+    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
+        checkpoint.write(Path(directory), config)
         workers = [
-            stack.enter_context(Worker(name, python, directory))
-            for name, python in pythons.items()
-            if python is not None
+            stack.enter_context(worker) for worker in _workers(options, Path(directory))
         ]
-        versions = {worker.name: worker.ask("versions") for worker in workers}
-        window = config.attention_window
-        findings = agreement.check(workers, plan, window)
-        results = [compare(compilation(plan), workers)]
-        findings += agreement.check_generation(workers, plan)
-        findings += agreement.check_loss(workers, plan, window)
-        _report(f"All agree: {len(findings)} comparisons.")
+        names = [worker.name for worker in workers]
+        report = Report(
+            options.output,
+            columns(names, Column("limit", "limit")),
+            worker_versions={worker.name: worker.ask("versions") for worker in workers},
+            config=config.to_dict(),
+        )
+        compiled = [compare(measure, workers) for measure in first]
+        findings = agreement.check(workers, plan, config.attention_window)
+        note(f"All agree: {len(findings)} comparisons.")
         measured = rates(config, plan.decode_batches)
-        for measure in measures(plan):
-            results.append(compare(measure, workers))
-            _report(table(results[-1:]))
-    return {
-        **where,
-        "versions": versions,
-        "config": config.to_dict(),
-        "agreement": findings,
-        "rates": measured,
-        "limits": limits(config, plan, measured),
-        "results": [result.to_dict() for result in results],
-        "table": table(results).splitlines(),
-    }
+        report.facts |= {"agreement": findings, "rates": measured}
+        for row in compiled:
+            report.add(row)
+        ceilings = limits(config, plan, measured)
+        for measure in later:
+            row = compare(measure, workers)
+            report.add(row | {"limit": ceilings.get(measure.name)})
 
 
-def _report(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _found(name: str, python: str | None) -> str | None:
-    if python is None or not Path(python).is_file():
-        reason = "no environment given" if python is None else f"no file {python}"
-        _report(f"{name} is left out: {reason} (--{name}-python).")
-        return None
-    return str(Path(python).absolute())
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--official-python", metavar="PATH")
-    parser.add_argument("--transformers-python", metavar="PATH")
-    parser.add_argument("--rounds", type=int, default=Plan.rounds)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args(arguments)
-    pythons = {
-        OURS: sys.executable,
-        "official": _found("official", options.official_python),
-        "transformers": _found("transformers", options.transformers_python),
-    }
-    with tempfile.TemporaryDirectory() as directory:
-        document = run(pythons, CONFIG, Plan(rounds=options.rounds), Path(directory))
-    print("\n".join(document["table"]))
-    for name, ceiling in document["limits"].items():
-        print(f"limit of this machine, {name}: {ceiling:.0f} tokens/s")
-    options.output.parent.mkdir(exist_ok=True, parents=True)
-    options.output.write_text(json.dumps(document, indent=1) + "\n")
+def _workers(options: argparse.Namespace, directory: Path) -> list[Worker]:
+    found = [Worker(OURS, sys.executable, directory)]
+    if options.before:
+        found.append(Worker(BEFORE, sys.executable, directory, options.before))
+    for name in "official", "transformers":
+        if python := getattr(options, f"{name}_python"):
+            found.append(Worker(name, python, directory))
+        else:
+            note(f"{name} is left out: no --{name}-python.")
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    runner.main(["versus", *sys.argv[1:]])

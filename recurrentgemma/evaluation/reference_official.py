@@ -2,7 +2,7 @@
 
     python -P reference_official.py REQUEST
 
-Runs in an environment of its own (see `references.py`, which writes the request) and
+Runs in an environment of its own (see `layer_states.py`, which writes the request) and
 imports nothing of this package.
 """
 

@@ -1,104 +1,93 @@
-"""The table of the recurrence's estimates: what needs no compiler for TPU."""
+"""The device check, on this CPU."""
 
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from recurrentgemma.benchmarks import ahead_of_time, scan, scan_programs
-from recurrentgemma.benchmarks.block_traffic import block_bytes
-from recurrentgemma.kernels.linear_scan.workloads import WORKLOADS, Workload
+from recurrentgemma.benchmarks import runner, scan, scan_programs
+from recurrentgemma.kernels.linear_scan.workloads import Workload
 
-WORKLOAD = Workload(2, 1000, 256)
-SEQUENCE, STATE = 2 * 1000 * 256, 2 * 256 * 4
-
-
-@pytest.mark.parametrize(
-    ("program", "sequences", "states"),
-    [
-        ("linear_scan: pallas_tpu", 3, 2),
-        ("linear_scan gradient: pallas_tpu", 5, 3),
-        ("rg_lru: composed", 4, 2),
-        ("rg_lru gradient: composed", 8, 5),
-    ],
-)
-def test_least_bytes(program, sequences, states):
-    for dtype, itemsize in [("float32", 4), ("bfloat16", 2)]:
-        least = scan_programs.least_bytes(scan.PROGRAMS[program](WORKLOAD, dtype))
-        expected = sequences * SEQUENCE * itemsize + states * STATE
-        if program.startswith("rg_lru"):
-            expected += 2 * 1000 * 4  # positions
-            expected += 0 if "gradient" in program else 256 * 4  # one a_param
-        assert least == expected
+TINY = Workload(1, 16, 128)
+NAMES = ["rg_lru: composed", "linear_scan gradient: chunked"]
 
 
-@pytest.mark.parametrize("op", ["linear_scan gradient", "rg_lru gradient"])
-def test_block_bytes_count_the_group_before_each_block(op):
-    function, shapes = scan.PROGRAMS[f"{op}: pallas_tpu"](WORKLOAD, "float32")
-    least = scan_programs.least_bytes((function, shapes))
-    more = block_bytes(function, *shapes) - least
-    # Whole blocks, the last one beyond the end; groups of 8 steps before each.
-    assert 0 < more < 0.2 * least
+@pytest.fixture
+def few_programs(monkeypatch):
+    monkeypatch.setitem(scan.WORKLOADS, "train_small", TINY)
+    monkeypatch.setattr(scan, "programs", lambda *_: NAMES)
+    monkeypatch.setattr(scan, "SAMPLE_S", 1e-4)
+    monkeypatch.setattr(scan, "CHECKED", (Workload(1, 20, 128),))
 
 
-def test_block_bytes_of_a_forward_kernel_are_the_least_bytes():
-    function, shapes = scan.PROGRAMS["linear_scan: pallas_tpu"](
-        Workload(2, 1024, 256), "float32"
-    )
-    least = scan_programs.least_bytes((function, shapes))
-    assert block_bytes(function, *shapes) == least
+def measured_rows(tmp_path, *arguments):
+    output = tmp_path / "scan-cpu.json"
+    command = ["scan", "--workloads", "train_small", "--output", str(output)]
+    runner.main([*command, *arguments])
+    return json.loads(output.read_text())
 
 
-def test_every_program_traces():
-    for program in scan.PROGRAMS.values():
-        for dtype in scan_programs.DTYPES:
-            function, shapes = program(Workload(1, 9, 512), dtype)
-            results = jax.tree.leaves(jax.eval_shape(function, *shapes))
-            assert results[0].dtype == dtype
+def test_table(tmp_path, few_programs):
+    document = measured_rows(tmp_path)
+    assert len(document["rows"]) == len(NAMES) * len(scan_programs.DTYPES)
+    bandwidth = max(document["copy_bytes_per_s"].values())
+    for row in document["rows"]:
+        assert 0 < row["rms_error"] < scan.TOLERANCES[row["dtype"]]
+        assert len(row["samples_ms"]) == scan.SAMPLES
+        seconds = row["measured_ms"] / 1e3
+        assert row["bytes_per_s"] == pytest.approx(row["least_bytes"] / seconds)
+        assert row["bandwidth_share"] == pytest.approx(row["bytes_per_s"] / bandwidth)
 
 
-def test_each_platform_has_its_programs():
-    for platform, plain in [
-        ("tpu", "composed"),
-        ("gpu", "chunked"),
-        ("cpu", "chunked"),
-    ]:
-        names = scan_programs.programs(platform, WORKLOAD)
-        assert f"linear_scan: {plain}" in names or f"rg_lru: {plain}" in names
-        kernels = [name for name in names if "pallas" in name]
-        assert all(name.endswith(f"pallas_{platform}") for name in kernels)
-        assert bool(kernels) == (platform != "cpu")
+def test_a_wrong_program_is_not_timed(tmp_path, few_programs, monkeypatch):
+    def wrong(x, *others, implementation):
+        y, last = op.function(x, *others, implementation=implementation)
+        return (y * 1.001 if implementation == "composed" else y), last
+
+    op = scan_programs.OPS["rg_lru"]
+    monkeypatch.setitem(scan.OPS, "rg_lru", op._replace(function=wrong))
+    scan.check.cache_clear()
+    rows = measured_rows(tmp_path)["rows"]
+    scan.check.cache_clear()
+    row = rows[0]
+    assert (row["program"], row["remark"]) == (NAMES[0], "WRONG, not timed")
+    assert row["rms_error"] == pytest.approx(1e-3, rel=0.01)
+    assert "measured_ms" not in row
+    assert "measured_ms" in rows[1]
 
 
-def test_table_without_a_compiler(tmp_path, capsys):
-    output = tmp_path / "scan.json"
-    arguments = ["--workloads", "train_small", "--profiled", "--output", str(output)]
-    arguments += ["--generations", "v5e", "--leave-out", "pallas_tpu"]
-    scan.main(arguments)
-    document = json.loads(output.read_text())
-    names = scan_programs.programs("tpu", WORKLOADS["train_small"])
-    plain = [name for name in names if "pallas" not in name]
-    assert len(document["rows"]) == len(plain) * len(scan_programs.DTYPES)
-    row = document["rows"][0]
-    bandwidth = ahead_of_time.CHIPS["v5e"].bytes_per_s
-    assert row["roofline_ms"] == 1e3 * row["least_bytes"] / bandwidth
-    assert len(capsys.readouterr().out.splitlines()) == len(document["rows"]) + 1
+def test_what_cannot_run_says_why(tmp_path, few_programs, monkeypatch):
+    monkeypatch.setattr(scan, "_memory_bytes", lambda _: 2**30)
+    monkeypatch.setitem(scan.WORKLOADS, "train_small", Workload(8, 131072, 2560))
+    rows = measured_rows(tmp_path)["rows"]
+    assert all(row["remark"].startswith("does not fit: ") for row in rows)
 
-    # Nothing has changed, and nothing is estimated again.
-    scan.main(arguments)
-    assert len(capsys.readouterr().out.splitlines()) == 1
-    again = json.loads(output.read_text())
-    assert again["rows"] == document["rows"]
+    monkeypatch.setattr(scan, "programs", lambda *_: ["rg_lru: chunked"])
+    rows = measured_rows(tmp_path)["rows"]
+    assert all("NotImplementedError" in row["remark"] for row in rows)
 
 
-def test_estimates_need_a_compiler(monkeypatch, capsys):
-    monkeypatch.setattr(scan.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit):
-        scan.main([])
-    assert "tpu-plan" in capsys.readouterr().err
+def test_a_budget_is_kept(tmp_path, few_programs):
+    rows = measured_rows(tmp_path, "--seconds", "0")["rows"]
+    assert all(row["remark"].startswith("left out") for row in rows)
 
 
-def test_measurements_do_not_replace_the_estimates(capsys):
-    with pytest.raises(SystemExit):
-        scan.main(["--measure", "--output", str(scan.RESULTS)])
-    assert "measure into another file" in capsys.readouterr().err
+def test_estimates_stand_beside(tmp_path, few_programs, monkeypatch):
+    estimates = tmp_path / "estimates.json"
+    key = {"workload": "train_small", "dtype": "float32", "generation": "cpu"}
+    row = {"program": NAMES[0], "estimated_ms": 0.25} | key
+    estimates.write_text(json.dumps({"rows": [row]}))
+    monkeypatch.setattr(scan, "ESTIMATES", estimates)
+    found = measured_rows(tmp_path)["rows"]
+    assert [row.get("estimated_ms") for row in found] == [0.25, None, None, None]
+
+
+def test_random_arguments_keep_their_order_and_ranges():
+    arguments = scan_programs.random_arguments("rg_lru", TINY, "bfloat16", seed=1)
+    assert list(arguments) == list(scan_programs.OPS["rg_lru"].arguments(TINY, "f4"))
+    assert -6 <= jnp.min(arguments["a_param"]) < jnp.max(arguments["a_param"]) <= -3
+    assert not jnp.array_equal(arguments["x"], arguments["input_logits"])
+    other = scan_programs.random_arguments("rg_lru", TINY, "bfloat16", seed=2)
+    assert not jnp.array_equal(arguments["x"], other["x"])
+    assert jax.tree.leaves(arguments)[0].dtype in ("float32", "bfloat16")

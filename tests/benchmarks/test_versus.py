@@ -1,17 +1,21 @@
-"""The comparison end to end, on a tiny model and without the opponents."""
+"""The comparison end to end, on a tiny model and without the other packages."""
 
+import argparse
 import dataclasses
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from recurrentgemma.benchmarks import agreement, paired, versus
-from recurrentgemma.benchmarks.measures import Plan
+from recurrentgemma.benchmarks.measures import Plan, compilations
 from recurrentgemma.benchmarks.opponents import checkpoint, worker
 from recurrentgemma.benchmarks.opponents.worker import Worker, WorkerError
+from recurrentgemma.benchmarks.paired import Disagreement
 from recurrentgemma.checkpoints import load
 
 CONFIG = dataclasses.replace(
@@ -36,42 +40,72 @@ PLAN = Plan(
     first_call_prompts=(6,),
     check_lengths=(8, 24),
     rounds=2,
+    rounds_of_compilation=1,
 )
 
 
 class FakeWorker:
-    """Answers every command after its own time."""
+    """Answers every command with what a function of the command's name says."""
 
-    def __init__(self, name, seconds, log):
-        self.name, self.seconds, self.log = name, seconds, log
+    def __init__(self, name, answer, log=None):
+        self.name, self.answer, self.log = name, answer, log if log is not None else []
         self.peak_bytes = 10
 
     def ask(self, command, **arguments):
-        self.log.append(self.name)
-        return self.seconds
+        self.log.append((self.name, command))
+        return self.answer(command)
 
 
-def test_everything_runs_with_our_worker_alone(tmp_path, monkeypatch):
+def run(tmp_path, *arguments):
+    output = tmp_path / "versus.json"
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output", type=Path, default=output)
+    versus.add_arguments(parser)
+    versus.run(parser.parse_args(arguments), CONFIG, PLAN)
+    return json.loads(output.read_text())
+
+
+def test_ours_beside_another_checkout(tmp_path, monkeypatch, capsys):
     # Quick compilation, as in all tests.
     monkeypatch.setattr(worker, "NOT_INHERITED", ("PYTHONPATH",))
-    pythons = {"ours": sys.executable, "official": None, "transformers": None}
-    document = versus.run(pythons, CONFIG, PLAN, tmp_path)
-
-    names = [result["name"] for result in document["results"]]
-    assert names == [
-        "compile forward and decode",
+    chosen = ("decode", "prefill 16", "first", "train")
+    document = run(tmp_path, "--before", str(worker.ROOT), "--only", *chosen)
+    rows = document["rows"]
+    assert [row["name"] for row in rows] == [
         "decode, batch 1",
         "prefill 16",
-        "prefill 32",
         "first call, new prompt length",
         "train step 16",
     ]
-    json.dumps(document)
-    for result in document["results"]:
-        assert len(result["samples"]["ours"]) in (1, PLAN.rounds)
-        assert result["peak_bytes"]["ours"] > 0
-    assert set(document["limits"]) == {*names[1:4], names[5]}
-    assert document["versions"]["ours"]["jax"]
+    for row in rows:
+        assert len(row["samples"]["ours"]) in (1, PLAN.rounds)  # first calls: 1
+        assert row["peak_bytes"]["ours"] > 0
+        assert row["advantage"].keys() == {"before"}
+    has_limit = [row.get("limit") is not None for row in rows]
+    assert has_limit == [True, True, False, True]
+    assert document["worker_versions"]["before"]["jax"]
+    assert len(document["agreement"]) == 2 + 1 + 2  # logits, tokens, losses
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(rows)
+    assert "before" in lines[0]
+
+
+def test_another_checkout_runs_its_own_files(tmp_path):
+    folder = tmp_path / "old" / worker.HERE.relative_to(worker.ROOT)
+    folder.mkdir(parents=True)
+    shutil.copy(worker.HERE / "serve.py", folder)
+    (folder / "ours.py").write_text(
+        "class Opponent:\n"
+        "    def __init__(self, directory): pass\n"
+        "    def versions(self): return {'age': 'old'}\n"
+    )
+    arguments = ("before", sys.executable, tmp_path, tmp_path / "old")
+    with Worker(*arguments) as before:
+        assert before.ask("versions") == {"age": "old"}
+        first = before._process.pid
+        before.restart()
+        assert before.ask("versions") == {"age": "old"}
+        assert before._process.pid != first
 
 
 def test_both_layouts_hold_the_same_values(tmp_path):
@@ -83,41 +117,92 @@ def test_both_layouts_hold_the_same_values(tmp_path):
     assert models[0].config == models[1].config == CONFIG
 
 
-def test_absent_opponents_are_left_out_with_a_line(capsys):
-    assert versus._found("official", "/no/such/python") is None
-    assert versus._found("transformers", None) is None
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
-    assert "/no/such/python" in lines[0]
+def test_opponents_that_are_not_there(capsys):
+    parser = argparse.ArgumentParser()
+    versus.add_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--official-python", "/no/such/python"])
+    assert "expected a Python interpreter, got /no/such" in capsys.readouterr().err
+
+
+def test_compilation_is_what_a_new_process_takes_longer_at_first():
+    class Compiling(FakeWorker):
+        def restart(self):
+            self.compiled = set()
+
+    def answer(command):
+        seconds = 1.0 if command in ours.compiled else 3.5
+        ours.compiled.add(command)
+        return {"seconds": seconds}
+
+    ours = Compiling("ours", answer)
+    plan = dataclasses.replace(PLAN, rounds_of_compilation=2)
+    rows = [paired.compare(measure, [ours]) for measure in compilations(plan)]
+    samples = {row["name"]: row["samples"]["ours"] for row in rows}
+    assert samples == {
+        "compile train step": [2.5, 2.5],
+        "compile forward and decode": [5.0, 5.0],
+    }
 
 
 def test_ratios_are_formed_within_rounds_taken_in_turn():
     log = []
-    workers = [FakeWorker("ours", 1.0, log), FakeWorker("official", 3.0, log)]
+    workers = [
+        FakeWorker(name, lambda _, value=value: value, log)
+        for name, value in (("ours", 1.0), ("official", 3.0))
+    ]
     measure = paired.Measure(
         "wait", "s", higher_is_better=False, sample=lambda w, _: w.ask("x"), rounds=2
     )
-    result = paired.compare(measure, workers)  # pyright: ignore[reportArgumentType]
-    assert log == ["ours", "official", "ours", "official", "official", "ours"]
-    assert result.advantage("official") == 3.0
-    assert "3 (3.00)" in paired.table([result])
+    row = paired.compare(measure, workers)
+    names = [name for name, _ in log]
+    assert names == ["ours", "official", "ours", "official", "official", "ours"]
+    assert row["median"] == {"ours": 1.0, "official": 3.0}
+    assert row["advantage"] == {"official": 3.0}
 
 
-def test_different_logits_stop_the_comparison(tmp_path):
-    class Logits:
-        def __init__(self, name, offset):
-            self.name, self.path = name, str(tmp_path / f"{name}.npy")
-            np.save(self.path, np.zeros((8, 4), np.float32) + offset)
+ANSWERS = {"generate": {"tokens": [[5, 6]]}, "train": {"loss": 3.0}}
+OTHER_ANSWERS = {"generate": {"tokens": [[5, 7]]}, "train": {"loss": 3.001}}
+CHECKS = {
+    "logits": "logits 8: ours and official differ by 0.01",
+    "generate": "greedy tokens: ours and official differ by 1",
+    "train": "loss 16, first step: ours and official differ by 0.001",
+}
 
-        def ask(self, command, length):
-            return self.path
 
-    workers = [Logits("ours", 0.0), Logits("official", 1e-5)]
-    findings = agreement.check(workers, PLAN, window=16)  # pyright: ignore[reportArgumentType]
-    assert [f["opponent"] for f in findings] == ["official", "official"]
-    workers[1] = Logits("official", 0.01)
-    with pytest.raises(agreement.Disagreement, match="logits 8: ours and official"):
-        agreement.check(workers, PLAN, window=16)  # pyright: ignore[reportArgumentType]
+@pytest.mark.parametrize("wrong", [None, *CHECKS])
+def test_whatever_differs_stops_the_comparison(wrong, tmp_path):
+    for offset in (0.0, 1e-5, 0.01):
+        logits = np.zeros((8, 4), np.float32) + np.float32(offset)
+        np.save(tmp_path / f"{offset}.npy", logits)
+
+    def ours(command):
+        return ANSWERS.get(command, str(tmp_path / "0.0.npy"))
+
+    def theirs(command):
+        if command == wrong:
+            return OTHER_ANSWERS.get(command, str(tmp_path / "0.01.npy"))
+        return ANSWERS.get(command, str(tmp_path / "1e-05.npy"))
+
+    workers = [FakeWorker("ours", ours), FakeWorker("official", theirs)]
+    if wrong:
+        with pytest.raises(Disagreement, match=CHECKS[wrong]):
+            agreement.check(workers, PLAN, window=16)
+        return
+    findings = agreement.check(workers, PLAN, window=16)
+    assert {f["opponent"] for f in findings} == {"official"}
+    assert len(findings) == 2 + 1 + 2
+
+
+def test_transformers_is_compared_within_its_window():
+    workers = [FakeWorker("ours", ANSWERS.get), FakeWorker("transformers", ANSWERS.get)]
+    plan = dataclasses.replace(PLAN, check_lengths=(), train_length=32)
+    findings = agreement.check(workers, plan, window=16)
+    names = ["greedy tokens", "loss 16, first step", "loss 16, second step"]
+    assert [finding["what"] for finding in findings] == names
+    nan = FakeWorker("transformers", lambda _: {"loss": float("nan")})
+    with pytest.raises(Disagreement, match="differ by nan"):
+        agreement.check([workers[0], nan], plan, window=16)
 
 
 def test_a_failing_command_and_a_dead_worker_say_why(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 
 from recurrentgemma.benchmarks import ahead_of_time
-from recurrentgemma.benchmarks.scan import program_code
+from recurrentgemma.benchmarks.scan_estimates import program_code
 from recurrentgemma.benchmarks.scan_programs import PROGRAMS, programs
 from recurrentgemma.config import PRESETS, Runtime
 from recurrentgemma.griffin import Griffin

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, Self
 
 HERE = Path(__file__).resolve().parent
-PACKAGE_ROOT = HERE.parents[2]
+ROOT = HERE.parents[2]
+OTHER_PACKAGES = "official", "transformers"
 NOT_INHERITED = "PYTHONPATH", "JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS"
 """What would show a worker this package, or change what is measured."""
-
-
 LAST_WORDS = 2000
 """Characters of a dead worker's log that the error shows."""
 
@@ -25,34 +24,48 @@ class Worker:
     """One opponent in a process of its own.
 
     Args:
-      name: The opponent's file in this folder, without its suffix.
+      name: One of `OTHER_PACKAGES`, or any other name for this package.
       python: Interpreter of the opponent's environment.
       directory: What `checkpoint.write` made.
+      checkout: Root of the repository whose files the process runs.
 
     The process starts in an empty directory: from this repository's root the name
     `recurrentgemma` would mean this package, and `kernels` a package that
     transformers looks for.
     """
 
-    def __init__(self, name: str, python: str, directory: Path):
+    def __init__(self, name: str, python: str, directory: Path, checkout: Path = ROOT):
         self.name = name
         self.peak_bytes: int | None = None
-        self._scratch = tempfile.TemporaryDirectory()
         self._log = Path(directory) / f"{name}.log"
-        environment = {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
-        environment |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-        if name == "ours":
-            environment["PYTHONPATH"] = str(PACKAGE_ROOT)
+        here = checkout.absolute() / HERE.relative_to(ROOT)
+        self._environment = {
+            key: value for key, value in os.environ.items() if key not in NOT_INHERITED
+        } | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+        script = f"{name}.py"
+        if name not in OTHER_PACKAGES:
+            script = "ours.py"
+            self._environment["PYTHONPATH"] = str(checkout.absolute())
+        self._command = [python, "-P", here / "serve.py", here / script, directory]
+        self._start()
+
+    def _start(self) -> None:
+        self._scratch = tempfile.TemporaryDirectory()
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [python, "-P", HERE / "serve.py", HERE / f"{name}.py", directory],
+                self._command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 cwd=self._scratch.name,
-                env=environment,
+                env=self._environment,
                 text=True,
             )
+
+    def restart(self) -> None:
+        """Ends the process and starts a new one, which has compiled nothing."""
+        self.close()
+        self._start()
 
     def ask(self, command: str, **arguments: Any) -> Any:
         """Runs a command and waits; `peak_bytes` then holds its peak memory.

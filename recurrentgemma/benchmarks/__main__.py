@@ -1,0 +1,6 @@
+"""See `runner`."""
+
+from recurrentgemma.benchmarks.runner import main
+
+if __name__ == "__main__":
+    main()

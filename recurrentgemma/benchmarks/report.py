@@ -1,0 +1,157 @@
+"""What every benchmark prints and writes: one table, one JSON document.
+
+The document says where and with what it was measured, then the benchmark's own facts,
+then its rows, every single measurement among them. It is written after each row, so
+that an interrupted run loses nothing.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("jax", "jaxlib", "flax", "libtpu")
+"""Packages whose versions a document says."""
+
+Row = dict[str, Any]
+
+
+class Column(NamedTuple):
+    """A column of the table.
+
+    Attributes:
+      title: Text above it.
+      key: Place of the value in a row; "median/ours" is row["median"]["ours"].
+      width: Number of characters.
+      scale: Factor of a number.
+    """
+
+    title: str
+    key: str
+    width: int = 12
+    scale: float = 1.0
+
+    def cell(self, row: Row) -> str:
+        """The value of a row, "-" if it has none."""
+        value: Any = row
+        for part in self.key.split("/"):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is None:
+            value = "-"
+        elif not isinstance(value, str):
+            value = f"{value * self.scale:.4g}"
+        return value.ljust(self.width)
+
+
+class Report:
+    """The rows of a benchmark, printed as they come, and its JSON document.
+
+    Args:
+      path: File of the document.
+      columns: Columns of the table; a row's remark stands behind them.
+      key: What tells rows apart.
+      resume: Whether the rows of an existing file stay until a row with the same key
+        replaces them.
+      **facts: What the document says beside the rows.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        columns: Sequence[Column],
+        *,
+        key: tuple[str, ...] = ("name",),
+        resume: bool = False,
+        **facts: Any,
+    ):
+        self.facts = provenance() | facts
+        self._path, self._columns, self._key = path, columns, key
+        self._rows: dict[tuple[Any, ...], Row] = {}
+        if resume and path.exists():
+            rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+            self._rows = {self._key_of(row): row for row in rows}
+        self._print([column.title.ljust(column.width) for column in columns])
+
+    def find(self, row: Row) -> Row:
+        """The row with the key of this one; empty if there is none yet."""
+        return self._rows.get(self._key_of(row), {})
+
+    def add(self, row: Row) -> None:
+        """Prints a row and writes the document."""
+        self._rows[self._key_of(row)] = row | {"commit": self.facts["commit"]}
+        cells = [column.cell(row) for column in self._columns]
+        self._print([*cells, row.get("remark", "")])
+        self.write()
+
+    def write(self) -> None:
+        """Writes the document: for facts that came after the last row."""
+        document = self.facts | {"rows": list(self._rows.values())}
+        self._path.parent.mkdir(exist_ok=True, parents=True)
+        text = json.dumps(document, indent=1) + "\n"
+        self._path.write_text(text, encoding="utf-8")
+
+    def _key_of(self, row: Row) -> tuple[Any, ...]:
+        return tuple(row[name] for name in self._key)
+
+    @staticmethod
+    def _print(cells: Sequence[str]) -> None:
+        print("  ".join(cells).rstrip(), flush=True)
+
+
+def provenance() -> dict[str, Any]:
+    """Device, versions, commit and time, for the head of a document."""
+    return {
+        "device": device_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": {name: package_version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+        "commit": commit(),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def package_version(package: str) -> str | None:
+    """The version of a package; None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def device_name() -> str:
+    """The name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    return names[0] if names else platform.machine()
+
+
+def commit() -> str:
+    """The checkout's commit, "+changes" if files differ from it; else "unknown"."""
+    try:
+        head = _git("rev-parse", "--short=12", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+changes" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.check_output(
+        command, text=True, stderr=subprocess.DEVNULL
+    ).strip()
+
+
+def note(text: str) -> None:
+    """Tells who watches what no table holds."""
+    print(text, file=sys.stderr, flush=True)
