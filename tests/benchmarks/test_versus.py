@@ -65,29 +65,40 @@ def run(tmp_path, *arguments):
     return json.loads(output.read_text())
 
 
-def test_ours_beside_another_checkout(tmp_path, monkeypatch, capsys):
+def test_everything_runs_with_our_worker_alone(tmp_path, monkeypatch, capsys):
     # Quick compilation, as in all tests.
     monkeypatch.setattr(worker, "NOT_INHERITED", ("PYTHONPATH",))
-    chosen = ("decode", "prefill 16", "first", "train")
-    document = run(tmp_path, "--before", str(worker.ROOT), "--only", *chosen)
+    chosen = ("decode", "prefill", "first", "train")
+    document = run(tmp_path, "--only", *chosen)
     rows = document["rows"]
     assert [row["name"] for row in rows] == [
         "decode, batch 1",
         "prefill 16",
+        "prefill 32",
         "first call, new prompt length",
         "train step 16",
     ]
     for row in rows:
         assert len(row["samples"]["ours"]) in (1, PLAN.rounds)  # first calls: 1
         assert row["peak_bytes"]["ours"] > 0
-        assert row["advantage"].keys() == {"before"}
     has_limit = [row.get("limit") is not None for row in rows]
-    assert has_limit == [True, True, False, True]
-    assert document["worker_versions"]["before"]["jax"]
-    assert len(document["agreement"]) == 2 + 1 + 2  # logits, tokens, losses
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(rows)
-    assert "before" in lines[0]
+    assert has_limit == [True, True, True, False, True]
+    assert document["worker_versions"]["ours"]["jax"]
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(rows)
+
+
+def test_who_takes_part(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(versus, "Worker", lambda *arguments: arguments)
+    parser = argparse.ArgumentParser()
+    versus.add_arguments(parser)
+    given = ["--official-python", sys.executable, "--before", "old"]
+    workers = versus._workers(parser.parse_args(given), tmp_path)
+    assert workers == [
+        ("ours", sys.executable, tmp_path),
+        ("before", sys.executable, tmp_path, Path("old")),
+        ("official", sys.executable, tmp_path),
+    ]
+    assert capsys.readouterr().err.startswith("transformers is left out")
 
 
 def test_another_checkout_runs_its_own_files(tmp_path):
