@@ -4,8 +4,7 @@ It accepts or refuses a program for a named chip, and says what memory it takes.
 static profile gives the cycles of every kernel: an estimate, with latencies and loops
 but without contention, that ranks kernels and scales with size. It is no time.
 
-The compiler reads its flags once a process, so the profile of a program is taken in a
-process of its own.
+The compiler reads its flags once a process, so each profile is taken in a new process.
 """
 
 import functools
@@ -34,11 +33,10 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_LOG_DIR": "disabled",
 }
-"""For the process that compiles, before jax is imported: no chip is looked for."""
-PROFILER_REFUSES = "Static LLO profiling of"
-"""In the error of a process that died of it: on copies with three strides."""
+"""Variables of a process that compiles, set before it imports jax: without them the
+compiler looks for a chip."""
 ROOT = str(Path(__file__).resolve().parents[2])
-"""What this package is imported from."""
+"""Directory that this package is imported from."""
 PACKAGES = ("jax", "jaxlib", "libtpu")
 """Packages whose versions decide what a program is compiled to."""
 
@@ -47,9 +45,9 @@ class Chip(NamedTuple):
     """A TPU generation, as one device of jax sees it.
 
     Attributes:
-      topology: the smallest that the compiler knows by name.
-      clock_hz: from the published peak of its matrix units.
-      bytes_per_s: published memory bandwidth.
+      topology: Name of the smallest topology that the compiler knows.
+      clock_hz: Clock rate, from the published peak of the matrix units.
+      bytes_per_s: Published memory bandwidth.
     """
 
     topology: str
@@ -94,20 +92,19 @@ def compile_for(generation: str, function: Callable[..., Any], *shapes: Any) -> 
 
 
 def fingerprint(text: str) -> str:
-    """Of a program and of what compiles it: equal ones have equal estimates."""
+    """A hash of a program and of the compiler: equal ones have equal estimates."""
     versions = ",".join(f"{name} {package_version(name)}" for name in PACKAGES)
     return hashlib.sha256(f"{versions}\n{text}".encode()).hexdigest()[:16]
 
 
 class Profile(NamedTuple):
-    """Of a program.
+    """What the compiler estimates of a program.
 
     Attributes:
-      cycles: estimated, of the whole grid, by kernel.
-      spills: registers stored to memory and loaded again, instructions of its code, by
-        kernel.
-      issued: bundles and slot use of its largest kernel; see `bundles.issued`.
-      output: what the code printed.
+      cycles: Estimated cycles of the whole grid, by kernel.
+      spills: Number of instructions that store registers to memory, by kernel.
+      issued: Bundles and slot use of the largest kernel; see `bundles.issued`.
+      output: What the code printed.
     """
 
     cycles: dict[str, int]
@@ -120,9 +117,10 @@ def profile(code: str, *, path: Sequence[str] = (), cycles: bool = True) -> Prof
     """Runs Python code that compiles one program, and reads the compiler's profile.
 
     Args:
-      code: compiles a program for a TPU.
-      path: directories put before its import path.
-      cycles: whether to estimate them, which takes a while.
+      code: Python that compiles one program for a TPU.
+      path: Directories put before its import path.
+      cycles: Whether to estimate them, which takes a while; the compiler dies of blocks
+        that are copied with three strides.
 
     Raises:
       RuntimeError: the code failed; with the end of what it printed.
@@ -154,9 +152,9 @@ def run(
     """What Python code prints in a process that can compile for TPU.
 
     Args:
-      code: the program.
-      path: directories put before its import path.
-      environment: variables set for it, such as the compiler's flags.
+      code: The program.
+      path: Directories put before its import path.
+      environment: Variables set for it, such as the compiler's flags.
 
     Raises:
       RuntimeError: the code failed; with the end of what it printed.

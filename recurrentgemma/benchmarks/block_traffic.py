@@ -18,8 +18,8 @@ def block_bytes(function: Callable[..., Any], *shapes: Any) -> int:
     """Bytes of all transfers of a function's kernels, and of nothing else.
 
     Args:
-      function: calls ops of `recurrentgemma.kernels`, with a kernel by name.
-      *shapes: of its arguments.
+      function: Calls ops of `recurrentgemma.kernels`, with a kernel by name.
+      *shapes: Shapes of its arguments.
     """
     return _bytes(jax.make_jaxpr(function)(*shapes).jaxpr)
 

@@ -42,7 +42,7 @@ def cycles(directory: Path) -> dict[str, int]:
 
 
 def spills(directory: Path) -> dict[str, int]:
-    """Registers stored to memory and loaded again, instructions of the code, by kernel."""
+    """Number of instructions that store registers to memory, by kernel."""
     found = {}
     for name, (_, rows) in _utilizations(directory).items():
         found[name] = sum(row["VSTORE:SPILL"] for row in rows)
@@ -56,11 +56,11 @@ def issued(directory: Path) -> dict[str, Any] | None:
     among them; what is conditional counts as executed, a loop of unknown length once.
 
     Returns:
-      kernel: its name;
-      bundles: that it issues, which is a cycle each if nothing waits;
-      bundles_using: by unit of `UNITS`, the share of bundles that use it;
-      slots_filled: by unit, the share of its slots, over all bundles.
-      None if there are no dumps.
+      None if there are no dumps, else a dictionary:
+      kernel: Its name.
+      bundles: Number of bundles that it issues, a cycle each if nothing waits.
+      bundles_using: Share of bundles that use a unit, by unit of `UNITS`.
+      slots_filled: Share of a unit's slots that are filled over all bundles, by unit.
     """
     utilizations = _utilizations(directory)
     best: dict[str, Any] | None = None
@@ -118,7 +118,7 @@ def slot_use(
 def _utilizations(
     directory: Path,
 ) -> dict[str, tuple[dict[str, int], list[dict[str, int]]]]:
-    """By kernel: the slots of each column, and those that each bundle fills."""
+    """The slots of each column, and those that each bundle fills, by kernel."""
     found = {}
     for file in directory.glob("*pre-delay_hlo-static-per-bundle-utilization.txt"):
         columns: list[str] = []
@@ -135,5 +135,5 @@ def _utilizations(
 
 
 def _kernel(file: Path) -> str:
-    """With the time stamp that keeps apart two kernels of one name."""
+    """The name of a kernel with its time stamp: two kernels may have one name."""
     return re.sub(r"-\d+-(packed|pre-delay).*$", "", file.name)

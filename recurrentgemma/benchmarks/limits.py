@@ -21,10 +21,10 @@ ROWS = 1024
 """Rows of the matrix product: a chunk of prefill."""
 REPETITIONS = 10
 WORKING_SET_BYTES = 1 << 28
-"""Of the weights that a few rows are multiplied with: as in decode, nothing stays in a
+"""Size of the weights that a few rows are multiplied with: as in decode, nothing stays in a
 cache until it is read again."""
 MOST_MATRICES = 64
-"""All are in one program: that of thousands of tiny ones takes gigabytes to compile."""
+"""All matrices are in one program; thousands of tiny ones take gigabytes to compile."""
 
 
 def rates(config: GriffinConfig, batches: Sequence[int]) -> dict[str, float]:

@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 from recurrentgemma.benchmarks.opponents.worker import Worker
 from recurrentgemma.benchmarks.paired import Measure
 
 OFFICIAL_LONGEST_PREFILL = 8192
-"""Its attention scores are T x T; 32768 would need 26 GB for one layer."""
+"""The official attention scores are T x T; 32768 would need 26 GB for one layer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,112 +37,81 @@ class Plan:
 
 
 def compilations(plan: Plan) -> list[Measure]:
-    """What first calls take beyond second ones, in processes that are new each round.
+    """What first calls take beyond second ones, in processes that are new each round."""
 
-    They leave every worker as it is after its first calls.
-    """
+    def beyond_second(work: Callable[[Worker], float], worker: Worker, _: int) -> float:
+        worker.restart()
+        return work(worker) - work(worker)
+
+    def train(worker: Worker) -> float:
+        return worker.ask("train", length=plan.train_length)["seconds"]
 
     def forward_and_decode(worker: Worker) -> float:
         forward = worker.ask("prefill", length=plan.compile_length)["seconds"]
         return forward + _generate(worker, plan, 1, 1 + plan.new_tokens)
 
-    def train(worker: Worker) -> float:
-        return worker.ask("train", length=plan.train_length)["seconds"]
-
-    def measure(name: str, work: Callable[[Worker], float]) -> Measure:
-        def sample(worker: Worker, _: int) -> float:
-            worker.restart()
-            return work(worker) - work(worker)
-
-        return Measure(
+    return [
+        Measure(
             f"compile {name}",
             "s",
             higher_is_better=False,
-            sample=sample,
+            sample=partial(beyond_second, work),
             rounds=plan.rounds_of_compilation,
             warm_up=False,
             leave_out=("transformers",),
         )
-
-    return [
-        measure("train step", train),
-        measure("forward and decode", forward_and_decode),
+        for name, work in (
+            ("train step", train),
+            ("forward and decode", forward_and_decode),
+        )
     ]
 
 
 def measures(plan: Plan) -> list[Measure]:
     """Every other row, cheap ones first."""
-    return [
-        *(_decode(plan, batch) for batch in plan.decode_batches),
-        *(_prefill(plan, length) for length in plan.prefill_lengths),
-        _first_call(plan),
-        _train(plan),
+
+    def decode(batch: int, worker: Worker, _: int) -> float:
+        # The difference is decode alone: the prompt and all fixed costs cancel.
+        with_decode = _generate(worker, plan, batch, 1 + plan.new_tokens)
+        difference = with_decode - _generate(worker, plan, batch, 1)
+        return batch * plan.new_tokens / difference
+
+    def prefill(length: int, worker: Worker, _: int) -> float:
+        return length / worker.ask("prefill", length=length)["seconds"]
+
+    def first_call(worker: Worker, index: int) -> float:
+        sizes = {"prompt": plan.first_call_prompts[index], "new_tokens": 1}
+        return worker.ask("generate", batch=1, **sizes)["seconds"]
+
+    def train(worker: Worker, _: int) -> float:
+        reply = worker.ask("train", length=plan.train_length)
+        return plan.train_length / reply["seconds"]
+
+    rate = partial(Measure, unit="tokens/s", higher_is_better=True, rounds=plan.rounds)
+    found = [
+        rate(f"decode, batch {batch}", sample=partial(decode, batch))
+        for batch in plan.decode_batches
     ]
+    for length in plan.prefill_lengths:
+        measure = rate(f"prefill {length}", sample=partial(prefill, length))
+        if length >= plan.long_prefill:  # a shorter one has warmed up what is compiled
+            rounds = plan.rounds_of_long_prefill
+            measure = dataclasses.replace(measure, rounds=rounds, warm_up=False)
+        if length > OFFICIAL_LONGEST_PREFILL:
+            measure = dataclasses.replace(measure, leave_out=("official",))
+        found.append(measure)
+    first_calls = Measure(
+        "first call, new prompt length",
+        "s",
+        higher_is_better=False,
+        sample=first_call,
+        rounds=len(plan.first_call_prompts),
+        warm_up=False,
+    )
+    return [*found, first_calls, rate(f"train step {plan.train_length}", sample=train)]
 
 
 def _generate(worker: Worker, plan: Plan, batch: int, new_tokens: int) -> float:
     """Seconds to continue prompts of `plan.prompt` tokens."""
     sizes = {"batch": batch, "prompt": plan.prompt, "new_tokens": new_tokens}
     return worker.ask("generate", **sizes)["seconds"]
-
-
-def _prefill(plan: Plan, length: int) -> Measure:
-    def sample(worker: Worker, _: int) -> float:
-        return length / worker.ask("prefill", length=length)["seconds"]
-
-    long = length >= plan.long_prefill
-    return Measure(
-        f"prefill {length}",
-        "tokens/s",
-        higher_is_better=True,
-        sample=sample,
-        rounds=plan.rounds_of_long_prefill if long else plan.rounds,
-        warm_up=not long,  # a shorter one has warmed up what does not compile
-        leave_out=("official",) if length > OFFICIAL_LONGEST_PREFILL else (),
-    )
-
-
-def _decode(plan: Plan, batch: int) -> Measure:
-    def sample(worker: Worker, _: int) -> float:
-        # The difference is decode alone: the prompt and all fixed costs cancel.
-        with_decode = _generate(worker, plan, batch, 1 + plan.new_tokens)
-        difference = with_decode - _generate(worker, plan, batch, 1)
-        return batch * plan.new_tokens / difference
-
-    return Measure(
-        f"decode, batch {batch}",
-        "tokens/s",
-        higher_is_better=True,
-        sample=sample,
-        rounds=plan.rounds,
-    )
-
-
-def _first_call(plan: Plan) -> Measure:
-    def sample(worker: Worker, index: int) -> float:
-        prompt = plan.first_call_prompts[index]
-        reply = worker.ask("generate", batch=1, prompt=prompt, new_tokens=1)
-        return reply["seconds"]
-
-    return Measure(
-        "first call, new prompt length",
-        "s",
-        higher_is_better=False,
-        sample=sample,
-        rounds=len(plan.first_call_prompts),
-        warm_up=False,
-    )
-
-
-def _train(plan: Plan) -> Measure:
-    def sample(worker: Worker, _: int) -> float:
-        reply = worker.ask("train", length=plan.train_length)
-        return plan.train_length / reply["seconds"]
-
-    return Measure(
-        f"train step {plan.train_length}",
-        "tokens/s",
-        higher_is_better=True,
-        sample=sample,
-        rounds=plan.rounds,
-    )

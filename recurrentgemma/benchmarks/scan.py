@@ -52,11 +52,11 @@ states inside a gradient, that are rounded to 8 and to 11 bits."""
 TINY = 1e-30
 """Scale of errors where all expected values are zero."""
 BUDGET_S = 240.0
-"""After which nothing more is measured."""
+"""Seconds after which nothing more is measured."""
 SAMPLES = 7
 SAMPLE_S = 0.1
 MOST_CALLS = 100
-"""Of a sample."""
+"""Largest number of calls in a sample."""
 USABLE_MEMORY = 0.9
 COPY_BYTES = {"cpu": (2**24,)}
 ACCELERATOR_COPY_BYTES = (2**26, 2**28, 2**30)
@@ -68,7 +68,7 @@ GENERATIONS = {
     "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
 }
-"""By what jax calls a device."""
+"""Names of `ahead_of_time.CHIPS`, by what jax calls a device."""
 COLUMNS = (
     *KEY_COLUMNS,
     Column("least MB", "least_bytes", 8, 1e-6),
@@ -237,7 +237,7 @@ def copy_bandwidths(platform: str, memory: int) -> dict[str, float]:
 
 
 def _memory_bytes(device: Any) -> int:
-    """Of the device; on a CPU a quarter of the machine's."""
+    """Memory of the device; on a CPU a quarter of the machine's."""
     statistics_ = device.memory_stats() or {}
     if "bytes_limit" in statistics_:
         return statistics_["bytes_limit"]

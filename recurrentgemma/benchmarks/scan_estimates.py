@@ -10,7 +10,7 @@ with size. The bundles are within 6 % of the compiler's own estimate of cycles w
 arithmetic decides, and half of it where memory does, where the bytes say more.
 
 `--official DIRECTORY`, which holds the official package `recurrentgemma`, adds its scan,
-compiled the same way in a process of its own. What has not changed since the last run is
+compiled the same way in a separate process. What has not changed since the last run is
 not estimated again.
 """
 

@@ -1,7 +1,7 @@
 """The programs of the recurrence that are estimated and measured, and their inputs.
 
 A program is an op, one of its implementations, a workload and a dtype. An op is an entry
-of `OPS`; its implementations are those that its own table has for a platform.
+of `OPS`; its implementations are those that the op's table has for a platform.
 """
 
 import zlib
@@ -40,9 +40,9 @@ IMPLEMENTATIONS = {
     "gpu": ("pallas_gpu", "chunked", "associative", "composed"),
     "cpu": ("sequential", "chunked", "associative", "composed"),
 }
-"""By platform, what is worth a row where an op has it."""
+"""Implementations that are worth a row where an op has them, by platform."""
 RANGES = {"a": (0.8, 0.999), "a_param": (-6.0, -3.0), "kernel": (-0.1, 0.1)}
-"""Of random inputs, by the name of the argument: decays near those of trained models."""
+"""Ranges of random inputs, by argument: decays near those of trained models."""
 OTHER_RANGE = (-2.0, 2.0)
 GATE_BLOCK = 256
 """Channels of a diagonal block of the gates, in RecurrentGemma."""
@@ -67,12 +67,12 @@ class Op(NamedTuple):
     """Something that has implementations.
 
     Attributes:
-      function: takes the arguments, and `implementation`.
+      function: Takes the arguments, and `implementation`.
       arguments: (workload, dtype) -> shapes by name, pytrees, in the function's order.
-      table: of its implementations; "reference" is among them.
-      forward: of a gradient that is given the result `y` and yet computes it again in
-        its reference: the reference of y, from the arguments before it.
-      fits: whether a workload is one for this op.
+      table: Table of its implementations; "reference" is among them.
+      forward: Reference of `y`, from the arguments before it: for a gradient that is
+        given `y` but computes it again in its reference.
+      fits: Whether a workload suits this op.
     """
 
     function: Callable[..., Any]
@@ -158,7 +158,7 @@ def _step_arguments(workload: Workload, dtype: str) -> Arguments:
 
 
 def _shapes(workload, dtype):
-    """Of a sequence and of a state."""
+    """Shapes of a sequence and of a state."""
     state = jax.ShapeDtypeStruct((workload.batch, workload.width), "float32")
     return jax.ShapeDtypeStruct(workload, dtype), state
 
@@ -210,7 +210,7 @@ PROGRAMS: dict[str, Callable[[Workload, str], Program]] = {
     for implementation in dict.fromkeys(sum(IMPLEMENTATIONS.values(), ()))
     if implementation in OPS[op].table
 }
-"""By name: (workload, dtype) -> a function and the shapes of its arguments."""
+"""Makers of programs by name: (workload, dtype) -> function, shapes of its arguments."""
 
 
 def split_name(program: str) -> tuple[str, str]:
@@ -230,7 +230,7 @@ def programs(platform: str, workload: Workload) -> list[str]:
 
 
 def least_bytes(program: Program) -> int:
-    """Of every argument and every result, once."""
+    """Bytes of every argument and every result, once."""
     function, shapes = program
     leaves = jax.tree.leaves((shapes, jax.eval_shape(function, *shapes)))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

@@ -1,10 +1,9 @@
 """The implementations that `recurrentgemma.benchmarks.versus` sets side by side.
 
-Each lives in a process of its own, in an environment of its own, because two of them
-have the same import name and none should slow another down. An opponent is one file
-with one class, `Opponent(directory)`, of four methods:
+Each runs in a separate process and environment, because two of them have the same
+import name and none should slow another down. An opponent is one file
+with one class, `Opponent(directory)`, of these methods:
 
-    versions() -> {name: version}
     logits(length) -> path of an .npy file with [length, vocab] float32 logits
     prefill(length) -> {"seconds"}: read `length` tokens, keep the cache
     generate(batch, prompt, new_tokens) -> {"seconds", "tokens" [batch, new_tokens]}:

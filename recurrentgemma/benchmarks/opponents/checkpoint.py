@@ -19,7 +19,7 @@ from recurrentgemma.config import GriffinConfig
 NUM_TOKENS = (8, 32768)
 FIRST_ORDINARY_TOKEN = 3  # after padding, end and beginning of text
 EMBEDDING_SCALE = 0.2
-"""Of the usual spread: at 1 a random model with tied embeddings repeats its input."""
+"""Share of the usual spread: at 1 a random model with tied embeddings repeats its input."""
 
 
 def random_tensors(config: GriffinConfig, seed: int = 0) -> dict[str, TensorSource]:

@@ -74,10 +74,6 @@ class Opponent:
         self._train_step = jax.jit(self._step, donate_argnums=(0, 1))
         self._training = None
 
-    def versions(self) -> dict[str, str]:
-        names = "recurrentgemma", "jax", "flax"
-        return {name: importlib.metadata.version(name) for name in names}
-
     def _inputs(self, length: int) -> tuple[jax.Array, jax.Array]:
         tokens = jnp.asarray(self.tokens[:1, :length])
         return tokens, jnp.arange(length, dtype=jnp.int32)[None]

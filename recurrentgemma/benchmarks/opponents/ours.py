@@ -1,6 +1,5 @@
 """Worker: this package, through the entry points that its users call."""
 
-import importlib.metadata
 import time
 from pathlib import Path
 
@@ -31,10 +30,6 @@ class Opponent:
         self._optimizer = optimizer
         self._train_step = make_train_step(self.model, optimizer)
         self._training: TrainState | None = None
-
-    def versions(self) -> dict[str, str]:
-        names = "jax", "jaxlib", "flax"
-        return {name: importlib.metadata.version(name) for name in names}
 
     def logits(self, length: int) -> str:
         path = self.directory / "ours_logits.npy"

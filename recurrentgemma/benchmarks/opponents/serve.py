@@ -8,12 +8,15 @@ alone, since every environment runs it. The opponent is loaded by its path, so t
 file called transformers.py does not hide the library.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
 import re
 import sys
 import traceback
+
+PACKAGES = ("recurrentgemma", "jax", "jaxlib", "flax", "transformers", "torch")
 
 
 def load_opponent(path: str, directory: str):
@@ -42,11 +45,25 @@ def peak_memory_bytes() -> int | None:
     return int(found.group(1)) * 1024 if found else None
 
 
+def versions() -> dict[str, str]:
+    """Versions of the packages of this environment that decide what is measured."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return found
+
+
 def answer(opponent, request: dict) -> dict:
     command = request.pop("command")
     reset_peak_memory()
     try:
-        result = getattr(opponent, command)(**request)
+        if command == "versions":
+            result = versions()
+        else:
+            result = getattr(opponent, command)(**request)
     except Exception as error:  # noqa: BLE001 - what it means is the caller's matter
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"}

@@ -30,9 +30,6 @@ class Opponent:
         model.generation_config.eos_token_id = None
         return model.eval()
 
-    def versions(self) -> dict[str, str]:
-        return {"transformers": transformers.__version__, "torch": torch.__version__}
-
     def _inputs(self, batch: int, length: int) -> torch.Tensor:
         return torch.from_numpy(self.tokens[:batch, :length].astype(np.int64))
 

@@ -21,7 +21,7 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """One opponent in a process of its own.
+    """One opponent in a separate process.
 
     Args:
       name: One of `OTHER_PACKAGES`, or any other name for this package.
