@@ -9,7 +9,7 @@ import pytest
 from recurrentgemma.checkpoints import load, save, saving
 from recurrentgemma.checkpoints.parameters import tensors_of
 from tests.checkpoints.checkpoints import (
-    AVAILABLE_FORMATS,
+    FORMATS,
     assert_same_parameters,
     every_format,
     model,
@@ -78,7 +78,7 @@ def test_a_limit_of_the_system_on_file_sizes(tmp_path):
 @every_format
 def test_a_save_replaces_a_save_of_any_format(layout, tmp_path):
     save(tmp_path / "saved", model(num_layers=8), None, format=layout)
-    for other in AVAILABLE_FORMATS:
+    for other in FORMATS:
         save(tmp_path / "saved", model(seed=1), None, format=other)
         assert_same_parameters(load(tmp_path / "saved")[0], model(seed=1))
     assert [file.name for file in tmp_path.iterdir()] == ["saved"]
