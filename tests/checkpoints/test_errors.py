@@ -268,8 +268,3 @@ def test_a_tokenizer_that_does_not_fit(checkpoint, layout, tmp_path):
     with pytest.raises(ValueError, match="Not a SentencePiece model"):
         load(checkpoint)
     assert not (tmp_path / "new").exists()
-
-
-def test_sharding_without_an_entry(saved):
-    with pytest.raises(ValueError, match="sharding has no entry for"):
-        load(saved / "native", sharding={})
