@@ -5,6 +5,7 @@ index) and tokenizer.model.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -42,6 +43,10 @@ MODEL_TYPES: dict[str, ModelType] = {
 MODEL_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
+FILES = re.compile(
+    r"config\.json|tokenizer\.model|model(-\d+-of-\d+)?\.safetensors"
+    r"|model\.safetensors\.index\.json"
+)
 
 
 def detect(path: Path) -> bool:

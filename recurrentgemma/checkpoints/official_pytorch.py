@@ -1,5 +1,6 @@
 """The released PyTorch layout: one file, a state dict."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from recurrentgemma.tokenizer import Tokenizer
 
 MODEL_FILE = "model.pt"
 SUFFIXES = (".pt", ".pth")
+FILES = re.compile(r"config\.json|tokenizer\.model|model\.pt")
 
 
 def detect(path: Path) -> bool:
