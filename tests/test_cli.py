@@ -24,6 +24,7 @@ from recurrentgemma.generation.prefix import Prefix
 from recurrentgemma.generation.sampler import Sampler
 from recurrentgemma.generation.sampling import Sampling
 from recurrentgemma.tokenizer import Tokenizer
+from recurrentgemma.training.options import options
 from tests.golden_models import load_golden
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "sampler"
@@ -588,3 +589,11 @@ def test_train_has_a_flag_for_every_field(run, monkeypatch, tmp_path):
     assert config.optimizer.learning_rate == 0.5
     assert config.optimizer.b2 == default.optimizer.b2
     assert config.batch_size == default.batch_size
+
+
+def test_the_help_of_train_explains_every_field(run):
+    status, out, _ = run("train", "--help")
+    assert status == 0
+    text = " ".join(out.split())
+    for field in options(train_command.TrainConfig):
+        assert f"--{field.name.replace('_', '-')} {field.metadata['help']}" in text

@@ -23,9 +23,7 @@ from recurrentgemma.checkpoints import (
 )
 from recurrentgemma.config import PRESETS
 from tests.checkpoints.checkpoints import (
-    AVAILABLE_FORMATS,
     BYTES_AT_ONCE,
-    FORMAT_PARAMETERS,
     assert_same_files,
     assert_same_parameters,
     config,
@@ -43,7 +41,7 @@ def small_slices(monkeypatch):
 def saved(tmp_path_factory):
     """The same checkpoint in each layout."""
     folder = tmp_path_factory.mktemp("saved")
-    for layout in AVAILABLE_FORMATS:
+    for layout in FORMATS:
         save(folder / layout, model(dtype="bfloat16"), None, format=layout)
     return folder
 
@@ -59,8 +57,8 @@ def run(capsys):
     return run
 
 
-@pytest.mark.parametrize("target", FORMAT_PARAMETERS)
-@pytest.mark.parametrize("source", FORMAT_PARAMETERS)
+@pytest.mark.parametrize("target", FORMATS)
+@pytest.mark.parametrize("source", FORMATS)
 def test_from_every_layout_to_every_layout(source, target, saved, tmp_path):
     conversion = convert(saved / source, tmp_path / "new", format=target)
     assert detect_format(tmp_path / "new") == target

@@ -1,19 +1,22 @@
 """The layout of transformers: config.json, safetensors (one file, or shards with an
 index) and tokenizer.model.
+
+`MODEL_TYPES` holds the models that are known; config.json names one of them.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from recurrentgemma.checkpoints.recurrent_gemma import (
-    CONVOLUTION,
+from recurrentgemma.checkpoints.gemma import GEMMA, GEMMA2
+from recurrentgemma.checkpoints.model_types import (
     IGNORED,
+    ModelType,
     config_from_json,
     config_to_json,
-    to_native_name,
-    to_stored_name,
 )
+from recurrentgemma.checkpoints.recurrent_gemma import RECURRENT_GEMMA
 from recurrentgemma.checkpoints.safetensors_file import (
     read_safetensors,
     tensor_bytes,
@@ -31,9 +34,19 @@ from recurrentgemma.checkpoints.tensors import TensorSource
 from recurrentgemma.config import GriffinConfig
 from recurrentgemma.tokenizer import Tokenizer
 
+MODEL_TYPES: dict[str, ModelType] = {
+    "recurrent_gemma": RECURRENT_GEMMA,
+    "gemma": GEMMA,
+    "gemma2": GEMMA2,
+}
+"""Models by the `model_type` of config.json."""
 MODEL_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
+FILES = re.compile(
+    r"config\.json|tokenizer\.model|model(-\d+-of-\d+)?\.safetensors"
+    r"|model\.safetensors\.index\.json"
+)
 
 
 def detect(path: Path) -> bool:
@@ -43,22 +56,28 @@ def detect(path: Path) -> bool:
 
 def read(path: Path) -> Stored:
     """The checkpoint; raises ValueError if it is damaged or not supported."""
+    content = read_config_json(path) or {}
+    kind = content.get("model_type")
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
+        raise ValueError(
+            f"{path / CONFIG_FILE}: model_type is {kind!r}; expected one of "
+            f"{', '.join(MODEL_TYPES)}."
+        )
+    model_type = MODEL_TYPES[kind]
     try:
-        config = config_from_json(read_config_json(path) or {})
+        config = config_from_json(model_type, content)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
     tensors = {}
     for name, source in _read_files(path).items():
-        if IGNORED.fullmatch(name):
-            continue
-        native, orientation = to_native_name(name)
-        fits = orientation is not CONVOLUTION or len(source.shape) == 3
-        tensors[native] = orientation.to_native(source) if fits else source
+        if not IGNORED.fullmatch(name):
+            native, orientation = model_type.names.to_native(name)
+            tensors[native] = orientation.to_native(source)
     return Stored(
         config=config,
         tensors=tensors,
         tokenizer_path=find_tokenizer(path),
-        stored_name=lambda name: to_stored_name(name)[0],
+        stored_name=lambda name: model_type.names.to_stored(name)[0],
     )
 
 
@@ -90,7 +109,7 @@ def write(
 ) -> None:
     """Writes into an empty directory; raises ValueError if transformers has no such
     model."""
-    content = config_to_json(config)
+    kind, content = config_to_json(MODEL_TYPES, config)
     if tokenizer is not None:
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             content[key] = getattr(tokenizer, key.replace("_token", ""))
@@ -98,7 +117,7 @@ def write(
     write_json(path / CONFIG_FILE, content)
     stored = {}
     for name, source in tensors.items():
-        stored_name, orientation = to_stored_name(name)
+        stored_name, orientation = MODEL_TYPES[kind].names.to_stored(name)
         stored[stored_name] = orientation.from_native(source)
     _write_files(path, stored)
     write_tokenizer(path, tokenizer)

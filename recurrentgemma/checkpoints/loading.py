@@ -3,7 +3,7 @@
 import difflib
 import importlib.resources
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,17 +20,12 @@ from recurrentgemma.checkpoints.parameters import (
     named_parameters,
     parameter_dtype,
 )
+from recurrentgemma.checkpoints.shardings import Sharding, shardings_by_name
 from recurrentgemma.checkpoints.stored import Stored
 from recurrentgemma.checkpoints.tensors import place
 from recurrentgemma.config import PRESETS, GriffinConfig, Runtime
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.tokenizer import Tokenizer
-
-Sharding = (
-    jax.sharding.Sharding
-    | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
-    | Mapping[str, Any]
-)
 
 
 def load(
@@ -59,17 +54,17 @@ def load(
       runtime: how the model is to run.
       param_dtype: the dtype of all parameters; None is what inference needs, see
         `parameter_dtype`. Training wants float32.
-      sharding: where parameters go: one sharding for all, a function of a parameter's
-        name and shape, or shardings by name (nested or joined by dots). None is the
-        default device.
+      sharding: devices of the parameters: one sharding for all, a function of a
+        parameter's name and shape, or shardings by name (nested or joined by dots), all
+        of one mesh or one device. None is the default device.
 
     Returns:
       The model, and the tokenizer or None.
 
     Raises:
       ValueError: there is no such checkpoint or bundled model; it is damaged; its
-        tensors do not fit the config (all of them are listed); or the tokenizer does
-        not fit the vocabulary.
+        tensors do not fit the config (all of them are listed); the tokenizer does not
+        fit the vocabulary; or nothing could run with these shardings.
     """
     checkpoint = open_checkpoint(path_or_preset, config)
     config, stored = checkpoint.config, checkpoint.stored
@@ -79,14 +74,12 @@ def load(
     described = describe(config, runtime)
     shapes = {name: leaf.shape for name, leaf in named_parameters(described).items()}
     check_tensors(checkpoint, shapes)
-    choose = _sharding_by_name(sharding)
+    shardings = shardings_by_name(sharding, shapes)
     parameters = {}
     # The largest first: what one needs besides its own memory then adds to little.
     for name in sorted(shapes, key=lambda name: -np.prod(shapes[name])):
         dtype = parameter_dtype(name, runtime, param_dtype)
-        parameters[name] = place(
-            stored.tensors[name], dtype, choose(name, shapes[name])
-        )
+        parameters[name] = place(stored.tensors[name], dtype, shardings[name])
     leaves = [parameters[name] for name in shapes]
     return jax.tree.unflatten(jax.tree.structure(described), leaves), tokenizer
 
@@ -212,24 +205,3 @@ def check_tensors(
     raise ValueError(
         f"The tensors of {path} do not fit its config:\n  " + "\n  ".join(problems)
     )
-
-
-def _sharding_by_name(
-    sharding: Sharding | None,
-) -> Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]:
-    if sharding is None or isinstance(sharding, jax.sharding.Sharding):
-        return lambda name, shape: sharding
-    if callable(sharding):
-        return sharding
-    leaves, _ = jax.tree_util.tree_flatten_with_path(sharding)
-    by_name = {}
-    for path, leaf in leaves:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        by_name[name.removesuffix(".value")] = leaf
-
-    def choose(name: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-        if name not in by_name:
-            raise ValueError(f"sharding has no entry for {name}.")
-        return by_name[name]
-
-    return choose

@@ -3,6 +3,7 @@
 Tensors have the names and the orientation of the model's parameters.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from recurrentgemma.tokenizer import Tokenizer
 FORMAT_NAME = "recurrentgemma"
 FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
+FILES = re.compile(r"config\.json|tokenizer\.model|model\.safetensors")
 
 
 def detect(path: Path) -> bool:

@@ -29,6 +29,9 @@ from recurrentgemma.tokenizer import Tokenizer
 
 METADATA_FILE = "_METADATA"
 OCDBT_FILE = "manifest.ocdbt"
+FILES = re.compile(
+    r"config\.json|tokenizer\.model|_METADATA|manifest\.ocdbt|d(/[0-9a-f]{32})?"
+)
 ROOT = "params"
 DICT_KEY = 2
 """What Orbax calls a key of a dictionary."""

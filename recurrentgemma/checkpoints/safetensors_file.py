@@ -16,7 +16,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from recurrentgemma.checkpoints.tensors import TensorSource, blocks_of
+from recurrentgemma.checkpoints.tensors import (
+    TensorSource,
+    blocks_of,
+    file_source,
+)
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -54,7 +58,7 @@ def read_safetensors(path: Path) -> dict[str, TensorSource]:
             )
         if size != math.prod(shape) * dtype.itemsize or begin < 0:
             raise ValueError(f"{path} is damaged: {name} has no place.")
-        sources[name] = _file_source(path, data_start + begin, shape, dtype)
+        sources[name] = file_source(path, data_start + begin, shape, dtype)
     data_end = max((e["data_offsets"][1] for e in header.values()), default=0)
     _check_size(path, data_start + data_end)
     return sources
@@ -80,28 +84,6 @@ def _check_size(path: Path, expected: int) -> None:
         raise ValueError(
             f"{path} is truncated: {expected} bytes expected, {size} found."
         )
-
-
-def _file_source(
-    path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype
-) -> TensorSource:
-    """Rows are read, not mapped: mapped pages count as memory of the process."""
-    row_shape = shape[1:]
-    row_bytes = math.prod(row_shape) * dtype.itemsize
-
-    def read(start: int, stop: int) -> np.ndarray:
-        rows = np.empty((stop - start) * row_bytes, np.uint8)
-        view = rows.data
-        with path.open("rb", buffering=0) as file:
-            file.seek(offset + start * row_bytes)
-            while view:
-                count = file.readinto(view)
-                if not count:
-                    raise ValueError(f"{path} was truncated while it was read.")
-                view = view[count:]
-        return rows.view(dtype).reshape(stop - start, *row_shape)
-
-    return TensorSource(shape, dtype, 0, read)
 
 
 def write_safetensors(

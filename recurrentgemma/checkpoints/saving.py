@@ -1,12 +1,11 @@
 """`save`: from a model to a checkpoint directory."""
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from recurrentgemma._atomic import replace_directory
-from recurrentgemma.checkpoints.formats import FORMATS
+from recurrentgemma._atomic import replace_directory, resolve
+from recurrentgemma.checkpoints.formats import FORMATS, detect_format
 from recurrentgemma.checkpoints.parameters import check_tokenizer, tensors_of
 from recurrentgemma.checkpoints.stored import WRITER, WRITER_KEY, read_config_json
 from recurrentgemma.checkpoints.tensors import TensorSource
@@ -25,7 +24,7 @@ def save(
     """Writes a checkpoint directory, whole or not at all.
 
     Parameters keep their dtypes. An existing directory is replaced only if it is a
-    checkpoint that `save` wrote and holds nothing else.
+    checkpoint that `save` wrote and holds only files of its layout.
 
     Args:
       path: the directory to make; missing parents are made.
@@ -52,8 +51,10 @@ def write_checkpoint(
     if format not in FORMATS:
         raise ValueError(f"Unknown format {format!r}; expected {', '.join(FORMATS)}.")
     check_tokenizer(config, tokenizer)
-    target = Path(path).resolve()
+    if not os.fspath(path):
+        raise ValueError("path: expected a directory to save to, got ''.")
     try:
+        target = resolve(path)
         _check_replaceable(target)
         with replace_directory(target) as partial:
             FORMATS[format].write(partial, config, tensors, tokenizer)
@@ -69,23 +70,27 @@ def _check_replaceable(path: Path) -> None:
         return
     if not path.is_dir():
         raise ValueError(f"{path} is a file; expected a directory to save to.")
-    others = [
-        file.name
-        for file in path.iterdir()
-        if not re.fullmatch(
-            r"config\.json|tokenizer\.model|model(-\d+-of-\d+)?\.safetensors"
-            r"|model\.safetensors\.index\.json|model\.pt|_METADATA|manifest\.ocdbt|d",
-            file.name,
+    if path == Path.cwd():
+        raise ValueError(
+            f"{path} is the current directory, which cannot be replaced: save to a new "
+            "directory."
         )
+    if not any(path.iterdir()):
+        return
+    writer = str((read_config_json(path) or {}).get(WRITER_KEY, ""))
+    if writer.split(" ")[0] != WRITER.split(" ")[0]:
+        raise ValueError(
+            f"{path} holds files that this package did not write: save to a new "
+            "directory."
+        )
+    written = FORMATS[detect_format(path)].FILES
+    others = [
+        name
+        for file in path.rglob("*")
+        if not written.fullmatch(name := file.relative_to(path).as_posix())
     ]
     if others:
         raise ValueError(
             f"{path} holds other files ({', '.join(sorted(others)[:5])}): save to a "
             "new directory."
-        )
-    writer = str((read_config_json(path) or {}).get(WRITER_KEY, ""))
-    if any(path.iterdir()) and writer.split(" ")[0] != WRITER.split(" ")[0]:
-        raise ValueError(
-            f"{path} holds files that this package did not write: save to a new "
-            "directory."
         )

@@ -1,7 +1,9 @@
 """What every checkpoint format reads and writes.
 
-A format is a module in this folder and a line in `FORMATS`. It has three functions:
+A format is a module in this folder and a line in `FORMATS`. It has a pattern and three
+functions:
 
+    FILES
     detect(path) -> bool
     read(path) -> Stored
     write(path, config, tensors, tokenizer) -> None
@@ -11,6 +13,7 @@ sources in native orientation.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -41,6 +44,9 @@ class Stored(NamedTuple):
 
 class Format(Protocol):
     """A checkpoint layout."""
+
+    FILES: re.Pattern[str]
+    """Paths, relative to the directory, of what `write` makes."""
 
     def detect(self, path: Path) -> bool:
         """Whether the directory or file has this layout."""

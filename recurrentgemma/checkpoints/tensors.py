@@ -8,6 +8,7 @@ the tensor and one slice, and on CPU the buffer itself becomes the array.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -81,6 +82,40 @@ class TensorSource(NamedTuple):
                 [self.read(start, stop), other.read(start, stop)]
             ),
         )
+
+
+def file_source(
+    path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, axis: int = 0
+) -> TensorSource:
+    """A source for a tensor that lies in a file in C order.
+
+    Entries are read, not mapped: mapped pages count as memory of the process.
+
+    Args:
+      path: the file.
+      offset: where in the file the tensor begins, in bytes.
+      shape: its shape.
+      dtype: its dtype.
+      axis: the axis along which it is read in slices.
+    """
+    count = math.prod(shape[:axis])
+    entry_bytes = math.prod(shape[axis + 1 :]) * dtype.itemsize
+
+    def read(start: int, stop: int) -> np.ndarray:
+        parts = np.empty((count, (stop - start) * entry_bytes), np.uint8)
+        with path.open("rb", buffering=0) as file:
+            for i, part in enumerate(parts):
+                file.seek(offset + (i * shape[axis] + start) * entry_bytes)
+                view = part.data
+                while view:
+                    size = file.readinto(view)
+                    if not size:
+                        raise ValueError(f"{path} was truncated while it was read.")
+                    view = view[size:]
+        part_shape = (*shape[:axis], stop - start, *shape[axis + 1 :])
+        return parts.reshape(-1).view(dtype).reshape(part_shape)
+
+    return TensorSource(shape, dtype, axis, read)
 
 
 def blocks_of(array: np.ndarray) -> Iterator[memoryview]:

@@ -22,7 +22,6 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tqdm
 from flax import nnx
 
@@ -43,12 +42,17 @@ from recurrentgemma.training.optimizer import (
     learning_rate_schedule,
     make_optimizer,
 )
+from recurrentgemma.training.options import option
 from recurrentgemma.training.state import (
     Checkpoints,
     TrainState,
     with_parameters,
 )
-from recurrentgemma.training.step import make_evaluation_step, make_train_step
+from recurrentgemma.training.step import (
+    make_evaluation_step,
+    make_train_step,
+    means,
+)
 
 BUNDLED_TOKENIZER = Path(__file__).parents[1] / "assets" / "nano" / "tokenizer.model"
 
@@ -61,30 +65,34 @@ class TrainConfig:
         ValueError: a value is outside its range.
     """
 
-    output: str
-    """Directory of the run."""
-    model: str = "nano"
-    """Name of a preset, trained from random parameters."""
-    data: str = PYTHON_STDLIB
-    """`python-stdlib`, a directory or a file; see `corpus.read_documents`."""
-    tokenizer: str | None = None
-    """Path of a SentencePiece model; None is the bundled one."""
-    steps: int = 2500
-    """Updates of the parameters."""
-    batch_size: int = 4
-    """Rows a step."""
-    sequence_length: int = 512
-    """Tokens a row."""
-    seed: int = 0
-    """Of the initial parameters, the order of rows and the places of cuts."""
-    held_out_share: float = 0.05
-    """About this share of the documents is never trained on."""
-    evaluate_every: int = 250
-    """Steps between evaluations on the first `evaluation_batches`."""
-    evaluation_batches: int = 24
-    """Batches of held-out rows an evaluation reads."""
-    checkpoint_every: int = 100
-    """Steps between saved training states."""
+    output: str = option("directory of the run")
+    model: str = option(
+        "name of a preset, trained from random parameters", default="nano"
+    )
+    data: str = option(
+        f"{PYTHON_STDLIB} (the Python files of the standard library), a directory or a "
+        "file",
+        default=PYTHON_STDLIB,
+    )
+    tokenizer: str | None = option(
+        "path of a SentencePiece model, instead of the bundled one", default=None
+    )
+    steps: int = option("number of updates of the parameters", default=2500)
+    batch_size: int = option("rows of a step", default=4)
+    sequence_length: int = option("tokens of a row", default=512)
+    seed: int = option(
+        "seed of the initial parameters, the order of rows and the places of cuts",
+        default=0,
+    )
+    held_out_share: float = option(
+        "share of the documents that is kept for evaluation, about; 0 evaluates never",
+        default=0.05,
+    )
+    evaluate_every: int = option(
+        "steps between evaluations on held-out rows", default=250
+    )
+    evaluation_batches: int = option("batches that an evaluation reads", default=24)
+    checkpoint_every: int = option("steps between saved training states", default=100)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     """AdamW and its schedule."""
 
@@ -149,9 +157,9 @@ def train(config: TrainConfig) -> Path:
 
 
 def _run(config, model, optimizer, state, checkpoints, packed, evaluation):
-    train_step = make_train_step(model, optimizer)
-    evaluation_step = make_evaluation_step(model)
     learning_rate = learning_rate_schedule(config.optimizer, config.steps)
+    train_step = make_train_step(model, optimizer, learning_rate)
+    evaluation_step = make_evaluation_step(model)
     step = int(state.step)
     log = MetricsLog(Path(config.output) / "metrics.jsonl", first_step=step)
     bar = tqdm.tqdm(total=config.steps, initial=step, desc="train", unit="step")
@@ -160,31 +168,28 @@ def _run(config, model, optimizer, state, checkpoints, packed, evaluation):
             started = time.perf_counter()
             batch = packed.shuffled_batch(step, config.batch_size, config.seed)
             state, metrics = train_step(state, batch)
-            loss = float(metrics["loss"])
+            metrics = {name: float(value) for name, value in metrics.items()}
             seconds = time.perf_counter() - started
+            step += 1
             row = {
-                "step": step + 1,
-                "loss": loss,
-                "gradient_norm": float(metrics["gradient_norm"]),
-                "learning_rate": float(jnp.asarray(learning_rate(step))),
+                "step": step,
+                **metrics,
                 "train_tokens_per_s": batch.tokens.size / seconds,
             }
-            step += 1
             last = step == config.steps
             if evaluation and (last or step % config.evaluate_every == 0):
                 batches = evaluation.batches(
                     config.batch_size, config.evaluation_batches
                 )
-                row["held_out_loss"] = _mean(
-                    evaluation_step(state.params, batch) for batch in batches
-                )
+                held_out = means(evaluation_step(state.params, b) for b in batches)
+                row |= {f"held_out_{name}": held_out[name] for name in held_out}
                 bar.write(f"step {step}: held-out loss {row['held_out_loss']:.4f}")
             log.write(row)
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
             bar.update()
-            if not math.isfinite(loss):
+            if not math.isfinite(row["loss"]):
                 raise ValueError(
-                    f"the loss at step {step} is {loss}; the newest good state is that "
+                    f"the loss at step {step} is {row['loss']}; the newest good state is that "
                     f"of step {checkpoints.latest_step}. Try a lower learning rate."
                 )
             if last or interrupted or step % config.checkpoint_every == 0:
@@ -233,11 +238,6 @@ class MetricsLog:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-
-
-def _mean(totals) -> float:
-    pairs = np.asarray([[float(nats), float(count)] for nats, count in totals])
-    return float(pairs[:, 0].sum() / max(pairs[:, 1].sum(), 1))
 
 
 def _pack(

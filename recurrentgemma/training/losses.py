@@ -12,8 +12,10 @@ makes both (three matrix products of that size, where recomputing takes four):
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.layers import einsum, soft_cap
@@ -44,6 +46,8 @@ def cross_entropy(
     Returns:
         float32 scalar, in nats; divide by `mask.sum()` for the mean.
     """
+    chex.assert_equal_shape([targets, mask])
+    chex.assert_equal_shape_prefix([hidden, targets], 2)
     batch_size, length = targets.shape
     block = min(length, max(1, block_tokens // batch_size))
     blocks = tuple(_split(x, block) for x in (hidden, targets, mask))
@@ -103,6 +107,4 @@ def _block(cap, embedding, hidden, targets, mask):
 def _split(x: jax.Array, block: int) -> jax.Array:
     """[B, T, ...] -> [T / block, B, block, ...], padded with zeros."""
     widths = [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2)
-    x = jnp.pad(x, widths)
-    shape = (x.shape[0], x.shape[1] // block, block, *x.shape[2:])
-    return jnp.moveaxis(x.reshape(shape), 1, 0)
+    return rearrange(jnp.pad(x, widths), "b (n t) ... -> n b t ...", t=block)

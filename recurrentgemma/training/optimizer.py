@@ -10,6 +10,8 @@ import dataclasses
 import jax
 import optax
 
+from recurrentgemma.training.options import option
+
 NEVER_DECAYED = ("embedder", "conv_1d", "rg_lru")
 
 
@@ -21,22 +23,29 @@ class OptimizerConfig:
         ValueError: a value is outside its range.
     """
 
-    learning_rate: float = 3e-3
-    """The highest, reached after the warm-up."""
-    final_learning_rate_ratio: float = 0.05
-    """The last learning rate, as a share of the highest."""
-    warmup_steps: int = 100
-    """Steps over which the rate rises from 0; at most a tenth of all steps."""
-    b1: float = 0.9
-    """Decay of the mean gradient."""
-    b2: float = 0.98
-    """Decay of the mean squared gradient."""
-    epsilon: float = 1e-8
-    """Added to the root of the mean squared gradient."""
-    weight_decay: float = 0.1
-    """Pull of matrices to zero, times the learning rate, a step."""
-    clip_norm: float = 1.0
-    """Gradients are scaled down to this global norm."""
+    learning_rate: float = option(
+        "highest learning rate, reached after the warm-up", default=3e-3
+    )
+    final_learning_rate_ratio: float = option(
+        "last learning rate, as a share of the highest", default=0.05
+    )
+    warmup_steps: int = option(
+        "steps over which the learning rate rises from 0; at most a tenth of all steps",
+        default=100,
+    )
+    b1: float = option("decay of the mean gradient", default=0.9)
+    b2: float = option("decay of the mean squared gradient", default=0.98)
+    epsilon: float = option(
+        "number added to the root of the mean squared gradient", default=1e-8
+    )
+    weight_decay: float = option(
+        "share of a matrix that a step takes away, times the learning rate",
+        default=0.1,
+    )
+    clip_norm: float = option(
+        "largest global norm of a gradient; a larger one is scaled down to it",
+        default=1.0,
+    )
 
     def __post_init__(self):
         for name in ("learning_rate", "epsilon", "clip_norm"):

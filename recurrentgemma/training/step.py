@@ -2,11 +2,16 @@
 
 The model that is passed in is a template: its structure and how it runs are used, its
 parameters are those of the state.
+
+Metrics are dictionaries from here to the log: `batch_sums` is the place to add one that
+is a mean over counted tokens, in training and in evaluation, and `make_train_step` the
+place for any other.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -17,39 +22,69 @@ from recurrentgemma.training.losses import cross_entropy
 from recurrentgemma.training.state import TrainState, with_parameters
 
 Metrics = dict[str, jax.Array]
+"""Scalars by name."""
+TOKENS = "tokens"
+"""The number of counted targets in the sums of a batch."""
 
 
-def batch_loss(model: Griffin, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Sum of nats over counted targets, and their count; float32 scalars."""
+def batch_sums(model: Griffin, batch: Batch) -> Metrics:
+    """Sums over the counted targets of a batch.
+
+    Returns:
+        float32 scalars: `loss` in nats, and the number of counted `tokens`.
+    """
+    chex.assert_rank(batch.tokens, 2)
+    chex.assert_equal_shape(batch)
     hidden, _ = model(batch.tokens, batch.positions)
-    total = cross_entropy(model, hidden, batch.targets, batch.mask)
-    return total, jnp.sum(batch.mask)
+    return {
+        "loss": cross_entropy(model, hidden, batch.targets, batch.mask),
+        TOKENS: jnp.sum(batch.mask),
+    }
+
+
+def mean_metrics(sums: Metrics) -> Metrics:
+    """Means over the counted targets, from their sums; 0 if none counts."""
+    count = jnp.maximum(sums[TOKENS], 1)
+    return {name: sums[name] / count for name in sums if name != TOKENS}
+
+
+def means(batches: Iterable[Metrics]) -> dict[str, float]:
+    """Means over the counted targets of several batches, from the sums of each."""
+    total = jax.tree.map(lambda *sums: sum(map(float, sums)), *batches)
+    return {name: float(value) for name, value in mean_metrics(total).items()}
 
 
 def mean_loss(model: Griffin, batch: Batch) -> jax.Array:
-    """Mean nats a counted target; 0 if none counts."""
-    total, count = batch_loss(model, batch)
-    return total / jnp.maximum(count, 1)
+    """Mean nats of a counted target; 0 if none counts."""
+    return mean_metrics(batch_sums(model, batch))["loss"]
 
 
 def make_train_step(
-    model: Griffin, optimizer: optax.GradientTransformation
+    model: Griffin,
+    optimizer: optax.GradientTransformation,
+    learning_rate: optax.Schedule | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A jitted (state, batch) -> (state, metrics); the state that goes in is used up.
 
-    Metrics are float32 scalars: `loss` in nats a token, `gradient_norm` before the clip.
+    Metrics are float32 scalars: those of `mean_metrics`, `gradient_norm` before the
+    clip, and `learning_rate` if its schedule is given.
     """
 
     def loss_of(params, batch):
-        return mean_loss(with_parameters(model, params), batch)
+        metrics = mean_metrics(batch_sums(with_parameters(model, params), batch))
+        return metrics["loss"], metrics
 
     def train_step(state: TrainState, batch: Batch):
-        loss, gradients = jax.value_and_grad(loss_of)(state.params, batch)
+        gradients, metrics = jax.grad(loss_of, has_aux=True)(state.params, batch)
+        chex.assert_trees_all_equal_shapes_and_dtypes(gradients, state.params)
         updates, optimizer_state = optimizer.update(
             gradients, state.optimizer_state, state.params
         )
         params: Any = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
+        chex.assert_trees_all_equal_shapes_and_dtypes(params, state.params)
+        metrics["gradient_norm"] = optax.global_norm(gradients)
+        if learning_rate is not None:
+            metrics["learning_rate"] = jnp.asarray(learning_rate(state.step))
         return TrainState(params, optimizer_state, state.step + 1), metrics
 
     return jax.jit(train_step, donate_argnums=0)
@@ -57,8 +92,8 @@ def make_train_step(
 
 def make_evaluation_step(
     model: Griffin,
-) -> Callable[[dict[str, jax.Array], Batch], tuple[jax.Array, jax.Array]]:
-    """A jitted (params, batch) -> (sum of nats, counted targets)."""
+) -> Callable[[dict[str, jax.Array], Batch], Metrics]:
+    """A jitted (params, batch) -> `batch_sums`."""
     return jax.jit(
-        lambda params, batch: batch_loss(with_parameters(model, params), batch)
+        lambda params, batch: batch_sums(with_parameters(model, params), batch)
     )

@@ -70,14 +70,5 @@ def fields_for(layout, fields):
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="PyTorch is not installed"
 )
-AVAILABLE_FORMATS = [
-    name
-    for name in FORMATS
-    if name != "official_pytorch" or importlib.util.find_spec("torch")
-]
-FORMAT_PARAMETERS = [
-    pytest.param(name, marks=needs_torch) if name == "official_pytorch" else name
-    for name in FORMATS
-]
-every_format = pytest.mark.parametrize("layout", FORMAT_PARAMETERS)
+every_format = pytest.mark.parametrize("layout", FORMATS)
 safetensors_formats = pytest.mark.parametrize("layout", ["native", "hugging_face"])

@@ -9,7 +9,7 @@ import pytest
 from recurrentgemma import PRESETS, Tokenizer
 from recurrentgemma.checkpoints import hugging_face, load, read_config, save
 from tests.checkpoints.checkpoints import (
-    AVAILABLE_FORMATS,
+    FORMATS,
     config,
     every_format,
     model,
@@ -24,7 +24,7 @@ MODEL = "model.safetensors"
 def saved(tmp_path_factory):
     """A checkpoint of each format; tests copy it before they damage it."""
     folder = tmp_path_factory.mktemp("saved")
-    for layout in AVAILABLE_FORMATS:
+    for layout in FORMATS:
         save(folder / layout, model(), None, format=layout)
     return folder
 
@@ -268,8 +268,3 @@ def test_a_tokenizer_that_does_not_fit(checkpoint, layout, tmp_path):
     with pytest.raises(ValueError, match="Not a SentencePiece model"):
         load(checkpoint)
     assert not (tmp_path / "new").exists()
-
-
-def test_sharding_without_an_entry(saved):
-    with pytest.raises(ValueError, match="sharding has no entry for"):
-        load(saved / "native", sharding={})

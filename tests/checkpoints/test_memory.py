@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import orbax.checkpoint
 import pytest
 
-from tests.checkpoints.checkpoints import FORMAT_PARAMETERS
+from tests.checkpoints.checkpoints import FORMATS
 from tests.checkpoints.memory_probe import make
 
 PROBE = Path(__file__).with_name("memory_probe.py")
@@ -63,7 +63,7 @@ def test_a_small_checkpoint_is_never_in_memory_twice(layout, target, tmp_path):
     check(tmp_path, layout, "bfloat16", target, "save")
 
 
-@pytest.fixture(scope="module", params=FORMAT_PARAMETERS)
+@pytest.fixture(scope="module", params=FORMATS)
 def one_gigabyte(request, tmp_path_factory):
     """A format, and a folder with a float32 checkpoint in it."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -1,11 +1,11 @@
 """The released Flax and PyTorch layouts: what is written by others, and no config."""
 
+import importlib.util
 import json
 import logging
 import os
 import pickle
 import shutil
-import sys
 import zipfile
 
 import jax
@@ -18,28 +18,37 @@ from safetensors.numpy import load_file
 from recurrentgemma.checkpoints import (
     load,
     official_flax,
-    official_pytorch,
     read_config,
     save,
     tensors,
 )
+from recurrentgemma.checkpoints.official import slicing_axis
+from recurrentgemma.checkpoints.state_dict_file import (
+    RECORD_ALIGNMENT,
+    read_state_dict,
+    write_state_dict,
+)
+from recurrentgemma.checkpoints.tensors import TensorSource, array_source
 from recurrentgemma.config import PRESETS
 from tests.checkpoints.checkpoints import (
     BYTES_AT_ONCE,
     assert_same_parameters,
     config,
     model,
-    needs_torch,
 )
 from tests.checkpoints.test_round_trips import TOKENIZER
 from tests.golden_models import GOLDEN, load_golden
 
 HAWK = GOLDEN / "deepmind" / "hawk"
-OFFICIAL = [
-    "official_flax",
-    pytest.param("official_pytorch", marks=needs_torch),
-]
-official_formats = pytest.mark.parametrize("layout", OFFICIAL)
+STATE_DICT = GOLDEN / "deepmind" / "hawk" / "state_dict.pt"
+"""Some tensors of `torch_state_dict.safetensors`, saved by PyTorch 2.13 as parameters,
+in float32 and bfloat16, one of them transposed."""
+official_formats = pytest.mark.parametrize(
+    "layout", ["official_flax", "official_pytorch"]
+)
+needs_torch = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="PyTorch is not installed"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -214,45 +223,64 @@ def test_damaged_orbax_directories(damage, tmp_path):
         load(path)
 
 
-def test_without_torch_one_line_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    (tmp_path / "2b.pt").write_bytes(b"")
-    for call in (
-        lambda: load(tmp_path / "2b.pt"),
-        lambda: save(tmp_path / "new", model(), None, format="official_pytorch"),
-    ):
-        with pytest.raises(ValueError, match="pip install torch") as error:
-            call()
-        assert "\n" not in str(error.value)
-    assert [file.name for file in tmp_path.iterdir()] == ["2b.pt"]
+def test_a_state_dict_that_pytorch_saved():
+    expected = load_file(HAWK / "torch_state_dict.safetensors")
+    sources = read_state_dict(STATE_DICT, slicing_axis)
+    assert len(sources) == 5
+    for name, source in sources.items():
+        array = expected[name]
+        if source.dtype == jnp.bfloat16:
+            array = array.astype(jnp.bfloat16)
+        np.testing.assert_array_equal(source.load(), array)
+        end = source.shape[source.axis]
+        part = source.read(end // 2, end)
+        expected_part = np.take(array, range(end // 2, end), source.axis)
+        np.testing.assert_array_equal(part, expected_part)
 
 
-@needs_torch
-def test_the_official_state_dict(tmp_path):
-    import torch
-
+def test_names_and_tensors_of_the_official_state_dict(tmp_path):
     golden = load_golden(HAWK)
     expected = load_file(HAWK / "torch_state_dict.safetensors")
     save(tmp_path / "saved", golden, None, format="official_pytorch")
-    written = torch.load(tmp_path / "saved" / "model.pt", weights_only=True)
+    written = read_state_dict(tmp_path / "saved" / "model.pt", slicing_axis)
     assert set(written) == set(expected)
     for name, array in expected.items():
-        np.testing.assert_array_equal(written[name].numpy(), array, err_msg=name)
-    theirs = {name: torch.from_numpy(array) for name, array in expected.items()}
-    torch.save(theirs, tmp_path / "theirs.pt")
+        np.testing.assert_array_equal(written[name].load(), array, err_msg=name)
+    write_state_dict(
+        tmp_path / "theirs.pt",
+        {name: array_source(jnp.asarray(array)) for name, array in expected.items()},
+    )
     loaded, _ = load(tmp_path / "theirs.pt", config=golden.config)
     assert_same_parameters(loaded, golden)
 
 
 @needs_torch
+@pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_state_dict_file_is_sound_and_mapped_anew(dtype, tmp_path, monkeypatch):
+def test_pytorch_reads_what_is_written(dtype, mapped, tmp_path):
+    import torch
+
     save(tmp_path / "saved", model(dtype=dtype), None, format="official_pytorch")
-    with zipfile.ZipFile(tmp_path / "saved" / "model.pt") as archive:
+    file = tmp_path / "saved" / "model.pt"
+    theirs = torch.load(file, weights_only=True, mmap=mapped)
+    ours = read_state_dict(file, slicing_axis)
+    assert list(theirs) == list(ours)
+    for name, tensor in theirs.items():
+        assert str(tensor.dtype) == f"torch.{dtype}"
+        assert tensor.data_ptr() % RECORD_ALIGNMENT == 0 or not mapped
+        np.testing.assert_array_equal(tensor.float().numpy(), ours[name].load())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_a_state_dict_file_is_a_sound_archive(dtype, tmp_path):
+    array = np.arange(12, dtype=dtype).reshape(3, 4)
+    source = TensorSource((3, 4), np.dtype(dtype), 0, lambda a, b: array[a:b])
+    write_state_dict(tmp_path / "a.pt", {"x": source, "y": source.transposed()})
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
         assert archive.testzip() is None
-    monkeypatch.setattr(official_pytorch, "MAX_MAPPED_BYTES", 1000)
-    loaded, _ = load(tmp_path / "saved", param_dtype=dtype)
-    assert_same_parameters(loaded, model(dtype=dtype))
+    written = read_state_dict(tmp_path / "a.pt", slicing_axis)
+    np.testing.assert_array_equal(written["x"].load(), array)
+    np.testing.assert_array_equal(written["y"].load(), array.T)
 
 
 class Harmful:
@@ -263,29 +291,55 @@ class Harmful:
         return os.mkdir, (str(self.file),)
 
 
-@needs_torch
-@pytest.mark.parametrize(
-    "kind",
-    ["empty", "text", "pickle", "harmful", "list", "number", "nested", "truncated"],
-)
-def test_a_pickle_that_is_no_state_dict(kind, tmp_path):
-    import torch
+def archive_of(file, pickled, name="model/data.pkl", **other):
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(name, pickled)
+        for record, content in other.items():
+            archive.writestr(f"model/{record}", content)
 
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("empty", "not a zip file"),
+        ("text", "not a zip file"),
+        ("pickle", "not a zip file"),
+        ("harmful", "it holds posix.mkdir"),
+        ("list", "no dictionary of tensors"),
+        ("number", "'step' is not a tensor"),
+        ("nested", "'model' is not a tensor"),
+        ("other archive", "not enough values"),
+        ("big-endian", "it is big-endian"),
+        ("truncated", "not a zip file"),
+        ("storage", "embedder.input_embedding has no place in it"),
+        ("cut", "has no place in it"),
+    ],
+)
+def test_a_file_that_is_no_state_dict(kind, message, tmp_path):
     file = tmp_path / "model.pt"
     contents = {"list": [1, 2], "number": {"step": 3}, "nested": {"model": {}}}
     if kind in contents:
-        torch.save(contents[kind], file)
+        archive_of(file, pickle.dumps(contents[kind]))
     elif kind == "harmful":
-        torch.save({"a": Harmful(tmp_path / "made")}, file)
+        archive_of(file, pickle.dumps({"a": Harmful(tmp_path / "made")}))
+    elif kind == "other archive":
+        archive_of(file, b"", name="notes.txt")
+    elif kind == "big-endian":
+        archive_of(file, pickle.dumps({}), byteorder="big")
     elif kind == "pickle":
         file.write_bytes(pickle.dumps({"a": 1}))
     elif kind == "truncated":
-        torch.save({"final_norm.scale": torch.zeros(1000)}, file)
-        file.write_bytes(file.read_bytes()[:-500])
+        file.write_bytes(STATE_DICT.read_bytes()[:-500])
+    elif kind in ("storage", "cut"):
+        with zipfile.ZipFile(STATE_DICT) as archive:
+            pickled = archive.read("state_dict/data.pkl")
+        size = 4 if kind == "cut" else 0
+        archive_of(file, pickled, **{f"data/{key}": bytes(size) for key in range(9)})
     else:
         file.write_bytes(b"no pickle" if kind == "text" else b"")
     with pytest.raises(ValueError, match="is not a PyTorch state dict") as error:
         load(file)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "made").exists()
 
@@ -309,10 +363,11 @@ def test_tensors_of_another_model(layout, names, tmp_path):
         with orbax.checkpoint.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(path, {"params": arrays})
     else:
-        import torch
-
         path = path.with_suffix(".pt")
-        torch.save({n: torch.from_numpy(array) for n, array in arrays.items()}, path)
+        sources = {
+            name: array_source(jnp.atleast_1d(array)) for name, array in arrays.items()
+        }
+        write_state_dict(path, sources)
     with pytest.raises(ValueError, match="holds no model of the official") as error:
         load(path)
     message = str(error.value)
@@ -322,14 +377,11 @@ def test_tensors_of_another_model(layout, names, tmp_path):
         load(path, config=config())
 
 
-@needs_torch
 def test_state_dicts_that_cannot_be_loaded(tmp_path):
-    import torch
-
-    torch.save(
-        {"final_norm.scale": torch.zeros(3, dtype=torch.int8)}, tmp_path / "a.pt"
-    )
-    with pytest.raises(ValueError, match=r"final_norm.scale is stored as torch.int8"):
+    with zipfile.ZipFile(STATE_DICT) as archive:
+        pickled = archive.read("state_dict/data.pkl")
+    archive_of(tmp_path / "a.pt", pickled.replace(b"BFloat16Storage", b"LongStorage"))
+    with pytest.raises(ValueError, match=r"is stored as long"):
         load(tmp_path / "a.pt")
     shutil.copy(tmp_path / "a.pt", tmp_path / "b.pth")
     with pytest.raises(ValueError, match=r"several state dicts \(a.pt, b.pth\)"):

@@ -12,7 +12,7 @@ import safetensors
 import safetensors.flax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from recurrentgemma import PRESETS, GriffinConfig, Runtime, Tokenizer
+from recurrentgemma import Runtime, Tokenizer
 from recurrentgemma.checkpoints import (
     detect_format,
     hugging_face,
@@ -245,42 +245,6 @@ def test_loaded_parameters_survive_the_files_and_donation(tmp_path):
     for actual, array in zip(*map(jax.tree.leaves, (added, expected)), strict=True):
         for shard in actual.addressable_shards:
             np.testing.assert_array_equal(shard.data, array)
-
-
-def test_config_json_of_every_recurrentgemma_preset_is_its_own_inverse():
-    for name in ("recurrentgemma-2b", "recurrentgemma-9b"):
-        content = hugging_face.config_to_json(PRESETS[name])
-        assert content["attention_window_size"] == 2048
-        assert content["intermediate_size"] == 6 * PRESETS[name].width
-        assert hugging_face.config_from_json(content) == PRESETS[name]
-
-
-def test_the_released_config_is_the_preset():
-    # The fields of google/recurrentgemma-2b, which older transformers wrote.
-    released = {
-        "model_type": "recurrent_gemma",
-        "attention_bias": False,
-        "attention_window_size": 2048,
-        "block_types": ["recurrent", "recurrent", "attention"],
-        "conv1d_width": 4,
-        "embeddings_scale_by_sqrt_dim": True,
-        "head_dim": 256,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "hidden_size": 2560,
-        "intermediate_size": 15360,
-        "logits_soft_cap": 30.0,
-        "lru_width": 2560,
-        "num_attention_heads": 10,
-        "num_hidden_layers": 26,
-        "num_key_value_heads": 1,
-        "partial_rotary_factor": 0.5,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 10000.0,
-        "vocab_size": 256000,
-    }
-    preset = PRESETS["recurrentgemma-2b"]
-    assert hugging_face.config_from_json(released) == preset
-    assert GriffinConfig.from_dict(json.loads(json.dumps(preset.to_dict()))) == preset
 
 
 def test_bundled_names_win_over_directories(tmp_path, monkeypatch):

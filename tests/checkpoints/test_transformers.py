@@ -1,4 +1,4 @@
-"""RecurrentGemma checkpoints of transformers: their numbers, and the way back."""
+"""Checkpoints of transformers, for every model type: their numbers, and the way back."""
 
 import dataclasses
 import functools
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from recurrentgemma import PRESETS
 from recurrentgemma.checkpoints import (
     FORMATS,
     load,
@@ -21,45 +22,66 @@ from recurrentgemma.checkpoints import (
     read_config,
     save,
 )
-from recurrentgemma.checkpoints.recurrent_gemma import to_native_name
+from recurrentgemma.checkpoints.hugging_face import MODEL_TYPES
+from recurrentgemma.checkpoints.model_types import config_from_json, config_to_json
 from recurrentgemma.checkpoints.tensors import array_source
 from tests.models import forward
 from tests.tolerances import assert_close
 
-CASE = Path(__file__).parents[1] / "golden" / "transformers" / "recurrent_gemma"
+GOLDEN = Path(__file__).parents[1] / "golden" / "transformers"
+CASES = sorted(folder.name for folder in GOLDEN.iterdir())
+STORED = {
+    case: json.loads((GOLDEN / case / "config.json").read_text()) for case in CASES
+}
 OTHER_PYTHON = os.environ.get("TRANSFORMERS_PYTHON")
 """A Python with transformers and torch, if they are in another environment."""
+every_case = pytest.mark.parametrize("case", CASES)
 
 
 @functools.cache
-def data() -> dict[str, np.ndarray]:
-    with np.load(CASE / "data.npz") as arrays:
+def data(case) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / case / "data.npz") as arrays:
         return dict(arrays)
 
 
 @functools.cache
-def model():
-    """With one key less: transformers counts the query's own in its window."""
-    config = read_config(CASE)
-    config = dataclasses.replace(config, attention_window=config.attention_window - 1)
-    return load(CASE, config=config)[0]
+def model(case):
+    """The model as transformers runs it: its RecurrentGemma has a window of one key
+    less than the trained model."""
+    config = read_config(GOLDEN / case)
+    if STORED[case]["model_type"] == "recurrent_gemma":
+        window = config.attention_window - 1
+        config = dataclasses.replace(config, attention_window=window)
+    return load(GOLDEN / case, config=config)[0]
+
+
+def test_every_model_type_has_a_case():
+    assert {stored["model_type"] for stored in STORED.values()} == set(MODEL_TYPES)
 
 
 def test_the_window_is_that_of_the_trained_model():
-    stored = json.loads((CASE / "config.json").read_text())
-    assert read_config(CASE).attention_window == stored["attention_window_size"] == 8
-    assert load(CASE)[0].config == read_config(CASE)
+    config = read_config(GOLDEN / "recurrent_gemma")
+    assert config.attention_window == 8
+    assert STORED["recurrent_gemma"]["attention_window_size"] == 8
+    assert load(GOLDEN / "recurrent_gemma")[0].config == config
+    assert read_config(GOLDEN / "gemma2").attention_window == 7
+    assert STORED["gemma2"]["sliding_window"] == 8
 
 
+@every_case
 @pytest.mark.parametrize("length", ["short", "long"])
-def test_logits(length):
-    logits, _ = forward(model(), jnp.asarray(data()[f"{length}/tokens"]))
-    assert_close(logits, data()[f"{length}/logits"], "logits")
+def test_logits(case, length):
+    logits, _ = forward(model(case), jnp.asarray(data(case)[f"{length}/tokens"]))
+    assert_close(logits, data(case)[f"{length}/logits"], "logits")
 
 
-def test_a_window_of_one_key_more_shows():
-    logits, _ = forward(load(CASE)[0], jnp.asarray(data()["long/tokens"]))
-    assert np.abs(logits - data()["long/logits"]).max() > 0.1
+@pytest.mark.parametrize("case", ["recurrent_gemma", "gemma2"])
+def test_a_window_of_one_key_more_shows(case):
+    config = model(case).config
+    wider = dataclasses.replace(config, attention_window=config.attention_window + 1)
+    tokens = jnp.asarray(data(case)["long/tokens"])
+    logits, _ = forward(load(GOLDEN / case, config=wider)[0], tokens)
+    assert np.abs(logits - data(case)["long/logits"]).max() > 0.1
 
 
 @jax.jit
@@ -73,52 +95,152 @@ def loss_and_gradient(model, tokens):
     return jax.value_and_grad(loss)(model)
 
 
-def test_loss_and_gradients():
-    loss, gradient = loss_and_gradient(model(), jnp.asarray(data()["long/tokens"]))
-    assert_close(loss, data()["long/loss"], "loss")
+@every_case
+def test_loss_and_gradients(case):
+    names = MODEL_TYPES[STORED[case]["model_type"]].names
+    loss, gradient = loss_and_gradient(
+        model(case), jnp.asarray(data(case)["long/tokens"])
+    )
+    assert_close(loss, data(case)["long/loss"], "loss")
     ours = named_parameters(gradient)
     stored = {
         key.removeprefix("long/grad/"): expected
-        for key, expected in data().items()
+        for key, expected in data(case).items()
         if key.startswith("long/grad/")
     }
-    assert len(stored) == 31
+    assert len(stored) >= 10
     for key, expected in stored.items():
-        name, orientation = to_native_name(key)
+        name, orientation = names.to_native(key)
         source = orientation.to_native(array_source(jnp.asarray(expected)))
         assert_close(ours[name], source.load(), "gradient")
 
 
-@pytest.mark.parametrize("case", ["generate_0", "generate_1"])
-def test_greedy_generation(case):
+@every_case
+@pytest.mark.parametrize("run", ["generate_0", "generate_1"])
+def test_greedy_generation(case, run):
     prompt, expected = (
-        data()[f"{case}/{name}"] for name in ("prompt_tokens", "tokens")
+        data(case)[f"{run}/{name}"] for name in ("prompt_tokens", "tokens")
     )
-    logits, cache = forward(model(), jnp.asarray(prompt))
+    rows, length = prompt.shape
+    cache = model(case).init_cache(rows, capacity=length + expected.shape[1])
+    logits, cache = forward(model(case), jnp.asarray(prompt), cache=cache)
     new_logits, new_tokens = [], []
     for _ in range(expected.shape[1]):
         new_logits.append(logits[:, -1])
         new_tokens.append(logits[:, -1].argmax(-1).astype(jnp.int32))
-        logits, cache = forward(model(), new_tokens[-1][:, None], cache=cache)
+        logits, cache = forward(model(case), new_tokens[-1][:, None], cache=cache)
     np.testing.assert_array_equal(jnp.stack(new_tokens, axis=1), expected)
-    assert_close(jnp.stack(new_logits, axis=1), data()[f"{case}/logits"], "logits")
+    stacked = jnp.stack(new_logits, axis=1)
+    assert_close(stacked, data(case)[f"{run}/logits"], "logits")
 
 
-def test_written_tensors_are_those_that_were_read(tmp_path):
-    save(tmp_path / "saved", load(CASE)[0], None, format="hugging_face")
+@every_case
+def test_written_tensors_are_those_that_were_read(case, tmp_path):
+    save(tmp_path / "saved", load(GOLDEN / case)[0], None, format="hugging_face")
     ours, theirs = (
         FORMATS["hugging_face"].read(path).tensors
-        for path in (tmp_path / "saved", CASE)
+        for path in (tmp_path / "saved", GOLDEN / case)
     )
     assert set(ours) == set(theirs)
     for name, source in theirs.items():
         np.testing.assert_array_equal(ours[name].load(), source.load())
-    written, stored = (
-        json.loads((path / "config.json").read_text())
-        for path in (tmp_path / "saved", CASE)
-    )
+    written = json.loads((tmp_path / "saved" / "config.json").read_text())
     del written["written_by"]
+    stored = {"hidden_act": "gelu_pytorch_tanh", **STORED[case]}
     assert written == {key: stored[key] for key in written}
+
+
+PRESET_TYPES = {
+    name: {"recurrentgemma": "recurrent_gemma"}.get(
+        family := name.split("-")[0], family
+    )
+    for name in PRESETS
+    if name.startswith(("recurrentgemma", "gemma"))
+}
+
+
+@pytest.mark.parametrize("name", PRESET_TYPES)
+def test_config_json_of_every_released_preset_is_its_own_inverse(name):
+    kind, content = config_to_json(MODEL_TYPES, PRESETS[name])
+    assert kind == PRESET_TYPES[name]
+    content = json.loads(json.dumps(content))
+    assert config_from_json(MODEL_TYPES[kind], content) == PRESETS[name]
+
+
+def test_config_json_of_released_checkpoints():
+    """Settings as in the released files, which older versions of transformers wrote."""
+    recurrent = {
+        "model_type": "recurrent_gemma",
+        "attention_bias": False,
+        "attention_window_size": 2048,
+        "block_types": ["recurrent", "recurrent", "attention"],
+        "conv1d_width": 4,
+        "embeddings_scale_by_sqrt_dim": True,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 2560,
+        "intermediate_size": 15360,
+        "logits_soft_cap": 30.0,
+        "lru_width": 2560,
+        "num_attention_heads": 10,
+        "num_hidden_layers": 26,
+        "num_key_value_heads": 1,
+        "partial_rotary_factor": 0.5,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 10000.0,
+        "vocab_size": 256000,
+    }
+    preset = PRESETS["recurrentgemma-2b"]
+    assert config_from_json(MODEL_TYPES["recurrent_gemma"], recurrent) == preset
+    gemma = {
+        "attention_bias": False,
+        "head_dim": 256,
+        "hidden_act": "gelu",
+        "hidden_activation": None,
+        "hidden_size": 2048,
+        "intermediate_size": 16384,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 18,
+        "num_key_value_heads": 1,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "vocab_size": 256000,
+    }
+    assert config_from_json(MODEL_TYPES["gemma"], gemma) == PRESETS["gemma-2b"]
+    gemma2 = {
+        **gemma,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "head_dim": 128,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 4608,
+        "intermediate_size": 36864,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 46,
+        "num_key_value_heads": 16,
+        "query_pre_attn_scalar": 144,
+        "sliding_window": 4096,
+    }
+    assert config_from_json(MODEL_TYPES["gemma2"], gemma2) == PRESETS["gemma2-27b"]
+
+
+@pytest.mark.parametrize(
+    ("case", "fields", "message"),
+    [
+        ("gemma2", {"rope_scaling": {"factor": 2}}, "only None is supported"),
+        ("gemma2", {"use_bidirectional_attention": True}, "only False is supported"),
+        ("gemma2", {"sliding_window": None}, "sliding_window is None; expected a pos"),
+        ("gemma2", {"layer_types": ["sliding_attention", "x"]}, "block_pattern .*'x'"),
+        ("gemma1_like_2b_mqa", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ("gemma1_like_2b_mqa", {"tie_word_embeddings": False}, "tie_word_embeddings"),
+    ],
+)
+def test_settings_that_are_not_supported(case, fields, message):
+    model_type = MODEL_TYPES[STORED[case]["model_type"]]
+    with pytest.raises(ValueError, match=message):
+        config_from_json(model_type, {**STORED[case], **fields})
 
 
 EXPORT_CHECK = """
@@ -128,11 +250,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 path, tokens, logits = sys.argv[1:]
-model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+model, info = AutoModelForCausalLM.from_pretrained(
+    path, dtype=torch.float32, output_loading_info=True
+)
 assert not any(info.values()), info
 with torch.no_grad():
     tokens = torch.from_numpy(np.load(tokens)).long()
-    np.save(logits, model.float()(tokens, use_cache=False).logits.numpy())
+    np.save(logits, model(tokens, use_cache=False).logits.numpy())
 """
 
 
@@ -140,12 +264,15 @@ with torch.no_grad():
     not (OTHER_PYTHON or importlib.util.find_spec("transformers")),
     reason="transformers is not installed; TRANSFORMERS_PYTHON may name a Python",
 )
+@every_case
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_export_loads_in_transformers_with_the_same_logits(dtype, tmp_path):
-    exported = load(CASE, param_dtype=dtype)[0]
+def test_an_export_loads_in_transformers_with_the_same_logits(case, dtype, tmp_path):
+    exported = load(GOLDEN / case, param_dtype=dtype)[0]
     save(tmp_path / "saved", exported, None, format="hugging_face")
-    window = exported.config.attention_window
-    tokens = np.random.default_rng(0).integers(0, 160, (3, window), np.int32)
+    # As many tokens as RecurrentGemma's window: beyond it transformers differs.
+    tokens = np.random.default_rng(0).integers(
+        0, exported.config.vocab_size, (3, 8), np.int32
+    )
     np.save(tmp_path / "tokens.npy", tokens)
     command = [OTHER_PYTHON or sys.executable, "-c", EXPORT_CHECK]
     paths = [tmp_path / name for name in ("saved", "tokens.npy", "logits.npy")]

@@ -23,7 +23,7 @@ from recurrentgemma.checkpoints import (
 )
 from recurrentgemma.config import PRESETS
 from recurrentgemma.evaluation import checks, layer_states, reader, verify
-from tests.checkpoints.checkpoints import AVAILABLE_FORMATS, model
+from tests.checkpoints.checkpoints import FORMATS, model
 from tests.models import forward, random_tokens
 from tests.tolerances import assert_close
 
@@ -109,8 +109,7 @@ def test_a_wrong_norm_fails_and_the_exit_status_says_so(certificate, tmp_path, c
 
 def test_every_layout_has_the_same_digest(saved):
     found = [
-        checks.check_weights(saved(layout=layout).stored.tensors)
-        for layout in AVAILABLE_FORMATS
+        checks.check_weights(saved(layout=layout).stored.tensors) for layout in FORMATS
     ]
     assert all(check == found[0] for check in found)
     assert found[0].status == "passed"

@@ -9,7 +9,7 @@ from recurrentgemma.tokenizer import Tokenizer
 from recurrentgemma.training.corpus import Document, read_documents, split_held_out
 from recurrentgemma.training.data import PackedTokens, encode_document
 from recurrentgemma.training.loop import BUNDLED_TOKENIZER
-from recurrentgemma.training.step import batch_loss
+from recurrentgemma.training.step import batch_sums, mean_metrics, means
 from tests.models import random_model, tiny_config
 from tests.tolerances import assert_close
 
@@ -127,11 +127,10 @@ def test_rows_that_cannot_be_are_refused(documents, row_tokens):
 def test_the_loss_of_packed_documents_is_that_of_each_alone():
     model = random_model(tiny_config())
     packed = PackedTokens(DOCUMENTS, 17)
-    loss = jax.jit(batch_loss)
-    together, count = loss(model, packed.rows(np.arange(1)))
+    sums = jax.jit(batch_sums)
+    together = sums(model, packed.rows(np.arange(1)))
     alone = [
-        loss(model, PackedTokens([ids], 17).rows(np.arange(1))) for ids in DOCUMENTS
+        sums(model, PackedTokens([ids], 17).rows(np.arange(1))) for ids in DOCUMENTS
     ]
-    assert count == sum(count for _, count in alone) == sum(map(len, DOCUMENTS)) - 4
-    total = sum(float(nats) for nats, _ in alone)
-    assert_close(together / count, total / count, "loss")
+    assert float(together["tokens"]) == sum(map(len, DOCUMENTS)) - 4
+    assert_close(mean_metrics(together)["loss"], means(alone)["loss"], "loss")

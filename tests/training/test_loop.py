@@ -4,13 +4,14 @@ import json
 import os
 import signal
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from recurrentgemma import PRESETS, load
 from recurrentgemma.checkpoints import named_parameters
-from recurrentgemma.training import loop
+from recurrentgemma.training import loop, step
 from recurrentgemma.training.loop import TrainConfig, train
 from recurrentgemma.training.optimizer import OptimizerConfig
 from recurrentgemma.training.state import Checkpoints, TrainState
@@ -66,10 +67,29 @@ def test_a_short_run_learns_and_can_be_loaded(corpus, tmp_path):
     rows = metrics_of(tmp_path / "run")
     assert [row["step"] for row in rows] == list(range(1, 41))
     assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+    assert set(rows[0]) == {
+        *("step", "loss", "gradient_norm", "learning_rate", "train_tokens_per_s"),
+    }
+    assert max(row["learning_rate"] for row in rows) == pytest.approx(2e-2)
     assert rows[-1]["held_out_loss"] < rows[2]["held_out_loss"]
     model, tokenizer = load(model_folder)
     hidden, _ = model(jnp.asarray([tokenizer.encode("def ")]))
     assert jnp.isfinite(model.logits(hidden)).all()
+
+
+def test_a_metric_is_added_in_one_place(corpus, tmp_path, monkeypatch):
+    sums = step.batch_sums
+
+    def with_accuracy(model, batch):
+        hidden, _ = model(batch.tokens, batch.positions)
+        hits = model.logits(hidden).argmax(-1) == batch.targets
+        return {**sums(model, batch), "accuracy": (hits * batch.mask).sum()}
+
+    monkeypatch.setattr(step, "batch_sums", with_accuracy)
+    train(config_for(corpus, tmp_path / "run", steps=3))
+    rows = metrics_of(tmp_path / "run")
+    assert all(0 <= row["accuracy"] <= 1 for row in rows)
+    assert 0 <= rows[-1]["held_out_accuracy"] <= 1
 
 
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(
@@ -93,9 +113,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     assert Checkpoints(tmp_path / "b" / "checkpoints").latest_step == 3
     resumed = train(config)
 
-    expected, actual = parameters_of(uninterrupted), parameters_of(resumed)
-    for name, value in expected.items():
-        np.testing.assert_array_equal(actual[name], value)
+    chex.assert_trees_all_equal(parameters_of(resumed), parameters_of(uninterrupted))
     assert [row["loss"] for row in metrics_of(tmp_path / "b")] == [
         row["loss"] for row in metrics_of(tmp_path / "a")
     ]
@@ -158,10 +176,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path, monkeypatch):
     make = loop.make_train_step
 
     def broken(*args):
-        step = make(*args)
+        run_step = make(*args)
 
         def run(state, batch):
-            state, metrics = step(state, batch)
+            state, metrics = run_step(state, batch)
             return state, {**metrics, "loss": jnp.nan}
 
         return run
