@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, and the one matrix product they all share.
+"""Which implementation of an op runs.
 
 An op has a table of implementations by name: plain functions, which run anywhere, and
 `Kernel`s, which are written for one platform. Elsewhere a kernel runs interpreted, when
@@ -22,6 +22,10 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, PartitionSpec
+
+from recurrentgemma.kernels import precision
+
+einsum_float32 = precision.einsum_float32
 
 MESH_AXES = {"b": "data", "c": "model", "g": "model"}
 """Mesh axis over which a dimension of a kernel's arrays is sharded, by its letter. All
@@ -274,21 +278,3 @@ def _batch(args, axes, *, call):
 mlir.register_lowering(_kernel_p, _lower)
 ad.primitive_jvps[_kernel_p] = _jvp
 batching.primitive_batchers[_kernel_p] = _batch
-
-
-def einsum_float32(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    """einsum in the operands' dtype, accumulated and returned in float32.
-
-    On CPU the operands are widened first: XLA has no batched bfloat16 product with a
-    float32 result there.
-    """
-
-    def native(left, right):
-        return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
-
-    def widened(left, right):
-        return jnp.einsum(spec, left.astype(jnp.float32), right.astype(jnp.float32))
-
-    if left.dtype == right.dtype == jnp.float32:
-        return native(left, right)
-    return jax.lax.platform_dependent(left, right, cpu=widened, default=native)

@@ -29,6 +29,7 @@ from recurrentgemma.kernels.linear_scan.block_sizes import (
     BlockSizes,
     block_sizes,
 )
+from recurrentgemma.kernels.precision import kernel_precision_of
 
 TILE = 8
 """Rows of a float32 tile."""
@@ -212,6 +213,21 @@ def cost(flops: int, transcendentals: int, *moved: jax.Array) -> pl.CostEstimate
         flops=flops,
         transcendentals=transcendentals,
         bytes_accessed=sum(array.size * array.dtype.itemsize for array in moved),
+    )
+
+
+def dot(left: jax.Array, right: jax.Array, dimensions: Any) -> jax.Array:
+    """`dot_general` of a kernel, float32; its precision is that of `kernels/precision.py`.
+
+    Operands are widened, which changes no digit: TPU v2 and v3 take no others. Of two
+    bfloat16 ones the product is then one pass, as it is without (0.4 % more bundles).
+    """
+    return jax.lax.dot_general(
+        left.astype(jnp.float32),
+        right.astype(jnp.float32),
+        dimensions,
+        precision=kernel_precision_of(left, right),
+        preferred_element_type=jnp.float32,
     )
 
 

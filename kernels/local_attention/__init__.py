@@ -16,6 +16,7 @@ from recurrentgemma.kernels.local_attention import (
     splash,
 )
 from recurrentgemma.kernels.local_attention.ring import KVCache
+from recurrentgemma.kernels.precision import custom_vjp
 
 _ARRAYS = "btnh,btkh,btkh,bt,bskh,bskh,bs"
 
@@ -110,9 +111,6 @@ def _output(*arguments) -> jax.Array:
     return _run(IMPLEMENTATIONS, "", arrays, options, implementation)[0]
 
 
-_attend = jax.custom_vjp(_output, nondiff_argnums=(7, 8))
-
-
 def _attend_forward(*arguments):
     *arrays, options, implementation = arguments
     results = _run(IMPLEMENTATIONS, "", arrays, options, implementation)
@@ -127,7 +125,7 @@ def _attend_backward(options, implementation, residuals, out_gradient):
     return dq, dk, dv, None, dkeys, dvalues, None
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+_attend = custom_vjp(_output, _attend_forward, _attend_backward, static=(7, 8))
 
 
 def _run(table, part, arrays, options, implementation):

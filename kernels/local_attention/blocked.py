@@ -17,9 +17,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels.dispatch import einsum_float32
 from recurrentgemma.kernels.local_attention import ring
 from recurrentgemma.kernels.local_attention.ring import KVCache
+from recurrentgemma.kernels.precision import einsum_float32
 
 SMALLEST_BLOCK = 64
 LARGEST_BLOCK = 256

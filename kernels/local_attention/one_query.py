@@ -8,8 +8,8 @@ key that the query may see.
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels.dispatch import einsum_float32
 from recurrentgemma.kernels.local_attention.ring import KVCache
+from recurrentgemma.kernels.precision import einsum_float32
 
 HIDDEN = -1e30
 """Score of a key that is not seen."""

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from recurrentgemma.kernels.precision import einsum_float32
+
 HIDDEN = -1e30
 """Score of a key that is not seen."""
 
@@ -41,7 +43,8 @@ def attend(
         visible &= distance <= window
 
     groups = q.astype(jnp.float32).reshape(batch, length, k.shape[2], -1, head_dim)
-    scores = scale * jnp.einsum("btkrh,bskh->bkrts", groups, k.astype(jnp.float32))
+    wide_k, wide_v = k.astype(jnp.float32), v.astype(jnp.float32)
+    scores = scale * einsum_float32("btkrh,bskh->bkrts", groups, wide_k)
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     visible = visible[:, None, None]
@@ -52,7 +55,7 @@ def attend(
     weights = jnp.where(visible, weights, 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     total = jnp.where(total == 0, 1.0, total)
-    out = jnp.einsum("bkrts,bskh->btkrh", weights / total, v.astype(jnp.float32))
+    out = einsum_float32("bkrts,bskh->btkrh", weights / total, wide_v)
     log_total = jnp.moveaxis(largest + jnp.log(total), 3, 1)
     return out.reshape(q.shape).astype(q.dtype), log_total.reshape(q.shape[:3])
 

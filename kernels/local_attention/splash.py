@@ -7,7 +7,7 @@ of its own alone.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 
 from recurrentgemma.kernels.local_attention import ring
 from recurrentgemma.kernels.local_attention.ring import KVCache
+from recurrentgemma.kernels.precision import kernel_precision_of
 
 LANES = 128
 HEAD_MULTIPLE = LANES
@@ -32,6 +33,14 @@ BLOCKS = (
     "block_q_dq",
     "block_kv_dq",
 )
+BACKWARD_OPTIONS = (
+    "mask_value",
+    "is_mqa",
+    "block_sizes",
+    "residual_checkpoint_name",
+    "mask_function",
+)
+"""Those of the kernel that its gradient takes, in this order."""
 DTYPES = (jnp.float32, jnp.bfloat16)
 EMPTY = -1
 """Segment of a slot that holds no token; the documents of a chunk count from 0."""
@@ -51,10 +60,40 @@ def supports(
     return None
 
 
-def attend(*arrays: jax.Array, interpret: bool = False, **options: Any):
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    held: jax.Array,
+    *,
+    window: int | None,
+    scale: float,
+    soft_cap: float | None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
     """The output, and the logarithm of the sum of weights; see `blocked.attend`."""
-    out, log_total = _attend(*arrays, interpret=interpret, residuals=True, **options)
-    return out, log_total
+    layout = _Layout.of(q, k, held, window)
+    arrays = _arrange(q, k, v, keys, values, held, layout, scale)
+    tables = _prepare(layout)
+    kernel = splash_attention_kernel.SplashAttentionKernel(
+        *tables.tree_flatten()[0],
+        **{
+            **tables.kwargs,
+            "attn_logits_soft_cap": soft_cap,
+            "save_residuals": True,
+            "interpret": interpret,
+        },
+    )
+    ids = _segments(positions, held, layout)
+    with _precision(q):
+        out, (log_total,) = jax.vmap(
+            lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids)
+        )(*arrays, ids)
+    length = q.shape[1]
+    return tuple(jnp.swapaxes(array, 1, 2)[:, :length] for array in (out, log_total))
 
 
 def gradients(
@@ -69,94 +108,125 @@ def gradients(
     log_total: jax.Array,
     out_gradient: jax.Array,
     *,
+    window: int | None,
+    scale: float,
+    soft_cap: float | None,
     interpret: bool = False,
-    **options: Any,
 ) -> tuple[jax.Array, ...]:
-    """See `blocked.gradients`. The kernel's own derivative computes its output again."""
-    del out, log_total
+    """See `blocked.gradients`.
 
-    def run(q, k, v, keys, values):
-        arrays = (q, k, v, positions, keys, values, held)
-        return _attend(*arrays, interpret=interpret, residuals=False, **options)
+    jax offers the kernels of the gradient through `jax.vjp` alone, which would compute
+    the output again. The function behind it takes results that are there already; it is
+    not public, and has had these arguments from jax 0.7.2 to 0.10.2 at least.
+    """
+    layout = _Layout.of(q, k, held, window)
 
-    return jax.vjp(run, q, k, v, keys, values)[1](out_gradient)
+    def arrange(q, k, v, keys, values):
+        return _arrange(q, k, v, keys, values, held, layout, scale)
+
+    arrays, pull_back = jax.vjp(arrange, q, k, v, keys, values)
+    tables = _prepare(layout)
+    ids = _segments(positions, held, layout)
+    # What stands in the queries behind the last one does not matter: their gradient is 0.
+    results = (
+        jnp.swapaxes(_extend(array, layout.num_queries), 1, 2)
+        for array in (out, log_total, out_gradient)
+    )
+
+    def row(q, k, v, ids, out, log_total, out_gradient):
+        residuals = (
+            *(q, k, v, ids, None, out, log_total),
+            *(tables.dq_mask_info, tables.dkv_mask_info),
+        )
+        return splash_attention_kernel._splash_attention_bwd(
+            False,
+            *(tables.kwargs[name] for name in BACKWARD_OPTIONS),
+            soft_cap,
+            interpret,
+            residuals,
+            out_gradient,
+        )[3:6]
+
+    with _precision(q):
+        return pull_back(jax.vmap(row)(*arrays, ids, *results))
 
 
-def _attend(
-    q,
-    k,
-    v,
-    positions,
-    keys,
-    values,
-    held,
-    *,
-    window,
-    scale,
-    soft_cap,
-    interpret,
-    residuals,
-):
-    segments = jnp.cumsum(positions == 0, axis=1, dtype=jnp.int32)
-    key_segments = segments
-    if held.shape[1]:
+class _Layout(NamedTuple):
+    """How queries and keys lie in the kernel."""
+
+    heads: int
+    multi_query: bool
+    num_queries: int
+    num_keys: int
+    window: int | None
+    front: int
+    """Cached keys before those of the chunk."""
+    block: int
+
+    @classmethod
+    def of(cls, q, k, held, window) -> "_Layout":
+        _, length, heads, _ = q.shape
+        front = held.shape[1]
+        block = min(LARGEST_BLOCK, _round_up(length, LANES))
+        queries = _round_up(length, block)
+        keys = _round_up(front + queries, block)
+        return cls(heads, k.shape[2] == 1, queries, keys, window, front, block)
+
+
+def _arrange(q, k, v, keys, values, held, layout, scale):
+    """Scaled queries [B, N, T, H]; keys and values [B, K, S, H] in time, or [B, S, H]."""
+    if layout.front:
         past = ring.chronological(KVCache(keys, values, held))
         k = jnp.concatenate([past.keys.astype(k.dtype), k], axis=1)
         v = jnp.concatenate([past.values.astype(v.dtype), v], axis=1)
-        cached = jnp.where(past.positions >= 0, 0, EMPTY)
-        key_segments = jnp.concatenate([cached, segments], axis=1)
-
-    _, length, heads, _ = q.shape
-    front = held.shape[1]
-    block = min(LARGEST_BLOCK, _round_up(length, LANES))
-    num_queries = _round_up(length, block)
-    num_keys = _round_up(front + num_queries, block)
-    multi_query = k.shape[2] == 1
-    tables = _prepare(heads, multi_query, (num_queries, num_keys), window, front, block)
-    kernel = splash_attention_kernel.SplashAttentionKernel(
-        *tables.tree_flatten()[0],
-        **{
-            **tables.kwargs,
-            "attn_logits_soft_cap": soft_cap,
-            "save_residuals": residuals,
-            "interpret": interpret,
-        },
-    )
-    scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    q = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    sizes = (layout.num_queries, layout.num_keys, layout.num_keys)
     q, k, v = (
         jnp.swapaxes(_extend(array, size), 1, 2)
-        for array, size in ((scaled, num_queries), (k, num_keys), (v, num_keys))
+        for array, size in zip((q, k, v), sizes, strict=True)
     )
-    if multi_query:
-        k, v = k[:, 0], v[:, 0]
+    return (q, k[:, 0], v[:, 0]) if layout.multi_query else (q, k, v)
+
+
+def _segments(positions, held, layout) -> splash_attention_kernel.SegmentIds:
+    """Documents of the queries and of the keys; those of the cache come before 1."""
+    segments = jnp.cumsum(positions == 0, axis=1, dtype=jnp.int32)
+    # Cached keys lie in time order: the empty slots come first.
+    filled = jnp.sum(held >= 0, axis=1, keepdims=True, dtype=jnp.int32)
+    slot = jnp.arange(layout.front, dtype=jnp.int32)[None]
+    cached = jnp.where(slot >= layout.front - filled, 0, EMPTY)
     # A query that saw no key would divide by zero: padding goes on as the last segment.
-    ids = splash_attention_kernel.SegmentIds(
-        q=_extend(segments, num_queries, mode="edge"),
-        kv=_extend(key_segments, num_keys, mode="edge"),
+    return splash_attention_kernel.SegmentIds(
+        q=_extend(segments, layout.num_queries, mode="edge"),
+        kv=_extend(
+            jnp.concatenate([cached, segments], axis=1), layout.num_keys, mode="edge"
+        ),
     )
-    out = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids))(q, k, v, ids)
-    if residuals:
-        out, (log_total,) = out
-        out = (out, log_total)
-    return jax.tree.map(lambda array: jnp.swapaxes(array, 1, 2)[:, :length], out)
+
+
+def _precision(q: jax.Array):
+    """What the kernels' products take; they name no precision themselves."""
+    return jax.default_matmul_precision(kernel_precision_of(q).name.lower())
 
 
 @functools.lru_cache(maxsize=64)
-def _prepare(heads, multi_query, shape, window, front, block):
-    """The kernel for these numbers of queries and keys, with the default options.
+def _prepare(layout):
+    """The kernel for this layout, with the default options.
 
     Its tables of the blocks to visit take seconds of the host where there are many.
     """
-    band = splash_attention_mask.LocalMask(shape, (window, 0), front)
+    band = splash_attention_mask.LocalMask(
+        (layout.num_queries, layout.num_keys), (layout.window, 0), layout.front
+    )
     make = (
         splash_attention_kernel.make_splash_mqa_single_device
-        if multi_query
+        if layout.multi_query
         else splash_attention_kernel.make_splash_mha_single_device
     )
-    sizes: dict[str, Any] = dict.fromkeys(BLOCKS, block)
+    sizes: dict[str, Any] = dict.fromkeys(BLOCKS, layout.block)
     with jax.ensure_compile_time_eval():
         kernel = make(
-            splash_attention_mask.MultiHeadMask([band] * heads),
+            splash_attention_mask.MultiHeadMask([band] * layout.heads),
             block_sizes=splash_attention_kernel.BlockSizes(**sizes),
         )
         # On the host, so that it belongs to no device and to no trace.

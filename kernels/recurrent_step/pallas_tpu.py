@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from recurrentgemma.kernels.dispatch import takes
 from recurrentgemma.kernels.linear_scan.block_sizes import LANES
-from recurrentgemma.kernels.linear_scan.pallas_tpu import cost, like
+from recurrentgemma.kernels.linear_scan.pallas_tpu import cost, dot, like
 from recurrentgemma.kernels.rg_lru.pallas_tpu import (
     HOLD,
     STEP,
@@ -98,7 +98,7 @@ def _kernel(
             (input_kernel, input_bias, input_logits),
         ):
             matrix = matrices[i].astype(inputs.dtype)
-            product = jnp.dot(inputs, matrix, preferred_element_type=jnp.float32)
+            product = dot(inputs, matrix, (((1,), (0,)), ((), ())))
             logits[...] = _rounded(product + _row(biases, row), x.dtype)
         for_each_tile(recur, i * block)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels.dispatch import einsum_float32
+from recurrentgemma.kernels.precision import custom_vjp, einsum_float32
 
 
 class Gate(NamedTuple):
@@ -23,7 +23,6 @@ class Gate(NamedTuple):
     """[G, out], floating point."""
 
 
-@jax.custom_vjp
 def logits(x: jax.Array, gate: Gate) -> jax.Array:
     """x times a block-diagonal matrix, plus a bias.
 
@@ -34,6 +33,10 @@ def logits(x: jax.Array, gate: Gate) -> jax.Array:
     Returns:
       [B, T, G * out] in x's dtype; products are accumulated in float32.
     """
+    return _logits(x, gate)
+
+
+def _run(x, gate):
     blocks, kernel = _to_blocks(x, len(gate.kernel)), gate.kernel.astype(x.dtype)
     y = einsum_float32("gni,gio->gno", blocks, kernel)
     y = y + gate.bias.astype(jnp.float32)[:, None]
@@ -41,7 +44,7 @@ def logits(x: jax.Array, gate: Gate) -> jax.Array:
 
 
 def _forward(x, gate):
-    return logits(x, gate), (x, gate)
+    return _run(x, gate), (x, gate)
 
 
 def _backward(residuals, upstream):
@@ -54,7 +57,7 @@ def _backward(residuals, upstream):
     return of_x.astype(x.dtype), Gate(*of_gate)
 
 
-logits.defvjp(_forward, _backward)
+_logits = custom_vjp(_run, _forward, _backward)
 
 
 def logits_gradients(

@@ -32,9 +32,10 @@ from recurrentgemma.kernels.rg_lru.reference import (
 
 TILE = linear_scan.TILE
 SERIES_BELOW = 1 / 16
-"""Below this, 1 - exp(-w) is a series: the difference would lose digits."""
+"""Where -log a is smaller, 1 - a is a series. An exponential is off by some units in the
+last place of 1 on TPU: of 1 - a = 1e-6 that is a tenth, and so of the memory."""
 SERIES = (1.0, -1 / 2, 1 / 6, -1 / 24)
-"""Of (1 - exp(-w)) / w. The next term, w^4 / 120, is at most 1.3e-7."""
+"""Coefficients of (1 - exp(-v)) / v. The next term, v^4 / 120, is at most 1.3e-7."""
 MOST_NEGATIVE_LOGIT = -40.0
 """Logits below it count as it: a gate of 4e-18. Products of exponentials stay finite."""
 SMALLEST_ROOT = 1e-30
@@ -179,13 +180,13 @@ def gates(recurrence_logits, input_logits, log_decay):
     for _ in range(2):
         inverse = inverse * (2.0 - product * inverse)
     r, i = inverse * one_over_i, inverse * one_over_r
-    log_a = log_decay * r
-    a = jnp.exp(log_a)
-    w = -2.0 * log_a
-    series = jnp.full_like(w, SERIES[-1])
+    v = -log_decay * r
+    series = jnp.full_like(v, SERIES[-1])
     for coefficient in reversed(SERIES[:-1]):
-        series = series * w + coefficient
-    return r, i, a, jnp.where(w < SERIES_BELOW, w * series, 1.0 - a * a)
+        series = series * v + coefficient
+    near, forgotten, a = v < SERIES_BELOW, v * series, jnp.exp(-v)
+    a = jnp.where(near, 1.0 - forgotten, a)
+    return r, i, a, jnp.where(near, forgotten * (2.0 - forgotten), 1.0 - a * a)
 
 
 def inverse_root(u: jax.Array) -> jax.Array:

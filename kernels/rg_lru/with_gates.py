@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from recurrentgemma.kernels.dispatch import Kernel, Table, dispatch, imported_late
 from recurrentgemma.kernels.linear_scan import TPU_DTYPES
-from recurrentgemma.kernels.linear_scan.block_sizes import LANES, block_sizes
+from recurrentgemma.kernels.linear_scan.block_sizes import LANES, gate_block_sizes
+from recurrentgemma.kernels.precision import custom_vjp
 from recurrentgemma.kernels.rg_lru import IMPLEMENTATIONS as WITHOUT_GATES
 from recurrentgemma.kernels.rg_lru import (
     rg_lru_forward,
@@ -77,7 +78,7 @@ def _run(*arguments) -> tuple[jax.Array, jax.Array]:
 
 
 def _forward(*arguments):
-    y, h_last = _recurrence(*arguments)
+    y, h_last = _run(*arguments)
     return (y, h_last), (*arguments[:-1], y)
 
 
@@ -111,8 +112,7 @@ def rg_lru_with_gates_gradients(
     )
 
 
-_recurrence = jax.custom_vjp(_run, nondiff_argnums=(8,))
-_recurrence.defvjp(_forward, _backward)
+_recurrence = custom_vjp(_run, _forward, _backward, static=(8,))
 
 
 def apart(
@@ -145,9 +145,8 @@ def _supports(x, r_kernel, *arrays, **options):
     width = r_kernel.shape[1]
     if width % LANES:
         return f"blocks of the gates must be multiples of {LANES} wide, not {width}"
-    channels = block_sizes(x.shape, (x.dtype.itemsize,)).width
-    if channels % width:
-        return f"{channels} channels at a time hold no whole gate blocks of {width}"
+    if gate_block_sizes(x.shape, width, x.dtype.itemsize, gradient=True) is None:
+        return f"a gate block of {width} channels does not fit in on-chip memory"
     return TPU_DTYPES(x)
 
 

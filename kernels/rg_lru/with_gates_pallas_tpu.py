@@ -19,7 +19,6 @@ Inside it would take 250k cycles more, as its own fusion it takes 375k: by the e
 for v5e at (8, 2048, 2560) in bfloat16, where a layer takes 25 million.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -30,7 +29,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from recurrentgemma.kernels.linear_scan import pallas_tpu as linear_scan
-from recurrentgemma.kernels.linear_scan.block_sizes import LANES, BlockSizes
+from recurrentgemma.kernels.linear_scan.block_sizes import (
+    LANES,
+    BlockSizes,
+    gate_block_sizes,
+)
 from recurrentgemma.kernels.rg_lru import pallas_tpu as rg_lru
 from recurrentgemma.kernels.rg_lru.pallas_tpu import HOLD, STEP
 from recurrentgemma.kernels.rg_lru.reference import (
@@ -40,9 +43,6 @@ from recurrentgemma.kernels.rg_lru.reference import (
 )
 
 TILE = linear_scan.TILE
-COMPILER_PARAMS = dataclasses.replace(
-    linear_scan.COMPILER_PARAMS, vmem_limit_bytes=60 * 2**20
-)
 
 
 def _kernel(
@@ -188,20 +188,20 @@ def _inside(values, kind, length: int, sizes: BlockSizes) -> jax.Array:
 
 
 def _gates(values, weights, g: int, log_decays, at):
-    """`rg_lru.gates` of a part."""
+    """`rg_lru.gates` of a part; logits are rounded as those of `gates.logits` are."""
     r_kernel, r_bias, i_kernel, i_bias = weights
     i, _, channels = at
-    r_logits = _dot(values, r_kernel[g], 1, 0) + r_bias[g].astype(jnp.float32)
-    i_logits = _dot(values, i_kernel[g], 1, 0) + i_bias[g].astype(jnp.float32)
+    r_logits, i_logits = (
+        (_dot(values, kernel[g], 1, 0) + bias[g].astype(jnp.float32))
+        for kernel, bias in ((r_kernel, r_bias), (i_kernel, i_bias))
+    )
+    r_logits, i_logits = r_logits.astype(values.dtype), i_logits.astype(values.dtype)
     return rg_lru.gates(r_logits, i_logits, log_decays[i, :, channels])
 
 
 def _dot(left, right, left_axis: int, right_axis: int) -> jax.Array:
     """The product that sums over one axis of each matrix, float32."""
-    dimensions = (((left_axis,), (right_axis,)), ((), ()))
-    return jax.lax.dot_general(
-        left, right, dimensions, preferred_element_type=jnp.float32
-    )
+    return linear_scan.dot(left, right, (((left_axis,), (right_axis,)), ((), ())))
 
 
 def _sum_of_tiles(term: jax.Array) -> jax.Array:
@@ -209,6 +209,15 @@ def _sum_of_tiles(term: jax.Array) -> jax.Array:
     if term.shape[0] % TILE:
         return jnp.pad(jnp.sum(term, 0, keepdims=True), ((0, TILE - 1), (0, 0)))
     return jnp.sum(term.reshape(-1, TILE, term.shape[1]), axis=0)
+
+
+def _block_sizes(x, kernel, *, gradient: bool) -> BlockSizes:
+    width, itemsize = kernel.shape[1], x.dtype.itemsize
+    sizes = gate_block_sizes(x.shape, width, itemsize, gradient=gradient)
+    assert sizes is not None, (
+        "with_gates.py offers such shapes to other implementations"
+    )
+    return sizes
 
 
 def _weights(x, r_kernel, r_bias, i_kernel, i_bias, sizes):
@@ -245,7 +254,7 @@ def recurrence(
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `rg_lru_with_gates`; a_param is [B, E] here, one for each row."""
-    sizes = rg_lru.block_sizes(x.shape, x.dtype, x.dtype)
+    sizes = _block_sizes(x, r_kernel, gradient=False)
     sequence, state, _ = linear_scan.block_specs(x.shape, sizes, reverse=False)
     position = rg_lru.positions_spec(x.shape, sizes, reverse=False)
     weights, weight_specs = _weights(x, r_kernel, r_bias, i_kernel, i_bias, sizes)
@@ -265,7 +274,7 @@ def recurrence(
             *[whole] * 2,
             linear_scan.group_scratch(sizes),
         ],
-        compiler_params=COMPILER_PARAMS,
+        compiler_params=linear_scan.COMPILER_PARAMS,
         cost_estimate=linear_scan.cost(flops, 6 * x.size, x, *arguments, h0),
         interpret=interpret,
     )(*arguments)
@@ -288,9 +297,7 @@ def gradients(
     interpret: Any = False,
 ) -> tuple[jax.Array, ...]:
     """Gradients of all but positions; of the gates' parameters, for each row."""
-    sizes = rg_lru.block_sizes(
-        x.shape, *[array.dtype for array in (y, y_gradient, x, x)]
-    )
+    sizes = _block_sizes(x, r_kernel, gradient=True)
     sequence, state, before = linear_scan.block_specs(x.shape, sizes, reverse=True)
     position = rg_lru.positions_spec(x.shape, sizes, reverse=True)
     weights, weight_specs = _weights(x, r_kernel, r_bias, i_kernel, i_bias, sizes)
@@ -301,7 +308,9 @@ def gradients(
     )  # fmt: skip
     groups, width, _ = r_kernel.shape
     kernel = pl.BlockSpec(
-        (sizes.rows, sizes.width // width, width, width), lambda c, b, t: (b, c, 0, 0)
+        (sizes.rows, sizes.width // width, width, width),
+        lambda c, b, t: (b, c, 0, 0),
+        pipeline_mode=pl.Buffered(1),  # Written once for each row, too.
     )
     per_row = jax.ShapeDtypeStruct((x.shape[0], groups, width, width), jnp.float32)
     state_shape = linear_scan.like(h0)
@@ -327,7 +336,7 @@ def gradients(
             pltpu.VMEM((sizes.rows, TILE, sizes.width), jnp.float32),
             pltpu.VMEM((3, sizes.rows, TILE, sizes.width), jnp.float32),
         ],
-        compiler_params=COMPILER_PARAMS,
+        compiler_params=linear_scan.COMPILER_PARAMS,
         cost_estimate=linear_scan.cost(flops, 6 * x.size, *arguments[:9], x),
         interpret=interpret,
     )(*arguments)  # fmt: skip

@@ -4,13 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
-from recurrentgemma.kernels import linear_scan, rg_lru
+from recurrentgemma.kernels import (
+    Gate,
+    StepParameters,
+    linear_scan,
+    recurrent_step,
+    rg_lru,
+    rg_lru_with_gates,
+)
 from recurrentgemma.kernels.linear_scan import block_sizes, workloads
 from recurrentgemma.kernels.linear_scan import pallas_tpu as scan_kernels
 from recurrentgemma.kernels.rg_lru import pallas_tpu as rg_lru_kernels
 from tests.kernels import definitions
+from tests.kernels.watched import watched
 from tests.tolerances import assert_close
 
 B, T, D = 4, 27, 140
@@ -27,49 +34,44 @@ def small_blocks(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.fixture
-def interpret(capfd):
-    """An interpretation that looks for races and for memory that nobody wrote."""
-    pltpu.reset_tpu_interpret_mode_state()
-    yield pltpu.InterpretParams(
-        detect_races=True, uninitialized_memory="nan", random_seed=3
-    )
-    assert "RACE DETECTED" not in capfd.readouterr().out
-
-
 def random(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def assert_all_close(actual, expected):
+def assert_all_close(actual, expected, dtype="float32"):
     for name, array in actual.items():
         kind = "gradient" if name.startswith("grad") else "scan"
-        assert_close(array, expected[name], kind)
+        narrow = kind == "gradient" or array.dtype != jnp.float32
+        assert_close(array, expected[name], kind, dtype if narrow else "float32")
 
 
-def test_scan_over_many_blocks(small_blocks, interpret):
-    x, y_gradient = random(2, B, T, D)
+@pytest.mark.parametrize(("dtype", "group"), [("float32", 8), ("bfloat16", 16)])
+def test_scan_over_many_blocks(small_blocks, dtype, group, capfd):
+    x, y_gradient = jnp.asarray(random(2, B, T, D), dtype)
     h0, last_gradient = random(2, B, D)
     a = np.random.default_rng(1).uniform(-0.6, 1.05, x.shape).astype(np.float32)
-    sizes = block_sizes.block_sizes(x.shape, (4, 4, 4))
-    assert sizes == (2, 16, 128, 8)
+    sizes = block_sizes.block_sizes(x.shape, (x.dtype.itemsize, 4, x.dtype.itemsize))
+    assert sizes == (2, 16, 128, group)
 
     expected = definitions.linear_scan(x, a, h0, y_gradient, last_gradient)
-    y, h_last = scan_kernels.scan(x, a, h0, reverse=False, interpret=interpret)
+    with watched(capfd, dtype == "float32") as interpret:
+        y, h_last = scan_kernels.scan(x, a, h0, reverse=False, interpret=interpret)
+        gradients = scan_kernels.gradients(
+            a, h0, y, y_gradient, last_gradient, interpret=interpret
+        )
     names = ("grad_x", "grad_a", "grad_h0")
-    gradients = scan_kernels.gradients(
-        a, h0, y, y_gradient, last_gradient, interpret=interpret
-    )
     actual = dict(zip(names, gradients, strict=True)) | {"y": y, "h_last": h_last}
-    assert_all_close(actual, expected)
+    assert_all_close(actual, expected, dtype)
 
     y, h_last = scan_kernels.scan(x, a, h0, reverse=True, interpret=True)
     expected = definitions.linear_scan(x, a, h0, x, h0, reverse=True)
-    assert_all_close({"y": y, "h_last": h_last}, expected)
+    assert_all_close({"y": y, "h_last": h_last}, expected, dtype)
 
 
-def test_rg_lru_over_many_blocks(small_blocks, interpret):
-    x, recurrence, input_, y_gradient = random(4, B, T, D)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rg_lru_over_many_blocks(small_blocks, dtype, capfd):
+    """Slow channels too: a gradient is compared with the largest of its channel."""
+    x, recurrence, input_, y_gradient = jnp.asarray(random(4, B, T, D), dtype)
     h0, last_gradient = random(2, B, D)
     a_param = np.linspace(-9, 1, D, dtype=np.float32)
     positions = np.arange(T, dtype=np.int32)[None] + np.array([[0], [1], [5], [9]])
@@ -81,14 +83,77 @@ def test_rg_lru_over_many_blocks(small_blocks, interpret):
     expected = definitions.rg_lru(
         *arguments[:3], a_param, positions, h0, y_gradient, last_gradient
     )
-    y, h_last = rg_lru_kernels.recurrence(*arguments, interpret=interpret)
-    gradients = rg_lru_kernels.gradients(
-        *arguments, y, y_gradient, last_gradient, interpret=interpret
-    )
+    with watched(capfd, dtype == "float32") as interpret:
+        y, h_last = rg_lru_kernels.recurrence(*arguments, interpret=interpret)
+        gradients = rg_lru_kernels.gradients(
+            *arguments, y, y_gradient, last_gradient, interpret=interpret
+        )
+    assert_all_close({"y": y, "h_last": h_last}, expected, dtype)
     names = ("x", "recurrence_logits", "input_logits", "a_param", "h0")
-    actual = {f"grad_{n}": g for n, g in zip(names, gradients, strict=True)}
-    actual["grad_a_param"] = actual["grad_a_param"].sum(0)
-    assert_all_close(actual | {"y": y, "h_last": h_last}, expected)
+    actual = dict(zip(names, gradients, strict=True))
+    actual["a_param"] = actual["a_param"].sum(0)
+    for name, gradient in actual.items():
+        # A sum of terms of both signs leaves few of bfloat16's 8 bits.
+        few = name == "a_param" and dtype == "bfloat16"
+        quantity = "gradient" if few else "channel_gradient"
+        assert_close(gradient, expected[f"grad_{name}"], quantity, dtype)
+
+
+def test_decays_near_one_keep_their_digits(monkeypatch):
+    """With an exponential that is off by 4 units in the last place, as on TPU."""
+    exp = jnp.exp
+    monkeypatch.setattr(jnp, "exp", lambda x: exp(x) * (1 + 4 * 2.0**-23))
+    logits = np.linspace(-6, 6, 97, dtype=np.float32)[:, None]
+    a_param = np.linspace(-14, 1, 64)
+    log_decay = (-8 * np.log1p(np.exp(a_param))).astype(np.float32)[None]
+    *_, a, u = jax.jit(rg_lru_kernels.gates)(logits, logits, log_decay)
+
+    log_a = log_decay.astype(np.float64) / (1 + np.exp(-logits.astype(np.float64)))
+    assert_close(u, -np.expm1(2 * log_a), "decay")
+    near = log_a > -0.01
+    assert near.sum() > 1000
+    assert_close(a[near], np.exp(log_a[near]), "decay_near_one")
+
+
+def test_prefill_and_decode_round_alike(monkeypatch):
+    """In bfloat16: the step's kernel, that with products inside, and the plain form.
+
+    Factors are small multiples of powers of two, so that products have no rounding; a
+    convolution of one tap changes nothing.
+    """
+    rng = np.random.default_rng(2)
+    width, length = 128, 6
+
+    def eighths(*shape):
+        return jnp.asarray(rng.integers(-8, 9, shape) / 8, jnp.bfloat16)
+
+    x, h = eighths(2, length, width), random(2, width)
+    gates = [
+        Gate(eighths(1, width, width) / 8, random(1, width, seed=seed))
+        for seed in (3, 4)
+    ]
+    a_param = jnp.linspace(-9, 1, width)
+    positions = jnp.asarray([np.arange(length), np.arange(5, 5 + length)], jnp.int32)
+
+    def sequence(implementation):
+        return rg_lru_with_gates(
+            *(x, *gates, a_param, positions, h), implementation=implementation
+        )
+
+    taps = jnp.zeros((2, width)).at[1].set(1.0)
+    parameters = StepParameters(taps, jnp.zeros(width), *gates, a_param)
+    state = jnp.zeros((2, 1, width), jnp.bfloat16)
+    steps = {}
+    for name in ("reference", "pallas_tpu"):
+        steps[name] = h
+        for t in range(length):
+            _, steps[name], state = recurrent_step(
+                *(x[:, t], parameters, positions[:, t], steps[name], state),
+                implementation=name,
+            )
+    expected = sequence("composed")[1]
+    for actual in (sequence("pallas_tpu")[1], *steps.values()):
+        assert_close(actual, expected, "scan")
 
 
 def test_block_sizes_fit():
@@ -103,6 +168,21 @@ def test_block_sizes_fit():
             assert sizes.group == length or sizes.group % (32 // min(itemsizes)) == 0
             block = sizes.rows * sizes.steps * sizes.width * sum(itemsizes)
             assert 2 * block <= block_sizes.VMEM_BUDGET_BYTES
+
+
+def test_gate_block_sizes_fit():
+    """Whole gate blocks, whole products of 128 steps for the models that there are."""
+    for batch, length, width in [*workloads.WORKLOADS.values(), (6, 40, 8192)]:
+        for itemsize in (2, 4):
+            for gradient in (False, True):
+                sizes = block_sizes.gate_block_sizes(
+                    (batch, length, width), 256, itemsize, gradient=gradient
+                )
+                assert batch % sizes.rows == width % sizes.width == 0
+                assert sizes.width % 256 == sizes.steps % sizes.group == 0
+                assert sizes.steps >= min(length, 128)
+    huge = block_sizes.gate_block_sizes((1, 8, 2048), 2048, 4, gradient=True)
+    assert huge is None
 
 
 def lowered(function, *arrays, platform="tpu"):

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from recurrentgemma.blocks.recurrent import RecurrentBlock
@@ -15,6 +14,7 @@ from recurrentgemma.kernels import StepParameters, recurrent_step
 from recurrentgemma.kernels.recurrent_step import IMPLEMENTATIONS, pallas_tpu
 from recurrentgemma.kernels.rg_lru.gates import Gate
 from tests.kernels import definitions
+from tests.kernels.watched import watched
 from tests.tolerances import assert_close
 
 B, BLOCKS, BLOCK, TAPS = 5, 2, 128, 4
@@ -202,18 +202,14 @@ def test_the_kernel_over_many_blocks(monkeypatch, capfd, batch, races):
     jax.clear_caches()
     inputs = random_inputs(batch)
     x, parameters, positions, h, conv_state = inputs
-    pltpu.reset_tpu_interpret_mode_state()
-    watched = pltpu.InterpretParams(
-        detect_races=True, uninitialized_memory="nan", random_seed=3
-    )
-    results = pallas_tpu.step(
-        *(x, conv_state, positions, h, *jax.tree.leaves(parameters)),
-        interpret=watched if races else True,
-    )
+    with watched(capfd, races) as interpret:
+        results = pallas_tpu.step(
+            *(x, conv_state, positions, h, *jax.tree.leaves(parameters)),
+            interpret=interpret,
+        )
     expected = define(inputs)
     for name, array in zip(("y", "h", "conv_state"), results, strict=True):
         assert_close(array, expected[name], "scan")
-    assert "RACE DETECTED" not in capfd.readouterr().out
     jax.clear_caches()
 
 

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -13,6 +12,7 @@ from recurrentgemma.kernels.linear_scan import block_sizes
 from recurrentgemma.kernels.rg_lru import with_gates_pallas_tpu as kernels
 from recurrentgemma.kernels.rg_lru.with_gates import IMPLEMENTATIONS
 from tests.kernels import definitions
+from tests.kernels.watched import watched
 from tests.tolerances import assert_close
 
 NAMES = ("x", "r_kernel", "r_bias", "i_kernel", "i_bias", "a_param", "positions", "h0")
@@ -117,17 +117,13 @@ def test_split_invariance_and_transformations(implementation):
 
 def test_kernels_read_only_what_was_written(capfd):
     """No races, no memory that nobody wrote, and nothing from past the end."""
-    pltpu.reset_tpu_interpret_mode_state()
-    interpret = pltpu.InterpretParams(
-        detect_races=True, uninitialized_memory="nan", random_seed=3
-    )
     *arguments, y_gradient, last_gradient = map(jnp.asarray, random_inputs(19))
     arguments[5] = jnp.broadcast_to(arguments[5], arguments[7].shape)
-    y, h_last = kernels.recurrence(*arguments, interpret=interpret)
-    gradients = kernels.gradients(
-        *arguments, y, y_gradient, last_gradient, interpret=interpret
-    )
-    assert "RACE DETECTED" not in capfd.readouterr().out
+    with watched(capfd) as interpret:
+        y, h_last = kernels.recurrence(*arguments, interpret=interpret)
+        gradients = kernels.gradients(
+            *arguments, y, y_gradient, last_gradient, interpret=interpret
+        )
     expected = definitions.rg_lru_with_gates(*random_inputs(19))
     assert_all_close({"y": y, "h_last": h_last}, expected)
     for index, gradient in zip(DIFFERENTIATED, gradients, strict=True):
