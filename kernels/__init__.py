@@ -2,7 +2,7 @@
 
 Each op is a folder: the public function and its table of implementations in
 `__init__.py`, the definition in `reference.py`, one file per further implementation.
-`dispatch.py` decides which implementation runs.
+`dispatch.py` decides which implementation runs, `meshes.py` on which part of the arrays.
 """
 
 from recurrentgemma.kernels.linear_scan import linear_scan
@@ -10,7 +10,6 @@ from recurrentgemma.kernels.local_attention import KVCache, local_attention
 from recurrentgemma.kernels.recurrent_step import StepParameters, recurrent_step
 from recurrentgemma.kernels.rg_lru import rg_lru
 from recurrentgemma.kernels.rg_lru.gates import Gate
-from recurrentgemma.kernels.rg_lru.with_gates import rg_lru_with_gates
 
 __all__ = [
     "Gate",
@@ -20,5 +19,4 @@ __all__ = [
     "local_attention",
     "recurrent_step",
     "rg_lru",
-    "rg_lru_with_gates",
 ]

@@ -1,53 +1,309 @@
-"""Which implementation of an op runs.
+"""Which implementation of an op runs: one table an op, one way in.
 
-An op has a table of implementations by name: plain functions, which run anywhere, and
-`Kernel`s, which are written for one platform. Elsewhere a kernel runs interpreted, when
-it is asked for by name: slow, for tests.
+    op = Op("linear_scan", "btc,btc,bc->btc,bc", {"pallas_tpu": Implementation(...), ...})
+    y, h_last = call(op, implementation, x, a, h0, reverse=False)
 
-A kernel cannot be partitioned by the compiler. Under a mesh (`jax.set_mesh`) it is
-wrapped in `shard_map` here, rows over the mesh axis "data" and channels over "model",
-so that nothing above the ops needs to know of meshes. In a program for several devices
-without a mesh, the plain implementation takes its place.
+The order of a table is the order of preference. Without a name, each platform gets the
+first entry that is a default there and takes the arguments. `jax.lax.platform_dependent`
+picks by the platform compiled for, not the one that traces, so that compilation ahead
+of time for another platform gets that platform's kernel. With a name, that entry runs.
+
+An entry that brings its gradient is wrapped in `jax.custom_vjp`; another one is
+differentiated by JAX, in every mode. Entries that are kernels run on parts of their
+arrays under a mesh (`meshes.py`), and interpreted on CPU.
 """
 
 import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import ShapedArray
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
-from jax.sharding import AxisType, PartitionSpec
 
-from recurrentgemma.kernels import precision
+from recurrentgemma.kernels import meshes, precision
 
 einsum_float32 = precision.einsum_float32
 
-MESH_AXES = {"b": "data", "c": "model", "g": "model"}
-"""Mesh axis over which a dimension of a kernel's arrays is sharded, by its letter. All
-letters of an axis are sharded, or none is."""
+EVERYWHERE = ("default",)
+"""`Implementation.default_on` of an entry that may be chosen on every platform."""
 
 
-class Kernel(NamedTuple):
-    """An implementation for one platform.
+def takes_anything(*arguments: Any, **options: Any) -> str | None:
+    """`Implementation.supports` of an entry that runs whatever the op takes."""
+    del arguments, options
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """An entry of an op's table.
 
     Attributes:
-      run: takes the op's arrays and options, and `interpret`.
-      platform: "tpu", "cuda", ...
-      dims: letters of the dimensions of arguments and results, such as "btc,bc->btc";
-        rows (b), channels (c) and groups of channels (g) are independent of each other,
-        other letters are not.
-      supports: takes the op's arrays and options; says why they do not fit, or None.
+      forward: function of the op's arguments and options; the results, a tuple of
+        arrays. A kernel takes `interpret` too.
+      gradient: function of the arguments, the results (both as `Op.keep` leaves them),
+        the gradients of the results, and the options; the gradients of the arguments,
+        None for those that have none. None is automatic differentiation.
+      kernel_for: platform that a kernel is written for, such as "tpu"; None is plain
+        JAX, which runs everywhere.
+      default_on: platforms on which the entry may be chosen without a name.
+      supports: function of the arguments and options; the reason why the entry cannot
+        run, or None.
     """
 
-    run: Callable[..., Any]
-    platform: str
+    forward: Callable[..., tuple[jax.Array, ...]]
+    gradient: Callable[..., tuple[Any, ...]] | None = None
+    kernel_for: str | None = None
+    default_on: tuple[str, ...] = ()
+    supports: Callable[..., str | None] = takes_anything
+
+
+Table = Mapping[str, Implementation]
+
+
+def _keep_all(arguments, results):
+    return arguments, results
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Op:
+    """A function with several implementations.
+
+    Attributes:
+      name: name of the function, for errors.
+      dims: letters of the dimensions of every array among arguments and results, such
+        as "btc,btc,bc->btc,bc"; `meshes.LETTER_ROLES` says what they mean.
+      table: entries by name, the best first. At least one is plain JAX, a default
+        everywhere and takes anything.
+      keep: function of the arguments and results, which replaces by None what no
+        gradient needs.
+    """
+
+    name: str
     dims: str
-    supports: Callable[..., str | None]
+    table: Table
+    keep: Callable[[Any, Any], tuple[Any, Any]] = _keep_all
+
+    @property
+    def plain(self) -> Implementation:
+        """The entry that takes over where no kernel can run."""
+        return next(
+            entry
+            for entry in self.table.values()
+            if entry.default_on == EVERYWHERE and entry.supports is takes_anything
+        )
+
+
+Choice = tuple[tuple[str, str], ...]
+"""Pairs of a platform and the name of the entry that runs there; one pair is for every
+platform."""
+
+
+def call(op: Op, implementation: str | None, *arguments: Any, **options: Any) -> Any:
+    """Runs an op, differentiably.
+
+    Args:
+      op: the op.
+      implementation: a name of the op's table; None is the best for the platform.
+      *arguments: positional arguments of the entries, pytrees of arrays.
+      **options: keyword arguments of the entries, hashable.
+
+    Raises:
+      NotImplementedError: the named implementation does not exist or cannot run.
+    """
+
+    def run(*arguments):
+        choice = _choose(op, implementation, arguments, options)
+        fixed = (op, choice, tuple(options.items()))
+        if any(op.table[name].gradient for _, name in choice):
+            return _call_with_gradient(*fixed, *arguments)
+        return _forward(*fixed, *arguments)
+
+    arguments = meshes.vary_alike(arguments)
+    specs = partial(meshes.result_specs, op.dims, arguments)
+    return meshes.with_auto_axes(run, specs, *arguments)
+
+
+def forward(op: Op, implementation: str | None, *arguments: Any, **options: Any) -> Any:
+    """`call` for an op that is part of another one, which brings the gradient."""
+    choice = _choose(op, implementation, arguments, options)
+    return _forward(op, choice, tuple(options.items()), *arguments)
+
+
+def gradient(
+    op: Op,
+    implementation: str | None,
+    arguments: tuple[Any, ...],
+    results: tuple[Any, ...],
+    upstream: tuple[jax.Array, ...],
+    **options: Any,
+) -> tuple[Any, ...]:
+    """Gradients of an op's arguments; see `Implementation.gradient`."""
+    kept = op.keep(arguments, results)
+    choice = _choose(op, implementation, arguments, options)
+    return _gradient(op, choice, tuple(options.items()), kept, upstream)
+
+
+def _choose(op, implementation, arguments, options) -> Choice:
+    if implementation is not None:
+        if implementation not in op.table:
+            raise NotImplementedError(
+                f"implementation: expected one of {', '.join(sorted(op.table))} for "
+                f"{op.name}, got {implementation!r}."
+            )
+        reason = _reason_against(op, implementation, arguments, options)
+        if reason:
+            raise NotImplementedError(
+                f"{op.name}: {implementation} cannot run: {reason}; "
+                "leave the choice to implementation=None."
+            )
+        return ((EVERYWHERE[0], implementation),)
+    able = [
+        name
+        for name, entry in op.table.items()
+        if entry.default_on and not _reason_against(op, name, arguments, options)
+    ]
+    platforms = {p for name in able for p in op.table[name].default_on}
+    best = {
+        platform: next(
+            name
+            for name in able
+            if {platform, *EVERYWHERE} & set(op.table[name].default_on)
+        )
+        for platform in sorted(platforms)
+    }
+    if len(set(best.values())) == 1:
+        return tuple(best.items())[:1]
+    return tuple(best.items())
+
+
+def _reason_against(op, name, arguments, options) -> str | None:
+    entry = op.table[name]
+    reason = entry.supports(*arguments, **options)
+    if reason or entry.kernel_for is None:
+        return reason
+    arrays = jax.tree.leaves(arguments)
+    cut = meshes.plan_cut(meshes.current_mesh(arrays), *_present(op, arguments))
+    return cut if isinstance(cut, str) else None
+
+
+def _forward(op, choice: Choice, options, *arguments):
+    def function_of(entry):
+        return partial(entry.forward, **dict(options))
+
+    words, results = meshes.words(op.dims)
+    return _run(op, choice, function_of, words, results, arguments)
+
+
+def _gradient(op, choice: Choice, options, kept, upstream):
+    def function_of(entry):
+        run = entry.gradient or partial(_by_differentiation, entry.forward)
+        return partial(run, **dict(options))
+
+    of_arguments, of_results = meshes.words(op.dims)
+    leaves = jax.tree.leaves(kept[0], is_leaf=_is_none)
+    differentiated = [
+        word
+        for word, leaf in zip(of_arguments, leaves, strict=True)
+        if leaf is None or jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    words = [*of_arguments, *of_results, *of_results]
+    return _run(op, choice, function_of, words, differentiated, (*kept, upstream), True)
+
+
+def _by_differentiation(function, arguments, results, upstream, **options):
+    """Gradients of an entry without its own, where other platforms' entries have one."""
+    del results
+    leaves, structure = jax.tree.flatten(arguments)
+    floating = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+
+    def run(*inputs):
+        new = iter(inputs)
+        merged = [next(new) if f else x for f, x in zip(floating, leaves, strict=True)]
+        return function(*jax.tree.unflatten(structure, merged), **options)
+
+    inputs = [leaf for leaf, f in zip(leaves, floating, strict=True) if f]
+    found = iter(jax.vjp(run, *inputs)[1](upstream))
+    return jax.tree.unflatten(structure, [next(found) if f else None for f in floating])
+
+
+def _run(op, choice, function_of, words, results, arguments, sum_results=False):
+    """The chosen entries' functions of the arguments, by platform."""
+
+    def branch(name, **interpret):
+        entry = op.table[name]
+        function = function_of(entry)
+        if entry.kernel_for is None:
+            return function
+        kernel = partial(function, **interpret)
+        dims = f"{','.join(words)}->{','.join(results)}"
+        return _kernel(kernel, function_of(op.plain), dims, sum_results)
+
+    if len(choice) == 1:
+        name = choice[0][1]
+        platform = op.table[name].kernel_for
+        if platform is None:
+            return branch(name)(*arguments)
+        branches = {"cpu": branch(name, interpret=True), platform: branch(name)}
+    else:
+        functions = {name: branch(name) for _, name in choice}
+        branches = {platform: functions[name] for platform, name in choice}
+    return jax.lax.platform_dependent(*arguments, **branches)
+
+
+def _kernel(kernel, plain, dims, sum_results):
+    """A kernel on the parts of its arrays; derivatives are those of the plain form."""
+
+    @jax.custom_jvp
+    def run(*arguments):
+        leaves, structure = jax.tree.flatten(arguments)
+        words, results = meshes.words(dims)
+        present = jax.tree.leaves(arguments, is_leaf=_is_none)
+        words = [w for w, leaf in zip(words, present, strict=True) if leaf is not None]
+        found_structure = None
+
+        def flat(*leaves):
+            nonlocal found_structure
+            found = kernel(*jax.tree.unflatten(structure, leaves))
+            found, found_structure = jax.tree.flatten(found)
+            return found
+
+        mesh = meshes.current_mesh(leaves)
+        found = meshes.run_cut(flat, mesh, words, results, leaves, sum_results)
+        return jax.tree.unflatten(found_structure, found)
+
+    @run.defjvp
+    def _(primals, tangents):
+        return jax.jvp(plain, primals, tangents)
+
+    return run
+
+
+def _present(op, arguments):
+    """Letters and arrays of the arguments that are given."""
+    words, _ = meshes.words(op.dims)
+    leaves = jax.tree.leaves(arguments, is_leaf=_is_none)
+    pairs = zip(words, leaves, strict=True)
+    return zip(*(pair for pair in pairs if pair[1] is not None), strict=True)
+
+
+def _is_none(leaf):
+    return leaf is None
+
+
+def _call(op, choice, options, *arguments):
+    return _forward(op, choice, options, *arguments)
+
+
+def _call_forward(op, choice, options, *arguments):
+    results = _call(op, choice, options, *arguments)
+    return results, op.keep(arguments, results)
+
+
+_call_with_gradient = precision.custom_vjp(
+    _call, _call_forward, _gradient, static=(0, 1, 2)
+)
 
 
 def imported_late(module: str, name: str) -> Callable[..., Any]:
@@ -63,10 +319,11 @@ def imported_late(module: str, name: str) -> Callable[..., Any]:
 
 
 def takes(*dtypes: Any) -> Callable[..., str | None]:
-    """A `Kernel.supports` for kernels whose floating-point arrays are of these dtypes."""
+    """An `Implementation.supports` of entries whose floating arrays have these dtypes."""
 
-    def supports(*arrays: jax.Array, **_: Any) -> str | None:
-        for array in arrays:
+    def supports(*arguments: Any, **options: Any) -> str | None:
+        del options
+        for array in jax.tree.leaves(arguments):
             floating = jnp.issubdtype(array.dtype, jnp.floating)
             if floating and array.dtype not in dtypes:
                 names = ", ".join(jnp.dtype(dtype).name for dtype in dtypes)
@@ -74,207 +331,3 @@ def takes(*dtypes: Any) -> Callable[..., str | None]:
         return None
 
     return supports
-
-
-Table = Mapping[str, Callable[..., Any] | Kernel]
-
-
-def dispatch(
-    op: str,
-    implementations: Table,
-    platform_defaults: Mapping[str, tuple[str, ...]],
-    implementation: str | None,
-    *args: Any,
-    **options: Any,
-) -> Any:
-    """Runs one implementation of an op on `args`.
-
-    Args:
-      op: the op's name, for errors.
-      implementations: the op's table, all of one signature.
-      platform_defaults: platform ("cpu", "cuda", "tpu", ...) -> names, the best first;
-        the last one is a plain function. The key "default" is every platform that is
-        not listed.
-      implementation: a name of the table, or None for the platform's default. The
-        platform is the one compiled for, not the one that traces.
-      *args: positional arguments of the implementations; arrays, None, or pytrees.
-      **options: keyword arguments of the implementations; hashable.
-
-    Raises:
-      NotImplementedError: there is no such implementation, or it does not take these
-        arguments.
-    """
-    if implementation is None:
-        by_platform = {
-            platform: _best(implementations, names, args, options)
-            for platform, names in platform_defaults.items()
-        }
-        if len(set(by_platform.values())) == 1:
-            return by_platform["default"](*args)
-        return jax.lax.platform_dependent(*args, **by_platform)
-    if implementation not in implementations:
-        raise NotImplementedError(
-            f"{op} has no implementation {implementation!r}; it has "
-            f"{', '.join(sorted(implementations))}."
-        )
-    chosen = implementations[implementation]
-    if isinstance(chosen, Kernel):
-        reason = chosen.supports(*args, **options)
-        if reason:
-            raise NotImplementedError(f"{op}: {implementation} cannot run: {reason}.")
-        plain: Any = implementations[platform_defaults["default"][-1]]
-        chosen = _Call(chosen, plain, tuple(options.items()), implementation)
-        return chosen(*args)
-    return chosen(*args, **options)
-
-
-def _best(implementations: Table, names: tuple[str, ...], args, options):
-    """The first of the names that takes these arguments, as a function of arrays."""
-    *kernels, last = names
-    plain: Any = implementations[last]
-    for name in kernels:
-        kernel = implementations[name]
-        if isinstance(kernel, Kernel) and not kernel.supports(*args, **options):
-            return _Call(kernel, plain, tuple(options.items()), None)
-    return _Plain(plain, tuple(options.items()))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plain:
-    """A plain function with its options; equal to another one of the same."""
-
-    function: Callable[..., Any]
-    options: tuple[tuple[str, Any], ...]
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args, **dict(self.options))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """A kernel, and the plain function that stands for it where it cannot run."""
-
-    kernel: Kernel
-    plain: Callable[..., Any]
-    options: tuple[tuple[str, Any], ...]
-    name: str | None
-    """If the caller asked for this kernel by name: then nothing stands for it."""
-
-    def __call__(self, *args: jax.Array) -> tuple[jax.Array, ...]:
-        def run(*args):
-            return tuple(_kernel_p.bind(*args, call=self))
-
-        mesh = jax.sharding.get_abstract_mesh()
-        free = {
-            name
-            for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-            if kind != AxisType.Manual
-        }
-        if not free:
-            return run(*args)
-        inputs, results = self.kernel.dims.split("->")
-        lengths: dict[str, int] = {}
-        for letters, array in zip(inputs.split(","), args, strict=True):
-            lengths |= zip(letters, array.shape, strict=True)
-        whole = {
-            axis
-            for letter, axis in MESH_AXES.items()
-            if axis in free and lengths.get(letter, 0) % mesh.shape[axis]
-        }
-        axes = {
-            letter: axis
-            for letter, axis in MESH_AXES.items()
-            if axis in free and axis not in whole
-        }
-
-        def specs(words):
-            return tuple(
-                PartitionSpec(*(axes.get(letter) for letter in word))
-                for word in words.split(",")
-            )
-
-        sharded = jax.shard_map(
-            run,
-            mesh=mesh,
-            in_specs=specs(inputs),
-            out_specs=specs(results),
-            axis_names=free,
-            check_vma=False,
-        )
-        return sharded(*args)
-
-    def run_plain(self, *args: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(self.plain(*args, **dict(self.options)))
-
-
-# Staged as one operation, a kernel is traced only for the platform that runs it: the
-# others neither import it nor wait for it.
-_kernel_p = Primitive("kernel")
-_kernel_p.multiple_results = True
-_kernel_p.def_impl(lambda *args, call: _compiled(*args, call=call))
-
-
-@partial(jax.jit, static_argnames="call")
-def _compiled(*args, call):
-    return _kernel_p.bind(*args, call=call)
-
-
-@_kernel_p.def_abstract_eval
-def _results(*args, call):
-    return _results_of(call, *((arg.shape, arg.dtype) for arg in args))
-
-
-@lru_cache(maxsize=1024)
-def _results_of(call, *arrays):
-    """Cached: tracing what stands for a kernel takes a while, and layers are alike."""
-    shapes = (jax.ShapeDtypeStruct(*array) for array in arrays)
-    results = jax.eval_shape(call.run_plain, *shapes)
-    return [ShapedArray(result.shape, result.dtype) for result in results]
-
-
-def _lower(ctx, *args, call):
-    run = partial(call.kernel.run, **dict(call.options))
-    platform = (ctx.platforms or ctx.module_context.platforms)[0]
-    if platform != call.kernel.platform:
-        run = partial(run, interpret=True)
-    elif not _one_device(ctx.module_context.axis_context):
-        if call.name:
-            raise NotImplementedError(
-                f"{call.name} cannot run in a program for several devices without a "
-                "mesh: call it under jax.set_mesh(mesh), or leave the choice to None."
-            )
-        run = call.run_plain
-    return mlir.lower_fun(run, multiple_results=True)(ctx, *args)
-
-
-def _one_device(context) -> bool:
-    """Whether the compiler would have nothing to partition here."""
-    if hasattr(context, "num_devices"):
-        return context.num_devices == 1
-    mesh = getattr(context, "mesh", None)
-    if mesh is None or mesh.size == 1:
-        return True
-    return set(context.manual_axes) | set(mesh.manual_axes) == set(mesh.axis_names)
-
-
-def _jvp(primals, tangents, *, call):
-    tangents = tuple(map(ad.instantiate_zeros, tangents))
-    return jax.jvp(call.run_plain, tuple(primals), tangents)
-
-
-def _batch(args, axes, *, call):
-    def vectorised(function):
-        def run(*args, **options):
-            return jax.vmap(partial(function, **options), in_axes=tuple(axes))(*args)
-
-        return run
-
-    kernel = call.kernel._replace(run=vectorised(call.kernel.run))
-    call = dataclasses.replace(call, kernel=kernel, plain=vectorised(call.plain))
-    results = _kernel_p.bind(*args, call=call)
-    return results, [0] * len(results)
-
-
-mlir.register_lowering(_kernel_p, _lower)
-ad.primitive_jvps[_kernel_p] = _jvp
-batching.primitive_batchers[_kernel_p] = _batch

@@ -14,7 +14,7 @@ from flax import nnx
 
 from recurrentgemma.cache import Chunk
 from recurrentgemma.config import Runtime
-from recurrentgemma.kernels import rg_lru, rg_lru_with_gates
+from recurrentgemma.kernels import rg_lru
 from recurrentgemma.kernels.complex_rg_lru import complex_rg_lru
 from recurrentgemma.kernels.dispatch import einsum_float32
 from recurrentgemma.kernels.rg_lru.gates import Gate, logits
@@ -206,7 +206,7 @@ class RGLRU(nnx.Module):
         self, x: jax.Array, chunk: Chunk, h0: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """x [B, T, E], h0 float32 [B, E] -> y [B, T, E], h_last float32 [B, E]."""
-        return rg_lru_with_gates(
+        return rg_lru(
             x,
             self.recurrence_gate.gate,
             self.input_gate.gate,
@@ -214,6 +214,7 @@ class RGLRU(nnx.Module):
             chunk.positions,
             h0,
             implementation=self.runtime.rg_lru,
+            linear_scan=self.runtime.linear_scan,
         )
 
     def states(self, x: jax.Array, chunk: Chunk, h0: jax.Array) -> jax.Array:
@@ -226,6 +227,7 @@ class RGLRU(nnx.Module):
             chunk.positions,
             h0,
             implementation=self.runtime.rg_lru,
+            linear_scan=self.runtime.linear_scan,
         )[0]
 
 

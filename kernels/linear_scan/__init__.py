@@ -1,7 +1,12 @@
 """Linear scan: h_t = a_t * h_{t-1} + x_t, elementwise, along the time axis.
 
-The gradient of a linear scan is a linear scan in the other direction, so one custom
-derivative, written here, serves every implementation; a kernel may bring its own.
+The gradient of a linear scan is a linear scan in the other direction: with g the
+gradient of x and b that of h_last,
+
+    g_t = dy_t + a_{t+1} g_{t+1}, from g_{T-1} = dy_{T-1} + b
+    grad_a_t = g_t y_{t-1}           grad_h0 = a_0 g_0
+
+so every entry but the reference brings one of its own kind.
 """
 
 from functools import partial
@@ -9,10 +14,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from recurrentgemma.kernels.checks import check_arrays, check_sequence
 from recurrentgemma.kernels.dispatch import (
-    Kernel,
-    Table,
-    dispatch,
+    EVERYWHERE,
+    Implementation,
+    Op,
+    call,
+    gradient,
     imported_late,
     takes,
 )
@@ -26,26 +34,6 @@ from recurrentgemma.kernels.linear_scan import (
 TPU_DTYPES = takes(jnp.float32, jnp.bfloat16)
 GPU_DTYPES = takes(jnp.float32, jnp.bfloat16, jnp.float16)
 PALLAS_TPU, PALLAS_GPU = f"{__name__}.pallas_tpu", f"{__name__}.pallas_gpu"
-IMPLEMENTATIONS: Table = {
-    "reference": reference.scan,
-    "associative": associative.scan,
-    "chunked": chunked.scan,
-    "sequential": sequential.scan,
-    "pallas_tpu": Kernel(
-        imported_late(PALLAS_TPU, "scan"),
-        "tpu",
-        "btc,btc,bc->btc,bc",
-        TPU_DTYPES,
-    ),
-    "pallas_gpu": Kernel(
-        imported_late(PALLAS_GPU, "scan"), "cuda", "btc,btc,bc->btc,bc", GPU_DTYPES
-    ),
-}
-PLATFORM_DEFAULTS = {
-    "cpu": ("sequential",),
-    "tpu": ("pallas_tpu", "associative"),
-    "default": ("chunked",),
-}
 
 
 def linear_scan(
@@ -69,7 +57,7 @@ def linear_scan(
       h0: state before the first step [B, D], float32; None is zero.
       reverse: run from the last step to the first; h0 then enters at step T - 1 and
         h_last is the state at step 0.
-      implementation: a name of `IMPLEMENTATIONS`; None picks by platform.
+      implementation: name of `IMPLEMENTATIONS`; None is the best for the platform.
 
     Returns:
       y: every state [B, T, D], in x's dtype.
@@ -77,42 +65,12 @@ def linear_scan(
 
     Raises:
       ValueError: shapes or dtypes do not fit.
-      NotImplementedError: there is no such implementation.
+      NotImplementedError: the named implementation does not exist or cannot run.
     """
     _validate(x, a, h0)
     if h0 is None:
         h0 = jnp.zeros((x.shape[0], x.shape[2]), jnp.float32)
-    if x.shape[1] == 1 and implementation is None:
-        h = a[:, 0].astype(jnp.float32) * h0 + x[:, 0].astype(jnp.float32)
-        return h.astype(x.dtype)[:, None], h
-    return _scan(x, a, h0, reverse, implementation)
-
-
-def _run(x, a, h0, reverse, implementation) -> tuple[jax.Array, jax.Array]:
-    return dispatch(
-        "linear_scan",
-        IMPLEMENTATIONS,
-        PLATFORM_DEFAULTS,
-        implementation,
-        x,
-        a,
-        h0,
-        reverse=reverse,
-    )
-
-
-_scan = jax.custom_vjp(_run, nondiff_argnums=(3, 4))
-
-
-def _scan_forward(x, a, h0, reverse, implementation):
-    y, h_last = _scan(x, a, h0, reverse, implementation)
-    return (y, h_last), (a, h0, y)
-
-
-def _scan_backward(reverse, implementation, residuals, cotangents):
-    a, h0, y = residuals
-    run = partial(_gradients, reverse=True) if reverse else linear_scan_gradients
-    return run(a, h0, y, *cotangents, implementation=implementation)
+    return call(LINEAR_SCAN, implementation, x, a, h0, reverse=reverse)
 
 
 def linear_scan_gradients(
@@ -131,32 +89,38 @@ def linear_scan_gradients(
       y: its result.
       y_gradient: gradient of y [B, T, D], in y's dtype.
       last_gradient: gradient of h_last [B, D], float32.
-      implementation: a name of `GRADIENTS`; None picks by platform.
+      implementation: as of `linear_scan`.
     """
-    return dispatch(
-        "linear_scan's gradient",
-        GRADIENTS,
-        PLATFORM_DEFAULTS,
-        implementation,
-        a,
-        h0,
-        y,
-        y_gradient,
-        last_gradient,
+    # The shape and dtype of x are those of y; its values enter no gradient.
+    arguments, results, upstream = (y, a, h0), (y, None), (y_gradient, last_gradient)
+    if implementation == "reference":
+        scan = partial(linear_scan, implementation="reference")
+        return _other_way(scan, arguments, results, upstream, reverse=False)
+    return gradient(
+        LINEAR_SCAN, implementation, arguments, results, upstream, reverse=False
     )
 
 
-def _gradients(a, h0, y, y_cotangent, last_cotangent, *, reverse, implementation):
-    """By a scan in the other direction."""
-    # grad_x_t = y_cotangent_t + a_{t+1} * grad_x_{t+1}: the gradient of h_last enters
-    # after the last step, undecayed.
-    grad_x, grad_first = _scan(
-        y_cotangent,
-        _shift(a, jnp.ones_like(a[:, 0]), not reverse),
-        last_cotangent,
-        not reverse,
-        implementation,
-    )
+def one_step(x, a, h0, reverse):
+    """The scan of a single step."""
+    del reverse
+    h = a[:, 0].astype(jnp.float32) * h0 + x[:, 0].astype(jnp.float32)
+    return h.astype(x.dtype)[:, None], h
+
+
+def takes_one_step(x, *arguments, **options):
+    """`Implementation.supports` of entries for T = 1."""
+    del arguments, options
+    return None if x.shape[1] == 1 else f"it takes one step, not {x.shape[1]}"
+
+
+def _other_way(scan, arguments, results, upstream, *, reverse):
+    """Gradients of x, a and h0 by a scan in the other direction."""
+    (_, a, h0), (y, _) = arguments, results
+    y_gradient, last_gradient = upstream
+    # The gradient of h_last enters after the last step, undecayed.
+    decays = _shift(a, jnp.ones_like(a[:, 0]), not reverse)
+    grad_x, grad_first = scan(y_gradient, decays, last_gradient, reverse=not reverse)
     previous = _shift(y, h0.astype(y.dtype), reverse)
     grad_a = grad_x.astype(jnp.float32) * previous.astype(jnp.float32)
     first = -1 if reverse else 0
@@ -164,27 +128,45 @@ def _gradients(a, h0, y, y_cotangent, last_cotangent, *, reverse, implementation
     return grad_x, grad_a.astype(a.dtype), grad_h0
 
 
-_scan.defvjp(_scan_forward, _scan_backward)
+def _kernel_gradient(module, arguments, results, upstream, *, reverse, **interpret):
+    if reverse:
+        scan = partial(imported_late(module, "scan"), **interpret)
+        return _other_way(scan, arguments, results, upstream, reverse=True)
+    _, *states = arguments
+    kernel = imported_late(module, "gradients")
+    return kernel(*states, results[0], *upstream, **interpret)
 
-GRADIENTS: Table = {
-    **{
-        name: partial(_gradients, reverse=False, implementation=name)
-        for name in IMPLEMENTATIONS
-    },
-    "pallas_tpu": Kernel(
-        imported_late(PALLAS_TPU, "gradients"),
-        "tpu",
-        "btc,bc,btc,btc,bc->btc,btc,bc",
-        TPU_DTYPES,
+
+def _plain(name, scan, **fields):
+    """An entry whose gradient is the same scan, differentiable again."""
+    again = partial(linear_scan, implementation=name)
+    return Implementation(scan, partial(_other_way, again), **fields)
+
+
+def _kernel(module, platform, supports, **fields):
+    scan, gradients = imported_late(module, "scan"), partial(_kernel_gradient, module)
+    return Implementation(
+        scan, gradients, kernel_for=platform, supports=supports, **fields
+    )
+
+
+def _without_x(arguments, results):
+    """What a gradient needs: not the inputs, which are as large as the result."""
+    return (None, *arguments[1:]), (results[0], None)
+
+
+IMPLEMENTATIONS = {
+    "one_step": _plain(
+        "one_step", one_step, default_on=EVERYWHERE, supports=takes_one_step
     ),
-    "pallas_gpu": Kernel(
-        imported_late(PALLAS_GPU, "gradients"),
-        "cuda",
-        "btc,bc,btc,btc,bc->btc,btc,bc",
-        GPU_DTYPES,
-    ),
+    "pallas_tpu": _kernel(PALLAS_TPU, "tpu", TPU_DTYPES, default_on=("tpu",)),
+    "sequential": _plain("sequential", sequential.scan, default_on=("cpu",)),
+    "associative": _plain("associative", associative.scan, default_on=("tpu",)),
+    "chunked": _plain("chunked", chunked.scan, default_on=EVERYWHERE),
+    "pallas_gpu": _kernel(PALLAS_GPU, "cuda", GPU_DTYPES),
+    "reference": Implementation(reference.scan),
 }
-"""Of a scan that runs forward. Another scan, the other way, serves where no kernel is."""
+LINEAR_SCAN = Op("linear_scan", "btc,btc,bc->btc,bc", IMPLEMENTATIONS, keep=_without_x)
 
 
 def _shift(values, edge, towards_start):
@@ -195,19 +177,8 @@ def _shift(values, edge, towards_start):
 
 
 def _validate(x, a, h0):
-    if x.ndim != 3 or x.shape[1] < 1:
-        raise ValueError(
-            f"x must have shape [B, T, D] with T >= 1; got {x.shape}. "
-            "Add the missing axis, or skip the call for an empty chunk."
-        )
-    if a.shape != x.shape:
-        raise ValueError(f"a must have the shape of x, {x.shape}; got {a.shape}.")
-    for name, array in (("x", x), ("a", a)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name} must be floating point; got {array.dtype}.")
-    expected = (x.shape[0], x.shape[2])
-    if h0 is not None and (h0.shape != expected or h0.dtype != jnp.float32):
-        raise ValueError(
-            f"h0 must be float32 {expected} (the state is kept in float32); "
-            f"got {h0.dtype} {h0.shape}."
-        )
+    check_sequence(x, "B, T, D")
+    expected = {"x": (x, x.shape, jnp.floating), "a": (a, x.shape, jnp.floating)}
+    if h0 is not None:
+        expected["h0"] = (h0, (x.shape[0], x.shape[2]), jnp.float32)
+    check_arrays(expected)

@@ -35,7 +35,7 @@ def scan(
         _, x_t, a_t = at(i)
         return a_t * product, a_t * h + x_t
 
-    zeros = jnp.zeros((batch, x.shape[1], width), jnp.float32)
+    zeros = jnp.zeros_like(x[:, :, 0], jnp.float32)
     products, ends = jax.lax.fori_loop(0, chunk, summarise, (zeros + 1, zeros))
 
     def carry_over(h, summary):

@@ -4,10 +4,14 @@ Implementations compute the output, and their gradients those of q, k, v and the
 keys and values; the ring is written here, once for all of them.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels.dispatch import Kernel, Table, dispatch
+from recurrentgemma.kernels import meshes
+from recurrentgemma.kernels.checks import check_arrays
+from recurrentgemma.kernels.dispatch import EVERYWHERE, Implementation, Op, call
 from recurrentgemma.kernels.local_attention import (
     blocked,
     one_query,
@@ -16,28 +20,6 @@ from recurrentgemma.kernels.local_attention import (
     splash,
 )
 from recurrentgemma.kernels.local_attention.ring import KVCache
-from recurrentgemma.kernels.precision import custom_vjp
-
-_ARRAYS = "btnh,btkh,btkh,bt,bskh,bskh,bs"
-
-IMPLEMENTATIONS: Table = {
-    "reference": reference.attend,
-    "blocked": blocked.attend,
-    "splash": Kernel(splash.attend, "tpu", f"{_ARRAYS}->btnh,btn", splash.supports),
-}
-"""Give the output, and the logarithm of the sum of weights, float32 [B, T, N]."""
-GRADIENTS: Table = {
-    "reference": reference.gradients,
-    "blocked": blocked.gradients,
-    "splash": Kernel(
-        splash.gradients,
-        "tpu",
-        f"{_ARRAYS},btnh,btn,btnh->btnh,btkh,btkh,bskh,bskh",
-        splash.supports,
-    ),
-}
-"""Take the arguments, both results and the gradient of the output."""
-PLATFORM_DEFAULTS = {"tpu": ("splash", "blocked"), "default": ("blocked",)}
 
 
 def local_attention(
@@ -71,7 +53,7 @@ def local_attention(
       window: how many past keys a query sees; None is all of its document.
       scale: factor of the scores.
       soft_cap: scores become soft_cap * tanh(scores / soft_cap); None is no cap.
-      implementation: a name of `IMPLEMENTATIONS`; None picks by platform.
+      implementation: name of `IMPLEMENTATIONS`; None is the best for the platform.
 
     Returns:
       out: [B, T, N, H] in q's dtype.
@@ -80,109 +62,101 @@ def local_attention(
 
     Raises:
       ValueError: shapes or dtypes do not fit.
-      NotImplementedError: there is no such implementation.
+      NotImplementedError: the named implementation does not exist or cannot run.
 
     Source: Griffin, arXiv 2402.19427, section 2.3.
     """
     _validate(q, k, v, positions, cache, window)
+    options = {"window": window, "scale": scale, "soft_cap": soft_cap}
 
-    one_query_serves = implementation in (None, "blocked", "splash")
-    if cache is not None and q.shape[1] == 1 and one_query_serves:
-        out = one_query.attend(q, k, v, positions, cache, window, scale, soft_cap)
-    else:
-        options = (("window", window), ("scale", scale), ("soft_cap", soft_cap))
+    def attend_and_write(q, k, v, positions, cache):
         kept = _no_slots(k, v) if cache is None else cache
-        out = _attend(q, k, v, positions, *kept, options, implementation)
-    if cache is None:
-        slots = k.shape[1] if window is None else window
-    else:
-        slots = cache.positions.shape[1]
-    if k.shape[1] == 1:
-        positions = ring.after(out, positions)
-    return out, ring.write(cache, k, v, positions, slots)
+        arguments = (q, k, v, positions, *kept)
+        out, _ = call(LOCAL_ATTENTION, implementation, *arguments, **options)
+        if cache is None:
+            slots = k.shape[1] if window is None else window
+        else:
+            slots = cache.positions.shape[1]
+        if k.shape[1] == 1:
+            positions = ring.after(out, positions)
+        return out, ring.write(cache, k, v, positions, slots)
+
+    def result_specs():
+        kept = KVCache(None, None, None) if cache is None else cache
+        dims = f"{ARGUMENTS}->btnh,bskh,bskh,bs"
+        out, *ring = meshes.result_specs(dims, (q, k, v, positions, *kept))
+        return out, KVCache(*ring)
+
+    arguments = (q, k, v, positions, cache)
+    return meshes.with_auto_axes(attend_and_write, result_specs, *arguments)
 
 
 def _no_slots(k: jax.Array, v: jax.Array) -> KVCache:
     return KVCache(k[:, :0], v[:, :0], jnp.zeros((k.shape[0], 0), jnp.int32))
 
 
-def _output(*arguments) -> jax.Array:
-    *arrays, options, implementation = arguments
-    return _run(IMPLEMENTATIONS, "", arrays, options, implementation)[0]
-
-
-def _attend_forward(*arguments):
-    *arrays, options, implementation = arguments
-    results = _run(IMPLEMENTATIONS, "", arrays, options, implementation)
-    return results[0], (*arrays, *results)
-
-
-def _attend_backward(options, implementation, residuals, out_gradient):
-    arrays = (*residuals, out_gradient)
-    dq, dk, dv, dkeys, dvalues = _run(
-        GRADIENTS, "'s gradient", arrays, options, implementation
-    )
+def _gradients(gradients, arguments, results, upstream, **options):
+    """An `Implementation.gradient`; that of the sum of weights, unused, is zero."""
+    dq, dk, dv, dkeys, dvalues = gradients(*arguments, *results, upstream[0], **options)
     return dq, dk, dv, None, dkeys, dvalues, None
 
 
-_attend = custom_vjp(_output, _attend_forward, _attend_backward, static=(7, 8))
-
-
-def _run(table, part, arrays, options, implementation):
-    return dispatch(
-        f"local_attention{part}",
-        table,
-        PLATFORM_DEFAULTS,
-        implementation,
-        *arrays,
-        **dict(options),
-    )
+ARGUMENTS = "btnh,btkh,btkh,bt,bskh,bskh,bs"
+IMPLEMENTATIONS = {
+    "one_query": Implementation(
+        one_query.attend, default_on=EVERYWHERE, supports=one_query.supports
+    ),
+    "splash": Implementation(
+        splash.attend,
+        partial(_gradients, splash.gradients),
+        kernel_for="tpu",
+        default_on=("tpu",),
+        supports=splash.supports,
+    ),
+    "blocked": Implementation(
+        blocked.attend, partial(_gradients, blocked.gradients), default_on=EVERYWHERE
+    ),
+    "reference": Implementation(reference.attend),
+}
+"""Give the output, and the logarithm of the sum of weights, float32 [B, T, N]."""
+LOCAL_ATTENTION = Op("local_attention", f"{ARGUMENTS}->btnh,btn", IMPLEMENTATIONS)
 
 
 def _validate(q, k, v, positions, cache, window):
     if q.ndim != 4 or q.shape[1] < 1:
         raise ValueError(
-            f"q must have shape [B, T, N, H] with T >= 1; got {q.shape}. "
-            "Add the missing axis, or skip the call for an empty chunk."
+            f"q: expected shape [B, T, N, H] with T >= 1, got {q.shape}; "
+            "add the missing axis, or skip the call for an empty chunk."
         )
     batch, length, heads, head_dim = q.shape
     if k.ndim != 4 or k.shape[2] < 1 or heads % k.shape[2]:
         raise ValueError(
-            f"k must have shape [B, T, K, H] with K a divisor of the {heads} query "
-            f"heads; got {k.shape}."
-        )
-    expected = (batch, length, k.shape[2], head_dim)
-    for name, array in (("k", k), ("v", v)):
-        if array.shape != expected:
-            raise ValueError(
-                f"{name} must have shape {expected} beside q {q.shape}; "
-                f"got {array.shape}."
-            )
-    for name, array in (("q", q), ("k", k), ("v", v)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name} must be floating point; got {array.dtype}.")
-    if positions.shape != (batch, length) or positions.dtype != jnp.int32:
-        raise ValueError(
-            f"positions must be int32 {(batch, length)}; "
-            f"got {positions.dtype} {positions.shape}."
+            f"k: expected shape [B, T, K, H] with K a divisor of the {heads} query "
+            f"heads, got {k.shape}; give each group of query heads one key head."
         )
     if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 or None; got {window}.")
-    if cache is None:
-        return
-    slots = cache.positions.shape[-1]
-    if window is not None and slots < window:
         raise ValueError(
-            f"cache must have at least {window} slots, one for each past key that a "
-            f"query sees; got {slots}."
+            f"window: expected at least 1 past key or None, got {window}; "
+            "None is the whole document."
         )
-    for name, array, shape in (
-        ("cache.keys", cache.keys, (batch, slots, *k.shape[2:])),
-        ("cache.values", cache.values, (batch, slots, *k.shape[2:])),
-        ("cache.positions", cache.positions, (batch, slots)),
-    ):
-        if array.shape != shape:
+    shape = (batch, length, k.shape[2], head_dim)
+    expected = {
+        "q": (q, q.shape, jnp.floating),
+        "k": (k, shape, jnp.floating),
+        "v": (v, shape, jnp.floating),
+        "positions": (positions, (batch, length), jnp.int32),
+    }
+    if cache is not None:
+        slots = cache.positions.shape[-1]
+        if window is not None and slots < window:
             raise ValueError(
-                f"{name} must have shape {shape} beside k {k.shape} and {slots} "
-                f"positions; got {array.shape}."
+                f"cache: expected at least {window} slots, one for each past key that "
+                f"a query sees, got {slots}; make the cache for this window."
             )
+        shape = (batch, slots, *shape[2:])
+        expected |= {
+            "cache.keys": (cache.keys, shape, jnp.floating),
+            "cache.values": (cache.values, shape, jnp.floating),
+            "cache.positions": (cache.positions, (batch, slots), jnp.integer),
+        }
+    check_arrays(expected)

@@ -8,11 +8,18 @@ key that the query may see.
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels.local_attention.ring import KVCache
 from recurrentgemma.kernels.precision import einsum_float32
 
 HIDDEN = -1e30
 """Score of a key that is not seen."""
+
+
+def supports(q, k, v, positions, keys, values, held, **options) -> str | None:
+    """Why these arguments do not fit, or None."""
+    del k, v, positions, keys, values, options
+    if q.shape[1] != 1:
+        return f"it takes one query a row, not {q.shape[1]}"
+    return None if held.shape[1] else "it takes a cache"
 
 
 def attend(
@@ -20,16 +27,19 @@ def attend(
     k: jax.Array,
     v: jax.Array,
     positions: jax.Array,
-    cache: KVCache,
+    keys: jax.Array,
+    values: jax.Array,
+    held: jax.Array,
+    *,
     window: int | None,
     scale: float,
     soft_cap: float | None,
-) -> jax.Array:
-    """See `local_attention`, with T = 1."""
+) -> tuple[jax.Array, jax.Array]:
+    """See `reference.attend`; T = 1."""
     batch, head_dim = q.shape[0], q.shape[3]
     groups = q.reshape(batch, k.shape[2], -1, head_dim)
-    distance = positions - cache.positions
-    visible = (cache.positions >= 0) & (distance > 0)
+    distance = positions - held
+    visible = (held >= 0) & (distance > 0)
     if window is not None:
         visible &= distance <= window
 
@@ -41,7 +51,7 @@ def attend(
             scores = soft_cap * jnp.tanh(scores / soft_cap)
         return scores
 
-    cached_scores = score(cache.keys.astype(k.dtype))
+    cached_scores = score(keys.astype(k.dtype))
     cached_scores = jnp.where(visible[:, None, None], cached_scores, HIDDEN)
     own_score = score(k)
     largest = jnp.maximum(jnp.max(cached_scores, axis=-1, keepdims=True), own_score)
@@ -52,7 +62,8 @@ def attend(
     out = einsum_float32(
         "bkrs,bskh->bkrh",
         cached_weights.astype(v.dtype),
-        cache.values.astype(v.dtype),
+        values.astype(v.dtype),
     )
     out = out + own_weight * jnp.moveaxis(v, 1, 2).astype(jnp.float32)
-    return (out / total).reshape(q.shape).astype(q.dtype)
+    log_total = (largest + jnp.log(total)).reshape(q.shape[:3])
+    return (out / total).reshape(q.shape).astype(q.dtype), log_total

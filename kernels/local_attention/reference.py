@@ -24,8 +24,8 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
     """The output, and the logarithm of the sum of weights, float32 [B, T, N].
 
-    See `local_attention`; keys, values and held are the cache's, of 0 slots if there is
-    none. The written cache is not this function's business.
+    See `local_attention`; keys, values and held are those of the cache, with 0 slots if
+    there is none. `local_attention` writes the cache.
     """
     batch, length, _, head_dim = q.shape
     # Cached keys are of segment 0, which the chunk's first start of a document ends.
@@ -58,13 +58,3 @@ def attend(
     out = einsum_float32("bkrts,bskh->btkrh", weights / total, wide_v)
     log_total = jnp.moveaxis(largest + jnp.log(total), 3, 1)
     return out.reshape(q.shape).astype(q.dtype), log_total.reshape(q.shape[:3])
-
-
-def gradients(q, k, v, positions, keys, values, held, out, log_total, dout, **options):
-    """Those of q, k, v, keys and values, by automatic differentiation."""
-    del out, log_total
-
-    def run(q, k, v, keys, values):
-        return attend(q, k, v, positions, keys, values, held, **options)[0]
-
-    return jax.vjp(run, q, k, v, keys, values)[1](dout)

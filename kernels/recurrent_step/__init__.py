@@ -7,22 +7,17 @@ state is read and written once, in place.
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels.dispatch import Kernel, Table, dispatch, imported_late
+from recurrentgemma.kernels.checks import check_arrays
+from recurrentgemma.kernels.dispatch import (
+    EVERYWHERE,
+    Implementation,
+    Op,
+    call,
+    imported_late,
+)
 from recurrentgemma.kernels.recurrent_step import reference
 from recurrentgemma.kernels.recurrent_step.reference import StepParameters
-from recurrentgemma.kernels.rg_lru.gates import Gate
-
-PALLAS_TPU = f"{__name__}.pallas_tpu"
-IMPLEMENTATIONS: Table = {
-    "reference": reference.step,
-    "pallas_tpu": Kernel(
-        imported_late(PALLAS_TPU, "step"),
-        "tpu",
-        "bc,bsc,b,bc,tc,c,gio,go,gio,go,c->bc,bc,bsc",
-        imported_late(PALLAS_TPU, "supports"),
-    ),
-}
-PLATFORM_DEFAULTS = {"tpu": ("pallas_tpu", "reference"), "default": ("reference",)}
+from recurrentgemma.kernels.rg_lru.gates import Gate, expected_gate
 
 __all__ = ["Gate", "StepParameters", "recurrent_step"]
 
@@ -52,7 +47,7 @@ def recurrent_step(
       h: state of the RG-LRU [B, E], float32.
       conv_state: the last inputs of the convolution, oldest first, zero before the
         document's start [B, taps - 1, E], x's dtype.
-      implementation: a name of `IMPLEMENTATIONS`; None picks by platform.
+      implementation: name of `IMPLEMENTATIONS`; None is the best for the platform.
 
     Returns:
       y: [B, E] in x's dtype.
@@ -61,60 +56,62 @@ def recurrent_step(
 
     Raises:
       ValueError: shapes or dtypes do not fit.
-      NotImplementedError: there is no such implementation, or it does not take these
-        arguments.
+      NotImplementedError: the named implementation does not exist or cannot run.
 
     Source: Griffin, arXiv 2402.19427, sections 2.3 and 2.4.
     """
     _validate(x, parameters, positions, h, conv_state)
-    return dispatch(
-        "recurrent_step",
-        IMPLEMENTATIONS,
-        PLATFORM_DEFAULTS,
-        implementation,
-        x,
-        conv_state,
-        positions,
-        h,
-        *jax.tree.leaves(parameters),
-    )
+    arguments = (x, parameters, positions, h, conv_state)
+    return call(RECURRENT_STEP, implementation, *arguments)
+
+
+def _for_kernel(name):
+    function = imported_late(f"{__name__}.pallas_tpu", name)
+
+    def run(x, parameters, positions, h, conv_state, **interpret):
+        leaves = jax.tree.leaves(parameters)
+        return function(x, conv_state, positions, h, *leaves, **interpret)
+
+    return run
+
+
+IMPLEMENTATIONS = {
+    "pallas_tpu": Implementation(
+        _for_kernel("step"),
+        kernel_for="tpu",
+        default_on=("tpu",),
+        supports=_for_kernel("supports"),
+    ),
+    "reference": Implementation(reference.step, default_on=EVERYWHERE),
+}
+RECURRENT_STEP = Op(
+    "recurrent_step",
+    "bc,tc,c,gio,go,gio,go,c,b,bc,bsc->bc,bc,bsc",
+    IMPLEMENTATIONS,
+)
 
 
 def _validate(x, parameters, positions, h, conv_state):
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError(
-            f"x must have shape [B, E], one token a row; got {x.shape}. "
-            "Use rg_lru for a sequence."
+            f"x: expected shape [B, E], one token a row, got {x.shape}; "
+            "use rg_lru for a sequence."
         )
     batch, width = x.shape
-    conv_kernel = parameters.conv_kernel
-    blocks = parameters.recurrence_gate.kernel.shape[0]
-    block = width // max(blocks, 1)
-    floating = jnp.floating
+    gates = {
+        name: getattr(parameters, name) for name in ("recurrence_gate", "input_gate")
+    }
+    groups = len(parameters.recurrence_gate.kernel)
+    taps, floating = len(parameters.conv_kernel), jnp.floating
     expected = {
-        "conv_kernel": (conv_kernel, (*conv_kernel.shape[:1], width), floating),
+        "x": (x, x.shape, floating),
+        "conv_kernel": (parameters.conv_kernel, (taps, width), floating),
         "conv_bias": (parameters.conv_bias, (width,), floating),
         "a_param": (parameters.a_param, (width,), floating),
         "positions": (positions, (batch,), jnp.integer),
         "h": (h, (batch, width), jnp.float32),
-        "conv_state": (
-            conv_state,
-            (batch, conv_kernel.shape[0] - 1, width),
-            x.dtype,
-        ),
+        "conv_state": (conv_state, (batch, taps - 1, width), x.dtype),
     }
-    for name in ("recurrence_gate", "input_gate"):
-        gate = getattr(parameters, name)
-        expected[f"{name}.kernel"] = (gate.kernel, (blocks, block, block), floating)
-        expected[f"{name}.bias"] = (gate.bias, (blocks, block), floating)
-    for name, (array, shape, dtype) in {
-        "x": (x, x.shape, floating),
-        **expected,
-    }.items():
-        if array.shape != shape:
-            raise ValueError(
-                f"{name} must have shape {shape} beside x {x.shape}; got {array.shape}."
-            )
-        if not jnp.issubdtype(array.dtype, dtype):
-            kind = getattr(dtype, "__name__", dtype)
-            raise ValueError(f"{name} must be {kind}; got {array.dtype}.")
+    for name, gate in gates.items():
+        expected |= expected_gate(name, gate, groups, width)
+    check_arrays(expected)

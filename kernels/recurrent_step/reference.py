@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from recurrentgemma.kernels.rg_lru import rg_lru
-from recurrentgemma.kernels.rg_lru.gates import Gate, logits
+from recurrentgemma.kernels.rg_lru.gates import Gate
 
 
 class StepParameters(NamedTuple):
@@ -35,19 +35,16 @@ class StepParameters(NamedTuple):
 
 def step(
     x: jax.Array,
-    conv_state: jax.Array,
+    parameters: StepParameters,
     positions: jax.Array,
     h: jax.Array,
-    *arrays: jax.Array,
+    conv_state: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `recurrent_step`; arrays are the leaves of its parameters."""
-    conv_kernel, conv_bias, *gates, a_param = arrays
-    u, conv_state = convolve(x, conv_kernel, conv_bias, positions, conv_state)
-    u = u[:, None]
-    recurrence_logits, input_logits = (
-        logits(u, Gate(*gate)) for gate in (gates[:2], gates[2:])
-    )
-    y, h = rg_lru(u, recurrence_logits, input_logits, a_param, positions[:, None], h)
+    """See `recurrent_step`."""
+    p = parameters
+    u, conv_state = convolve(x, p.conv_kernel, p.conv_bias, positions, conv_state)
+    arguments = (u[:, None], p.recurrence_gate, p.input_gate, p.a_param)
+    y, h = rg_lru(*arguments, positions[:, None], h)
     return y[:, 0], h, conv_state
 
 

@@ -6,7 +6,9 @@ RG-LRU with its gates then takes twice the time, and its gradient too. The one f
 copies sequences either way, which is what `with_gates_pallas_tpu.py` is for.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,67 +25,91 @@ class Gate(NamedTuple):
     """[G, out], floating point."""
 
 
-def logits(x: jax.Array, gate: Gate) -> jax.Array:
-    """x times a block-diagonal matrix, plus a bias.
+def expected_gate(name: str, gate: Gate, groups: int, width: int) -> dict[str, Any]:
+    """What `check_arrays` expects of a gate with this number of blocks and channels."""
+    block = width / max(groups, 1)
+    shape = (groups, block, block)
+    return {
+        f"{name}.kernel": (gate.kernel, shape, jnp.floating),
+        f"{name}.bias": (gate.bias, shape[:2], jnp.floating),
+    }
+
+
+def product(x: jax.Array, gate: Gate | jax.Array) -> jax.Array:
+    """The logits of a gate: x times a block-diagonal matrix, plus a bias.
 
     Args:
       x: [B, T, G * in], floating point.
-      gate: of G blocks.
+      gate: parameters of G blocks; or the logits, which come back as they are.
 
     Returns:
       [B, T, G * out] in x's dtype; products are accumulated in float32.
     """
-    return _logits(x, gate)
-
-
-def _run(x, gate):
+    if not isinstance(gate, Gate):
+        return gate
     blocks, kernel = _to_blocks(x, len(gate.kernel)), gate.kernel.astype(x.dtype)
     y = einsum_float32("gni,gio->gno", blocks, kernel)
     y = y + gate.bias.astype(jnp.float32)[:, None]
     return _to_sequence(y.astype(x.dtype), x.shape)
 
 
+def logits(x: jax.Array, gate: Gate | jax.Array) -> jax.Array:
+    """`product` whose gradient multiplies in x's dtype too."""
+    return _logits(x, gate)
+
+
 def _forward(x, gate):
-    return _run(x, gate), (x, gate)
+    return product(x, gate), (x, gate)
 
 
 def _backward(residuals, upstream):
     x, gate = residuals
-    of_x, of_gate = logits_gradients(x, gate, upstream)
-    of_gate = (
-        jnp.sum(gradient, axis=0).astype(parameter.dtype)
-        for gradient, parameter in zip(of_gate, gate, strict=True)
-    )
-    return of_x.astype(x.dtype), Gate(*of_gate)
+    if not isinstance(gate, Gate):
+        return jnp.zeros_like(x), upstream
+    of_x, of_gate = _product_gradients(x, gate, upstream)
+    return of_x.astype(x.dtype), of_gate
 
 
-_logits = custom_vjp(_run, _forward, _backward)
+_logits = custom_vjp(product, _forward, _backward)
 
 
-def logits_gradients(
-    x: jax.Array, gate: Gate, upstream: jax.Array
-) -> tuple[jax.Array, Gate]:
-    """Gradients of `logits`, in float32.
+def with_products(gradients: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+    """Gradients of an op whose gates are `Gate`s, from those of the op from logits.
 
     Args:
-      x, gate: its arguments.
-      upstream: gradient of the logits [B, T, G * out], floating point.
-
-    Returns:
-      Of x [B, T, G * in]; and of the gate, for each row: [B, G, in, out], [B, G, out].
+      gradients: an `Implementation.gradient` whose first arguments are x and the logits
+        of two gates.
     """
+
+    @functools.wraps(gradients)
+    def of_gates(arguments, results, upstream, **options):
+        x, *gates, a_param, positions, h0 = arguments
+        if not isinstance(gates[0], Gate):
+            return gradients(arguments, results, upstream, **options)
+        from_logits = (x, *(logits(x, gate) for gate in gates), a_param, positions, h0)
+        of_x, *of_logits, of_a_param, _, of_h0 = gradients(
+            from_logits, results, upstream, **options
+        )
+        of_x, of_parameters = of_x.astype(jnp.float32), []
+        for gate, of_gate in zip(gates, of_logits, strict=True):
+            through_gate, of_gate = _product_gradients(x, gate, of_gate)
+            of_x += through_gate
+            of_parameters.append(of_gate)
+        return of_x.astype(x.dtype), *of_parameters, of_a_param, None, of_h0
+
+    return of_gates
+
+
+def _product_gradients(x, gate, upstream):
+    """Gradients of x [B, T, G * in], float32, and of the gate."""
     groups = len(gate.kernel)
     kernel = gate.kernel.astype(x.dtype)
-    of_x = einsum_float32("gno,gio->gni", _to_blocks(upstream, groups), kernel)
-    of_bias = jnp.sum(upstream.astype(jnp.float32), axis=1)
-    rows, upstream_rows = (
-        jnp.swapaxes(array.reshape(*x.shape[:2], groups, -1), 1, 2)
-        for array in (x, upstream)
-    )
-    return _to_sequence(of_x, x.shape), Gate(
-        einsum_float32("bgti,bgto->bgio", rows, upstream_rows),
-        of_bias.reshape(x.shape[0], groups, -1),
-    )
+    blocks, upstream_blocks = _to_blocks(x, groups), _to_blocks(upstream, groups)
+    of_x = einsum_float32("gno,gio->gni", upstream_blocks, kernel)
+    of_kernel = einsum_float32("gni,gno->gio", blocks, upstream_blocks)
+    of_bias = jnp.sum(upstream.astype(jnp.float32), axis=(0, 1)).reshape(groups, -1)
+    of_gate = Gate(of_kernel.astype(gate.kernel.dtype), of_bias.astype(gate.bias.dtype))
+    return _to_sequence(of_x, x.shape), of_gate
 
 
 def _to_blocks(x, groups):

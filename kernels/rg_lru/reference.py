@@ -1,6 +1,6 @@
 """The definition of the RG-LRU (Griffin, section 2.4), float32, on the reference scan.
 
-r_t = sigmoid(recurrence_logits_t)            i_t = sigmoid(input_logits_t)
+r_t, i_t = sigmoid(W_r x_t + b_r), sigmoid(W_i x_t + b_i)
 log a_t = -8 * softplus(a_param) * r_t
 h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * i_t * x_t
 """
@@ -8,7 +8,8 @@ h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * i_t * x_t
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels.linear_scan import linear_scan
+from recurrentgemma.kernels.linear_scan.reference import scan
+from recurrentgemma.kernels.rg_lru.gates import Gate, product
 
 DECAY_SCALE = 8.0
 """c of the paper: the decay is a^(c r)."""
@@ -43,23 +44,47 @@ def log_decay(a_param: jax.Array) -> jax.Array:
 
 def recurrence(
     x: jax.Array,
-    recurrence_logits: jax.Array,
-    input_logits: jax.Array,
+    recurrence_gate: Gate | jax.Array,
+    input_gate: Gate | jax.Array,
     a_param: jax.Array,
     positions: jax.Array,
     h0: jax.Array,
+    *,
+    linear_scan: None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `rg_lru`; a_param is [B, E] here, one for each row."""
-    recurrence_gate = jax.nn.sigmoid(recurrence_logits.astype(jnp.float32))
-    input_gate = jax.nn.sigmoid(input_logits.astype(jnp.float32))
-    log_a = log_decay(a_param)[:, None] * recurrence_gate
+    """See `rg_lru`."""
+    del linear_scan
+    inputs = _scan_inputs(x, recurrence_gate, input_gate, a_param, positions)
+    y, h_last = scan(*inputs, h0, reverse=False)
+    return y.astype(x.dtype), h_last
+
+
+def one_step(
+    x: jax.Array,
+    recurrence_gate: Gate | jax.Array,
+    input_gate: Gate | jax.Array,
+    a_param: jax.Array,
+    positions: jax.Array,
+    h0: jax.Array,
+    *,
+    linear_scan: None,
+) -> tuple[jax.Array, jax.Array]:
+    """The same for T = 1, without a loop."""
+    del linear_scan
+    scan_input, a = _scan_inputs(x, recurrence_gate, input_gate, a_param, positions)
+    h = a[:, 0] * h0 + scan_input[:, 0]
+    return h.astype(x.dtype)[:, None], h
+
+
+def _scan_inputs(x, recurrence_gate, input_gate, a_param, positions):
+    r, i = (
+        jax.nn.sigmoid(product(x, gate).astype(jnp.float32))
+        for gate in (recurrence_gate, input_gate)
+    )
+    log_a = log_decay(a_param)[None, None] * r
+    starts, holds = (positions == 0)[..., None], (positions < 0)[..., None]
     # 1 - a^2 in this form keeps its digits where a is close to 1.
     multiplier = sqrt_bounded_derivative(-jnp.expm1(2.0 * log_a))
-    gated = input_gate * x.astype(jnp.float32)
-
-    starts = (positions == 0)[..., None]
-    holds = (positions < 0)[..., None]
+    multiplier = jnp.where(starts, 1.0, multiplier)
     a = jnp.where(starts, 0.0, jnp.where(holds, 1.0, jnp.exp(log_a)))
-    scan_input = jnp.where(holds, 0.0, jnp.where(starts, gated, multiplier * gated))
-    y, h_last = linear_scan(scan_input, a, h0, implementation="reference")
-    return y.astype(x.dtype), h_last
+    return jnp.where(holds, 0.0, multiplier * (i * x.astype(jnp.float32))), a

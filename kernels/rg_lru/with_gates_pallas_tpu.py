@@ -214,9 +214,7 @@ def _sum_of_tiles(term: jax.Array) -> jax.Array:
 def _block_sizes(x, kernel, *, gradient: bool) -> BlockSizes:
     width, itemsize = kernel.shape[1], x.dtype.itemsize
     sizes = gate_block_sizes(x.shape, width, itemsize, gradient=gradient)
-    assert sizes is not None, (
-        "with_gates.py offers such shapes to other implementations"
-    )
+    assert sizes is not None, "rg_lru offers such shapes to other implementations"
     return sizes
 
 
@@ -253,7 +251,7 @@ def recurrence(
     h0: jax.Array,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `rg_lru_with_gates`; a_param is [B, E] here, one for each row."""
+    """See `rg_lru`; a_param is [B, E] here, one for each row."""
     sizes = _block_sizes(x, r_kernel, gradient=False)
     sequence, state, _ = linear_scan.block_specs(x.shape, sizes, reverse=False)
     position = rg_lru.positions_spec(x.shape, sizes, reverse=False)

@@ -28,19 +28,15 @@ def _bytes(jaxpr: Any) -> int:
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
+            if equation.params["interpret"]:
+                continue  # the form for CPU of the same kernel
             grid_mapping = equation.params["grid_mapping"]
             for block in grid_mapping.block_mappings:
                 total += _transfers(grid_mapping.grid, block) * _block_size(block)
-        elif equation.primitive.name == "kernel":  # of `dispatch`: traced when lowered
-            call = equation.params["call"]
-            run = partial(call.kernel.run, **dict(call.options))
-            shapes = [
-                jax.ShapeDtypeStruct(value.aval.shape, value.aval.dtype)
-                for value in equation.invars
-            ]
-            total += block_bytes(run, *shapes)
         else:
-            inner = (getattr(p, "jaxpr", p) for p in equation.params.values())
+            parameters = equation.params.values()
+            branches = equation.params.get("branches", ())  # one for each platform
+            inner = (getattr(p, "jaxpr", p) for p in (*parameters, *branches))
             total += sum(_bytes(p) for p in inner if hasattr(p, "eqns"))
     return total
 

@@ -14,25 +14,14 @@ import jax.numpy as jnp
 
 from recurrentgemma.benchmarks.report import Column
 from recurrentgemma.kernels.dispatch import Table
-from recurrentgemma.kernels.linear_scan import GRADIENTS as SCAN_GRADIENTS
 from recurrentgemma.kernels.linear_scan import IMPLEMENTATIONS as SCANS
 from recurrentgemma.kernels.linear_scan import linear_scan, linear_scan_gradients
 from recurrentgemma.kernels.linear_scan.workloads import Workload
 from recurrentgemma.kernels.recurrent_step import IMPLEMENTATIONS as STEPS
 from recurrentgemma.kernels.recurrent_step import StepParameters, recurrent_step
-from recurrentgemma.kernels.rg_lru import GRADIENTS as RG_LRU_GRADIENTS
 from recurrentgemma.kernels.rg_lru import IMPLEMENTATIONS as RG_LRUS
-from recurrentgemma.kernels.rg_lru import (
-    reference,
-    rg_lru,
-    rg_lru_gradients,
-    with_gates,
-)
+from recurrentgemma.kernels.rg_lru import rg_lru, rg_lru_gradients
 from recurrentgemma.kernels.rg_lru.gates import Gate
-from recurrentgemma.kernels.rg_lru.with_gates import (
-    rg_lru_with_gates,
-    rg_lru_with_gates_gradients,
-)
 
 DTYPES = ("float32", "bfloat16")
 IMPLEMENTATIONS = {
@@ -106,8 +95,7 @@ def _rg_lru_arguments(workload: Workload, dtype: str) -> Arguments:
 
 def _rg_lru_gradient_arguments(workload: Workload, dtype: str) -> Arguments:
     sequence, state = _shapes(workload, dtype)
-    arguments = _rg_lru_arguments(workload, dtype) | {"a_param": state}
-    return arguments | _results(sequence, state)
+    return _rg_lru_arguments(workload, dtype) | _results(sequence, state)
 
 
 def _with_gates_arguments(workload: Workload, dtype: str) -> Arguments:
@@ -123,17 +111,7 @@ def _with_gates_arguments(workload: Workload, dtype: str) -> Arguments:
 
 def _with_gates_gradient_arguments(workload: Workload, dtype: str) -> Arguments:
     sequence, state = _shapes(workload, dtype)
-    arguments = _with_gates_arguments(workload, dtype) | {"a_param": state}
-    flat = {
-        f"{name}{suffix}": array
-        for name, value in arguments.items()
-        for suffix, array in (
-            zip((".kernel", ".bias"), value, strict=True)
-            if isinstance(value, Gate)
-            else [("", value)]
-        )
-    }
-    return flat | _results(sequence, state)
+    return _with_gates_arguments(workload, dtype) | _results(sequence, state)
 
 
 def _step_arguments(workload: Workload, dtype: str) -> Arguments:
@@ -167,26 +145,17 @@ def _results(sequence, state) -> Arguments:
     return {"y": sequence, "y_gradient": sequence, "last_gradient": state}
 
 
+_reference = partial(rg_lru, implementation="reference")
 OPS = {
     "linear_scan": Op(linear_scan, _scan_arguments, SCANS),
-    "linear_scan gradient": Op(
-        linear_scan_gradients, _scan_gradient_arguments, SCAN_GRADIENTS
-    ),
+    "linear_scan gradient": Op(linear_scan_gradients, _scan_gradient_arguments, SCANS),
     "rg_lru": Op(rg_lru, _rg_lru_arguments, RG_LRUS),
     "rg_lru gradient": Op(
-        rg_lru_gradients,
-        _rg_lru_gradient_arguments,
-        RG_LRU_GRADIENTS,
-        forward=reference.recurrence,
+        rg_lru_gradients, _rg_lru_gradient_arguments, RG_LRUS, forward=_reference
     ),
-    "rg_lru_with_gates": Op(
-        rg_lru_with_gates, _with_gates_arguments, with_gates.IMPLEMENTATIONS
-    ),
+    "rg_lru_with_gates": Op(rg_lru, _with_gates_arguments, RG_LRUS),
     "rg_lru_with_gates gradient": Op(
-        rg_lru_with_gates_gradients,
-        _with_gates_gradient_arguments,
-        with_gates.GRADIENTS,
-        forward=partial(with_gates.apart, implementation="reference"),
+        rg_lru_gradients, _with_gates_gradient_arguments, RG_LRUS, forward=_reference
     ),
     "recurrent_step": Op(
         recurrent_step,

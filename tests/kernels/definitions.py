@@ -34,6 +34,16 @@ def linear_scan(x, a, h0, y_cotangent, last_cotangent, reverse=False):
     }
 
 
+def linear_states(x, a, h0):
+    """y of `linear_scan`, without gradients."""
+    x, a, h = _float64(x, a, h0)
+    y = np.zeros_like(x)
+    for t in range(x.shape[1]):
+        h = a[:, t] * h + x[:, t]
+        y[:, t] = h
+    return y
+
+
 def rg_lru(x, recurrence_logits, input_logits, a_param, positions, h0, dy, dlast):
     x, recurrence_logits, input_logits, a_param = _float64(
         x, recurrence_logits, input_logits, a_param
@@ -138,38 +148,47 @@ def recurrent_step(
 
 
 def attention(q, k, v, positions, window, scale, soft_cap, out_cotangent):
-    """A whole sequence without a cache, one query of one row after another."""
-    q, k, v, cotangent = _float64(q, k, v, out_cotangent)
-    out, grad_q = np.zeros_like(q), np.zeros_like(q)
-    grad_k, grad_v = np.zeros_like(k), np.zeros_like(v)
-    batch, length, heads, _ = q.shape
-    per_group = heads // k.shape[2]
-    for b in range(batch):
-        document = 0
-        for t in range(length):
-            if positions[b, t] < 0:
-                continue
-            if positions[b, t] == 0:
-                document = t
-            first = document if window is None else max(document, t - window)
-            seen = slice(first, t + 1)
-            for n in range(heads):
-                g = n // per_group
-                keys, values = k[b, seen, g], v[b, seen, g]
-                scores = scale * (keys @ q[b, t, n])
-                capped = scores if soft_cap is None else np.tanh(scores / soft_cap)
-                logits = scores if soft_cap is None else soft_cap * capped
-                weights = np.exp(logits - logits.max())
-                weights /= weights.sum()
-                out[b, t, n] = weights @ values
-                upstream = cotangent[b, t, n]
-                d_scores = weights * (values @ upstream - out[b, t, n] @ upstream)
-                if soft_cap is not None:
-                    d_scores *= 1 - capped**2
-                grad_v[b, seen, g] += np.outer(weights, upstream)
-                grad_k[b, seen, g] += scale * np.outer(d_scores, q[b, t, n])
-                grad_q[b, t, n] = scale * (d_scores @ keys)
-    return {"out": out, "grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v}
+    """A whole sequence without a cache, every query beside every key."""
+    q, k, v, upstream = _float64(q, k, v, out_cotangent)
+    length, per_group = q.shape[1], q.shape[2] // k.shape[2]
+    index = np.arange(length)
+    document = np.maximum.accumulate(np.where(positions == 0, index, 0), axis=1)
+    seen = (index <= index[:, None]) & (index >= document[..., None])
+    seen = seen & (positions >= 0)[..., None]
+    if window is not None:
+        seen = seen & (index >= index[:, None] - window)
+    seen = seen[:, None]  # [B, 1, queries, keys]
+
+    # Sequences as [B, heads, T, H]; the key of each query head stands beside it.
+    q, upstream = (np.swapaxes(array, 1, 2) for array in (q, upstream))
+    keys, values = (
+        np.repeat(np.swapaxes(array, 1, 2), per_group, axis=1) for array in (k, v)
+    )
+    scores = scale * (q @ np.swapaxes(keys, 2, 3))
+    slope = np.ones(())
+    if soft_cap is not None:
+        slope = 1 - np.tanh(scores / soft_cap) ** 2
+        scores = soft_cap * np.tanh(scores / soft_cap)
+    scores = np.where(seen, scores, -np.inf)
+    # Padding sees nothing: its largest score and its total stand in for none.
+    largest = np.where(seen.any(-1, keepdims=True), scores.max(-1, keepdims=True), 0)
+    weights = np.exp(scores - largest)
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+    out = weights @ values
+    inner = (out * upstream).sum(-1, keepdims=True)
+    d_scores = weights * (upstream @ np.swapaxes(values, 2, 3) - inner) * slope * scale
+
+    def of_keys(gradient):
+        batch, heads, *shape = gradient.shape
+        grouped = gradient.reshape(batch, heads // per_group, per_group, *shape)
+        return np.swapaxes(grouped.sum(2), 1, 2)
+
+    return {
+        "out": np.swapaxes(out, 1, 2),
+        "grad_q": np.swapaxes(d_scores @ keys, 1, 2),
+        "grad_k": of_keys(np.swapaxes(d_scores, 2, 3) @ q),
+        "grad_v": of_keys(np.swapaxes(weights, 2, 3) @ upstream),
+    }
 
 
 def ring(positions, window):

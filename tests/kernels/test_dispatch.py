@@ -97,17 +97,48 @@ def test_only_what_divides_is_sharded(batch, rows):
     assert all(f"tensor<{rows}x20x3xf32>" in line for line in calls)
 
 
-def test_several_devices_without_a_mesh():
-    """Nothing says how to cut a kernel up: plain code runs, or the name is refused."""
-    arrays = random_inputs()
-    sharding = NamedSharding(mesh_of_four(), PartitionSpec("data"))
+def test_several_devices_without_a_mesh_in_context():
+    """The types of the arguments name the mesh that they lie on."""
+    x, a_param = random_inputs()
+    mesh = mesh_of_four()
+    placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+    text = lowered(recurrence_gradients(None), placed, a_param, platform="tpu")
+    calls = [line for line in text.splitlines() if "@tpu_custom_call" in line]
+    assert len(calls) == 4
+    assert all("tensor<2x20x3xf32>" in line for line in calls)
 
-    def text(implementation):
-        run = jax.jit(
-            recurrence_gradients(implementation), in_shardings=(sharding, None)
-        )
-        return run.trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
 
-    assert "tpu_custom_call" not in text(None)
-    with pytest.raises(NotImplementedError, match=r"under jax\.set_mesh"):
-        text("pallas_tpu")
+def test_a_mesh_of_other_names_runs_the_plain_form():
+    """Also along a sequence axis, and where channels do not divide."""
+    x, a_param = random_inputs()
+    for names, size, reason in [
+        (("rows", "columns"), 2, "not cut along mesh axis 'rows'"),
+        (("data", "sequence"), 2, "not cut along mesh axis 'sequence'"),
+        (("data", "tensor"), 4, "channels do not divide by mesh axis 'tensor' of 4"),
+    ]:
+        mesh = jax.make_mesh((2, size), names, axis_types=(AxisType.Auto,) * 2)
+        with jax.set_mesh(mesh):
+            text = lowered(recurrence_gradients(None), x, a_param, platform="tpu")
+            assert "tpu_custom_call" not in text
+            with pytest.raises(NotImplementedError, match=reason):
+                jax.jit(recurrence_gradients("pallas_tpu")).trace(x, a_param)
+
+
+def test_data_and_fsdp_cut_rows_together():
+    x, a_param = random_inputs(8)
+    names = ("data", "fsdp", "tensor")
+    mesh = jax.make_mesh((2, 2, 2), names, axis_types=(AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh):
+        text = lowered(recurrence_gradients(None), x, a_param, platform="tpu")
+    calls = [line for line in text.splitlines() if "@tpu_custom_call" in line]
+    assert len(calls) == 4
+    assert all("tensor<2x20x3xf32>" in line for line in calls)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"), [("pallas_tpu", "cuda"), ("pallas_gpu", "tpu")]
+)
+def test_a_kernel_is_refused_on_another_accelerator(name, wrong):
+    x = jnp.ones((1, 100, 3))
+    with pytest.raises(NotImplementedError, match=f"not found for platform {wrong}"):
+        lowered(lambda x: linear_scan(x, x, implementation=name), x, platform=wrong)

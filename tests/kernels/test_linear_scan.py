@@ -1,5 +1,6 @@
 """The contract of `linear_scan`, for every implementation."""
 
+import re
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ from tests.kernels import definitions
 from tests.tolerances import assert_close
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "layers"
-ALL = [None, *IMPLEMENTATIONS]
+ANY_LENGTH = [name for name in IMPLEMENTATIONS if name != "one_step"]
 B, D = 2, 13
 
 
@@ -62,8 +63,11 @@ def assert_all_close(actual, expected, quantity, dtype="float32"):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("length", [1, 7, 128, 1000])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("implementation", "length"),
+    [(name, length) for name in ANY_LENGTH for length in (1, 7, 128, 1000)]
+    + [("one_step", 1)],
+)
 def test_values_and_gradients(implementation, length, reverse):
     inputs = random_inputs(length)
     actual = run(implementation, inputs, reverse)
@@ -71,9 +75,14 @@ def test_values_and_gradients(implementation, length, reverse):
     assert_all_close(actual, expected, "scan")
 
 
-@pytest.mark.parametrize("implementation", ALL)
 @pytest.mark.parametrize(
-    "case", ["linear_scan_real", "linear_scan_real_long", "linear_scan_one_step"]
+    ("case", "implementation"),
+    [
+        (case, name)
+        for case in ("linear_scan_real", "linear_scan_real_long")
+        for name in (None, *ANY_LENGTH)
+    ]
+    + [("linear_scan_one_step", name) for name in (None, *IMPLEMENTATIONS)],
 )
 def test_golden(case, implementation):
     data = np.load(GOLDEN / case / "data.npz")
@@ -99,7 +108,7 @@ def test_golden(case, implementation):
         assert_all_close(actual, expected, "scan")
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANY_LENGTH)
 def test_dtypes(implementation):
     """bfloat16 inputs with float32 decays, and all bfloat16; the state is float32."""
     x, a, h0, y_cotangent, last_cotangent = random_inputs(128)
@@ -117,22 +126,27 @@ def test_dtypes(implementation):
         assert_all_close(actual, expected, "scan", "bfloat16")
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_slow_decay_over_100000_steps(implementation):
+@pytest.fixture(scope="module")
+def slow_decay():
+    """Arguments of 100,000 steps, and their true states."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1, 100_000, 3)).astype(np.float32)
     a = np.full_like(x, 1 - 1e-6)
     h0 = np.full((1, 3), 100.0, np.float32)
-    y, h_last = linear_scan(
-        *map(jnp.asarray, (x, a, h0)), implementation=implementation
-    )
-    expected = definitions.linear_scan(x, a, h0, np.zeros_like(x), np.zeros_like(h0))
-    assert_close(y, expected["y"], "long_scan")
-    assert_close(h_last, expected["h_last"], "long_scan")
+    y = definitions.linear_states(x, a, h0)
+    return tuple(map(jnp.asarray, (x, a, h0))), y
+
+
+@pytest.mark.parametrize("implementation", ANY_LENGTH)
+def test_slow_decay_over_100000_steps(implementation, slow_decay):
+    arguments, expected = slow_decay
+    y, h_last = linear_scan(*arguments, implementation=implementation)
+    assert_close(y, expected, "long_scan")
+    assert_close(h_last, expected[:, -1], "long_scan")
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANY_LENGTH)
 def test_split_invariance(implementation, reverse):
     """Two chunks, the state carried between them, are one scan: gradients too."""
     inputs = random_inputs(128)
@@ -153,7 +167,7 @@ def test_split_invariance(implementation, reverse):
     assert_all_close(actual, definitions.linear_scan(*inputs, reverse=reverse), "scan")
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANY_LENGTH)
 def test_transformations_and_determinism(implementation):
     """vmap of remat inside a lax.scan, differentiated: as the plain call, and twice."""
     inputs = random_inputs(7)
@@ -198,27 +212,57 @@ def test_second_derivatives():
     assert_close(jax.jit(jax.grad(jax.grad(loss)))(1.0), expected, "gradient")
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_every_workload_traces(implementation):
-    for batch, length, width in WORKLOADS.values():
-        array = jax.ShapeDtypeStruct((batch, length, width), jnp.float32)
-        y, h_last = jax.eval_shape(
-            lambda x, a: linear_scan(x, a, implementation=implementation), array, array
-        )
+@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize("implementation", ANY_LENGTH)
+def test_every_workload_lowers(implementation, name):
+    """For the platform of a kernel, with the kernel inside; gradients too."""
+    batch, length, width = WORKLOADS[name]
+    array = jax.ShapeDtypeStruct((batch, length, width), jnp.float32)
+    entry = IMPLEMENTATIONS[implementation]
+
+    def loss(x, a):
+        y, h_last = linear_scan(x, a, implementation=implementation)
         assert (y.shape, h_last.shape) == (array.shape, (batch, width))
+        return jnp.sum(y) + jnp.sum(h_last)
+
+    traced = jax.jit(jax.grad(loss, (0, 1))).trace(array, array)
+    text = traced.lower(lowering_platforms=(entry.kernel_for or "cpu",)).as_text()
+    kernels = len(re.findall("@tpu_custom_call|xla.gpu.triton", text))
+    assert kernels >= 2 if entry.kernel_for else kernels == 0
+
+
+def test_the_reference_differentiates_in_every_mode():
+    """Forward mode, and forward over reverse, as the gradient of the gradient is."""
+    x, a, h0, *_ = map(jnp.asarray, random_inputs(7))
+
+    def loss(scale):
+        y, h_last = linear_scan(x, a * scale, h0 * scale, implementation="reference")
+        return jnp.sum(y**2) + jnp.sum(h_last)
+
+    @jax.jit
+    def derivatives(scale):
+        forward_over_reverse = jax.jvp(jax.grad(loss), (scale,), (scale,))[1]
+        first = jax.grad(loss)(scale), jax.jacfwd(loss)(scale)
+        return *first, jax.grad(jax.grad(loss))(scale), forward_over_reverse
+
+    first, forward_first, second, forward_second = derivatives(1.0)
+    assert_close(forward_first, first, "gradient")
+    assert_close(forward_second, second, "gradient")
 
 
 def test_errors():
     x, a, h0, *_ = map(jnp.asarray, random_inputs(7))
     for arguments, message in [
-        ((x[0], a), r"x must have shape \[B, T, D\]"),
+        ((x[0], a), r"x: expected shape \[B, T, D\]"),
         ((x[:, :0], a), "T >= 1"),
-        ((x, a[:, 1:]), r"a must have the shape of x, \(2, 7, 13\)"),
-        ((x, a.astype(jnp.int32)), "a must be floating point; got int32"),
-        ((x, a, h0[:1]), r"h0 must be float32 \(2, 13\)"),
+        ((x, a[:, 1:]), r"a: expected floating \(2, 7, 13\), got float32 \(2, 6, 13"),
+        ((x, a.astype(jnp.int32)), "a: expected floating .* got int32"),
+        ((x, a, h0[:1]), r"h0: expected float32 \(2, 13\)"),
         ((x, a, h0.astype(jnp.bfloat16)), "got bfloat16"),
     ]:
         with pytest.raises(ValueError, match=message):
             linear_scan(*arguments)
-    with pytest.raises(NotImplementedError, match="it has associative, chunked"):
+    with pytest.raises(NotImplementedError, match="expected one of associative, chun"):
         linear_scan(x, a, implementation="fastest")
+    with pytest.raises(NotImplementedError, match="takes one step, not 7"):
+        linear_scan(x, a, implementation="one_step")

@@ -10,7 +10,7 @@ from recurrentgemma.kernels.local_attention import IMPLEMENTATIONS, splash
 from tests.kernels import definitions
 from tests.tolerances import assert_close
 
-ALL = [None, *IMPLEMENTATIONS]
+ANY_LENGTH = [name for name in IMPLEMENTATIONS if name != "one_query"]
 B, N, K, H = 3, 4, 2, 5
 SCALE, SOFT_CAP = 0.7, 2.0
 NAMES = ("q", "k", "v")
@@ -112,7 +112,7 @@ SPLASH_CASES = [(128, 20, SOFT_CAP), (128, 200, None), (200, None, SOFT_CAP)]
     "implementation, length, window, soft_cap",
     [
         (implementation, *case)
-        for implementation in IMPLEMENTATIONS
+        for implementation in ANY_LENGTH
         for case in (SPLASH_CASES if implementation == "splash" else CASES)
     ],
 )
@@ -158,7 +158,7 @@ WIDTHS = [(70, 30, 1), (1, 1, 0), (1, 0, 1), (20, 53, 0), (8, 16, 98)]
 @pytest.mark.parametrize(
     "implementation, window",
     [
-        *((implementation, 24) for implementation in IMPLEMENTATIONS),
+        *((implementation, 24) for implementation in ANY_LENGTH),
         ("reference", None),
         ("blocked", None),
     ],
@@ -199,7 +199,7 @@ def test_split_invariance(implementation, window):
     assert_ring_holds(cache, *qkv[1:], positions, slots)
 
 
-@pytest.mark.parametrize("implementation", ALL)
+@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
 def test_decode(implementation):
     """Token by token, far beyond the window, through a restart: as the whole."""
     length, window = 60, 8
@@ -233,7 +233,7 @@ def test_decode(implementation):
 
 
 @pytest.mark.parametrize("length", [1, 30])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANY_LENGTH)
 def test_gradient_through_the_written_cache(implementation, length):
     """Each token kept passes its slot's gradient on, each token dropped passes none."""
     window = 8
@@ -264,7 +264,7 @@ def test_gradient_through_the_written_cache(implementation, length):
     assert_close(kept, expected_kept, "gradient")
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANY_LENGTH)
 def test_dtypes(implementation):
     """bfloat16 stays bfloat16, in a chunk and in a decode step; sums are float32."""
     length, window = 128, 24
@@ -294,7 +294,7 @@ def test_dtypes(implementation):
     assert_all_close(actual, expected, positions, "bfloat16")
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANY_LENGTH)
 def test_transformations_and_determinism(implementation):
     """vmap of remat, differentiated: as the plain call, and twice the same."""
     window = 24
@@ -360,22 +360,41 @@ def test_errors():
     for arrays, changes, message in [
         ((q[:, :0], k, v), {}, "T >= 1"),
         ((q[:, :, :3], k, v), {}, "a divisor of the 3 query heads"),
-        ((q, k[:, 1:], v), {}, r"k must have shape \(3, 7, 2, 5\)"),
-        ((q, k, v[..., 1:]), {}, "v must have shape"),
-        ((q, k, v.astype(jnp.int32)), {}, "v must be floating point"),
-        ((q, k, v), {"positions": positions[:, 1:]}, r"positions must be int32 \(3, 7"),
-        ((q, k, v), {"window": 0}, "window must be at least 1 or None; got 0"),
+        ((q, k[:, 1:], v), {}, r"k: expected floating \(3, 7, 2, 5\)"),
+        ((q, k, v[..., 1:]), {}, r"v: .* got float32 \(3, 7, 2, 4"),
+        ((q, k, v.astype(jnp.int32)), {}, "v: expected floating .* got int32"),
+        (
+            (q, k, v),
+            {"positions": positions[:, 1:]},
+            r"positions: expected int32 \(3, 7",
+        ),
+        ((q, k, v), {"window": 0}, "window: expected at least 1 .* got 0"),
         ((q, k, v), {"cache": empty_cache(7)}, "at least 8 slots.* got 7"),
     ]:
         with pytest.raises(ValueError, match=message):
             local_attention(*arrays, **{**good, **changes})
-    with pytest.raises(NotImplementedError, match="it has blocked, reference, splash"):
+    with pytest.raises(
+        NotImplementedError, match="expected one of blocked, one_query, ref"
+    ):
         local_attention(q, k, v, **good, implementation="fastest")
     step = {**good, "positions": positions[:, :1], "cache": empty_cache(8)}
-    with pytest.raises(NotImplementedError, match="has no implementation 'fastest'"):
+    with pytest.raises(NotImplementedError, match="got 'fastest'"):
         local_attention(
             *(x[:, :1] for x in (q, k, v)), **step, implementation="fastest"
         )
+    with pytest.raises(NotImplementedError, match="takes one query a row, not 7"):
+        local_attention(q, k, v, **good, implementation="one_query")
+
+
+@pytest.mark.parametrize(("name", "loops"), [("blocked", 1), ("one_query", 0)])
+def test_a_name_is_meant_for_one_token_too(name, loops):
+    q, k, v, positions, _ = map(jnp.asarray, random_inputs(1))
+
+    @jax.jit
+    def run(q, k, v):
+        return call(q, k, v, positions, empty_cache(8), 8, name)
+
+    assert run.lower(q, k, v).as_text().count("stablehlo.while") == loops
 
 
 def test_splash_under_a_mesh():

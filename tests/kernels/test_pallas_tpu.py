@@ -11,7 +11,6 @@ from recurrentgemma.kernels import (
     linear_scan,
     recurrent_step,
     rg_lru,
-    rg_lru_with_gates,
 )
 from recurrentgemma.kernels.linear_scan import block_sizes, workloads
 from recurrentgemma.kernels.linear_scan import pallas_tpu as scan_kernels
@@ -136,7 +135,7 @@ def test_prefill_and_decode_round_alike(monkeypatch):
     positions = jnp.asarray([np.arange(length), np.arange(5, 5 + length)], jnp.int32)
 
     def sequence(implementation):
-        return rg_lru_with_gates(
+        return rg_lru(
             *(x, *gates, a_param, positions, h), implementation=implementation
         )
 

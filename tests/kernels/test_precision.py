@@ -13,7 +13,7 @@ from recurrentgemma.kernels import (
     StepParameters,
     local_attention,
     recurrent_step,
-    rg_lru_with_gates,
+    rg_lru,
 )
 from recurrentgemma.kernels.local_attention import splash
 from recurrentgemma.kernels.precision import custom_vjp, einsum_float32
@@ -30,7 +30,7 @@ def recurrence(dtype):
 
     def op(x):
         rest = gate, gate, jnp.ones(2 * BLOCK), positions
-        return rg_lru_with_gates(x, *rest, implementation="composed")[0]
+        return rg_lru(x, *rest, implementation="composed")[0]
 
     return op, jnp.ones((B, T, 2 * BLOCK), dtype)
 

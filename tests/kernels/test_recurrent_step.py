@@ -230,19 +230,22 @@ def test_errors():
     narrow = parameters._replace(input_gate=gate._replace(bias=gate.bias[:, 1:]))
     short = parameters._replace(conv_kernel=parameters.conv_kernel[1:])
     for arguments, message in [
-        ((x[:, None], parameters, positions, h, conv_state), r"x must have shape \[B"),
-        ((x, narrow, positions, h, conv_state), r"input_gate\.bias must have shape"),
-        ((x, short, positions, h, conv_state), r"conv_state must have .*5, 2, 256"),
-        ((x, parameters, positions[1:], h, conv_state), r"positions must have .*\(5,"),
-        ((x, parameters, h[:, 0], h, conv_state), "positions must be integer"),
-        ((x, parameters, positions, h.astype(x.dtype)[:1], conv_state), "h must have"),
+        ((x[:, None], parameters, positions, h, conv_state), r"x: expected shape \[B"),
+        ((x, narrow, positions, h, conv_state), r"input_gate\.bias: expected float"),
+        ((x, short, positions, h, conv_state), r"conv_state: expected .*5, 2, 256"),
+        ((x, parameters, positions[1:], h, conv_state), r"positions: expected .*\(5,"),
+        ((x, parameters, h[:, 0], h, conv_state), "positions: expected integer"),
+        (
+            (x, parameters, positions, h.astype(x.dtype)[:1], conv_state),
+            "h: expected float32",
+        ),
         (
             (x, parameters, positions, h.astype(jnp.bfloat16), conv_state),
-            "h must be fl",
+            "h: expected fl",
         ),
         (
             (x, parameters, positions, h, conv_state.astype(jnp.bfloat16)),
-            "conv_state must be float32; got bfloat16",
+            "conv_state: expected float32 .* got bfloat16",
         ),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -251,7 +254,7 @@ def test_errors():
 
 def test_refused_by_name():
     x, parameters, *rest = random_inputs()
-    with pytest.raises(NotImplementedError, match="it has pallas_tpu, reference"):
+    with pytest.raises(NotImplementedError, match="expected one of pallas_tpu, ref"):
         recurrent_step(x, parameters, *rest, implementation="fused")
 
     def gates(blocks, block):

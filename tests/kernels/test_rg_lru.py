@@ -14,7 +14,7 @@ from tests.kernels import definitions
 from tests.tolerances import assert_close
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "layers"
-ALL = [None, *IMPLEMENTATIONS]
+ANY_LENGTH = [name for name in IMPLEMENTATIONS if name != "one_step"]
 NAMES = ("x", "recurrence_logits", "input_logits", "a_param", "h0")
 B, E = 3, 13
 
@@ -62,14 +62,17 @@ def assert_all_close(actual, expected, dtype="float32"):
         assert_close(array, expected[name], kind, dtype)
 
 
-@pytest.mark.parametrize("length", [1, 7, 128, 1000])
-@pytest.mark.parametrize("implementation", ALL)
+@pytest.mark.parametrize(
+    ("implementation", "length"),
+    [(name, length) for name in (None, *ANY_LENGTH) for length in (1, 7, 128, 1000)]
+    + [("one_step", 1)],
+)
 def test_values_and_gradients(implementation, length):
     inputs = random_inputs(length)
     assert_all_close(run(implementation, inputs), definitions.rg_lru(*inputs))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANY_LENGTH)
 @pytest.mark.parametrize("case", ["rglru_real", "rglru_gradient_clip"])
 def test_golden(case, implementation):
     """The layer: block-diagonal gates around the op, every parameter's gradient."""
@@ -113,7 +116,7 @@ def test_golden(case, implementation):
             assert_close(array, data[f"{prefix}/{name}"], quantity)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANY_LENGTH)
 def test_dtypes(implementation):
     x, r, i, a_param, positions, *rest = random_inputs(128)
     x, r, i = (jnp.asarray(array, jnp.bfloat16) for array in (x, r, i))
@@ -128,7 +131,7 @@ def test_dtypes(implementation):
     assert_all_close(actual, expected, "bfloat16")
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANY_LENGTH)
 def test_starts_and_holds_are_exact(implementation):
     """A start forgets what came before, a held step changes nothing: to the bit."""
     x, r, i, a_param, _, h0, *_ = map(jnp.asarray, random_inputs(7))
@@ -145,7 +148,7 @@ def test_starts_and_holds_are_exact(implementation):
     np.testing.assert_array_equal(held, h0)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANY_LENGTH)
 def test_finite_at_extreme_gates(implementation):
     """Decays that round to one and to zero: the derivative of the root is bounded."""
     *inputs, y_cotangent, last_cotangent = random_inputs(7)
@@ -158,7 +161,7 @@ def test_finite_at_extreme_gates(implementation):
         assert np.isfinite(array).all(), name
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANY_LENGTH)
 def test_input_factor_keeps_its_digits_near_decay_one(implementation):
     """1 - a^2 is 1e-5 here: computed as it stands, float32 leaves it two digits."""
     x, r, i, a_param, positions, h0, *cotangents = random_inputs(1)
@@ -168,7 +171,7 @@ def test_input_factor_keeps_its_digits_near_decay_one(implementation):
     assert_close(y, definitions.rg_lru(*arguments, *cotangents)["y"], "scan")
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANY_LENGTH)
 def test_split_invariance_and_transformations(implementation):
     """Chunks with the state between them, under vmap and remat, are one call."""
     inputs = random_inputs(128)
@@ -196,14 +199,60 @@ def test_split_invariance_and_transformations(implementation):
 def test_errors():
     x, r, i, a_param, positions, h0, *_ = map(jnp.asarray, random_inputs(7))
     for arguments, message in [
-        ((x[0], r, i, a_param, positions), r"x must have shape \[B, T, E\]"),
-        ((x, r[:, 1:], i, a_param, positions), "recurrence_logits must have shape"),
-        ((x, r, i, a_param[1:], positions), r"a_param must have shape \(13,\)"),
-        ((x, r, i, a_param, positions[:, 1:]), "positions must have shape"),
-        ((x, r, i, a_param, positions.astype(jnp.float32)), "positions must be integ"),
-        ((x, r, i, a_param, positions, h0[:1]), r"h0 must be float32 \(3, 13\)"),
+        ((x[0], r, i, a_param, positions), r"x: expected shape \[B, T, E\]"),
+        ((x, r[:, 1:], i, a_param, positions), "recurrence_gate: expected floating"),
+        ((x, r, i, a_param[1:], positions), r"a_param: expected floating \(13,\)"),
+        ((x, r, i, a_param, positions[:, 1:]), r"positions: expected integer \(3, 7"),
+        ((x, r, i, a_param, positions.astype(jnp.float32)), "positions: .* got float"),
+        ((x, r, i, a_param, positions, h0[:1]), r"h0: expected float32 \(3, 13\)"),
     ]:
         with pytest.raises(ValueError, match=message):
             rg_lru(*arguments)
-    with pytest.raises(NotImplementedError, match="it has composed, pallas_gpu, pal"):
+    with pytest.raises(NotImplementedError, match="expected one of composed, one_"):
         rg_lru(x, r, i, a_param, positions, implementation="fused")
+
+
+def test_the_scan_of_the_composed_form_has_a_name():
+    """The name reaches the scan in both directions; what has no such scan refuses it."""
+    x, r, i, a_param, positions, *_ = map(jnp.asarray, random_inputs(64))
+
+    def text(**names):
+        def loss(x, r):
+            y, h_last = rg_lru(x, r, i, a_param, positions, **names)
+            return jnp.sum(y) + jnp.sum(h_last)
+
+        return jax.jit(jax.grad(loss, (0, 1))).lower(x, r).as_text()
+
+    assert text().count("stablehlo.while") == 2  # One loop in each direction.
+    assert "stablehlo.while" not in text(linear_scan="associative")
+    chunked = text(linear_scan="chunked").count("stablehlo.while")
+    assert chunked == text(implementation="composed", linear_scan="chunked").count(
+        "stablehlo.while"
+    )
+    assert chunked == 6
+    for other in ("reference", "pallas_tpu", "pallas_gpu"):
+        with pytest.raises(NotImplementedError, match="is for the implementation 'co"):
+            text(implementation=other, linear_scan="associative")
+    with pytest.raises(NotImplementedError, match="expected one of .* linear_scan"):
+        text(linear_scan="fastest")
+
+
+def test_the_reference_differentiates_in_every_mode():
+    x, r, i, a_param, positions, h0, *_ = map(jnp.asarray, random_inputs(7))
+
+    def loss(scale):
+        y, h_last = rg_lru(
+            *(x, r * scale, i, a_param * scale, positions, h0),
+            implementation="reference",
+        )
+        return jnp.sum(y**2) + jnp.sum(h_last)
+
+    @jax.jit
+    def derivatives(scale):
+        forward_over_reverse = jax.jvp(jax.grad(loss), (scale,), (scale,))[1]
+        first = jax.grad(loss)(scale), jax.jacfwd(loss)(scale)
+        return *first, jax.grad(jax.grad(loss))(scale), forward_over_reverse
+
+    first, forward_first, second, forward_second = derivatives(1.0)
+    assert_close(forward_first, first, "gradient")
+    assert_close(forward_second, second, "gradient")

@@ -1,4 +1,4 @@
-"""The contract of `rg_lru_with_gates`, for every implementation."""
+"""The contract of `rg_lru` from the parameters of its gates."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from recurrentgemma.kernels import Gate, rg_lru_with_gates
+from recurrentgemma.kernels import Gate, rg_lru
 from recurrentgemma.kernels.linear_scan import block_sizes
+from recurrentgemma.kernels.rg_lru import IMPLEMENTATIONS
 from recurrentgemma.kernels.rg_lru import with_gates_pallas_tpu as kernels
-from recurrentgemma.kernels.rg_lru.with_gates import IMPLEMENTATIONS
 from tests.kernels import definitions
 from tests.kernels.watched import watched
 from tests.tolerances import assert_close
@@ -18,6 +18,7 @@ from tests.tolerances import assert_close
 NAMES = ("x", "r_kernel", "r_bias", "i_kernel", "i_bias", "a_param", "positions", "h0")
 DIFFERENTIATED = tuple(i for i, name in enumerate(NAMES) if name != "positions")
 B, GROUPS, BLOCK = 2, 2, 128
+ANY_LENGTH = [name for name in IMPLEMENTATIONS if name != "one_step"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -51,7 +52,7 @@ def random_inputs(length, dtype="float32", seed=0):
 
 def op(implementation, x, r_kernel, r_bias, i_kernel, i_bias, *rest):
     gates = Gate(r_kernel, r_bias), Gate(i_kernel, i_bias)
-    return rg_lru_with_gates(x, *gates, *rest, implementation=implementation)
+    return rg_lru(x, *gates, *rest, implementation=implementation)
 
 
 def run(implementation, inputs):
@@ -75,15 +76,18 @@ def assert_all_close(actual, expected, dtype="float32"):
         assert_close(array, expected[name], kind, dtype)
 
 
-@pytest.mark.parametrize("length", [1, 7, 50])
-@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+@pytest.mark.parametrize(
+    ("implementation", "length"),
+    [(name, length) for name in (None, *ANY_LENGTH) for length in (1, 7, 50)]
+    + [("one_step", 1)],
+)
 def test_values_and_gradients(implementation, length):
     inputs = random_inputs(length)
     expected = definitions.rg_lru_with_gates(*inputs)
     assert_all_close(run(implementation, inputs), expected)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANY_LENGTH)
 def test_bfloat16(implementation):
     inputs = random_inputs(32, "bfloat16")
     actual = run(implementation, inputs)
@@ -94,7 +98,7 @@ def test_bfloat16(implementation):
     assert_all_close(actual, expected, "bfloat16")
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANY_LENGTH)
 def test_split_invariance_and_transformations(implementation):
     """Chunks with the state between them, under vmap and remat, are one call."""
     *arguments, _, _ = map(jnp.asarray, random_inputs(40))
@@ -176,10 +180,12 @@ def test_errors():
     *arguments, _, _ = map(jnp.asarray, random_inputs(7))
     x, r_kernel, r_bias, *rest = arguments
     for changed, message in [
-        ((x[0], r_kernel, r_bias, *rest), r"x must have shape \[B, T, E\]"),
-        ((x, r_kernel[:1], r_bias, *rest), "recurrence_gate must have a kernel"),
-        ((x, r_kernel.astype(int), r_bias, *rest), "recurrence_gate must be floating"),
-        ((x, r_kernel, r_bias, *rest[:2], rest[2][1:], *rest[3:]), "a_param must"),
+        ((x[0], r_kernel, r_bias, *rest), r"x: expected shape \[B, T, E\]"),
+        ((x, r_kernel[:1], r_bias, *rest), r"recurrence_gate\.kernel: expected float"),
+        ((x, r_kernel.astype(int), r_bias, *rest), "recurrence_gate.* got int32"),
+        ((x, r_kernel, r_bias, *rest[:2], rest[2][1:], *rest[3:]), "a_param: exp"),
     ]:
         with pytest.raises(ValueError, match=message):
             op(None, *changed)
+    with pytest.raises(ValueError, match="input_gate: expected parameters or logits"):
+        rg_lru(x, Gate(r_kernel, r_bias), x, *rest[2:])

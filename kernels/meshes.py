@@ -1,0 +1,230 @@
+"""Ops under a mesh: which devices take which part of a kernel's work.
+
+A mesh axis means what `AXIS_ROLES` says of its name. A kernel is cut along rows and
+channels, by `shard_map`: the compiler cannot partition it. Where an axis has no role,
+or channels do not divide, the plain form of the op runs, and the compiler partitions
+that without a gather.
+
+Explicit axes (the default of `jax.make_mesh`) type every array with its sharding, and
+most operations inside the ops have no rule for that. So an op turns them to Auto, and
+its results get the shardings of its arguments: `with_auto_axes`.
+
+Inside a `shard_map` of the caller each device has its own part and kernels run as they
+are. With `check_vma=True` arrays are typed with the axes along which they vary; loops
+need arguments of one type: `vary_alike`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+AXIS_ROLES = {
+    "data": "rows",
+    "fsdp": "rows",
+    "tensor": "channels",
+    "model": "channels",
+    "sequence": "time",
+}
+"""Role of a mesh axis, by its name. Rows and channels of a kernel are independent;
+`sharded.py` cuts along time."""
+
+LETTER_ROLES = {"b": "rows", "c": "channels", "g": "channels"} | {
+    "n": "channels",
+    "k": "channels",
+}
+"""Role of a dimension, by its letter: b rows, c channels, g groups of channels, n and k
+heads. Other dimensions are never cut."""
+
+Cut = dict[str, tuple[str, ...]]
+"""Mesh axes along which the dimension of a letter is cut."""
+
+
+def words(dims: str) -> tuple[list[str], list[str]]:
+    """The letters of each argument and of each result in "btc,bc->btc"."""
+    arguments, results = dims.split("->")
+    return arguments.split(","), results.split(",")
+
+
+def current_mesh(arrays: Sequence[jax.Array]) -> AbstractMesh:
+    """The mesh of the context, else the one on which an argument lies; may be empty."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        return mesh
+    for array in arrays:
+        mesh = getattr(jax.typeof(array).sharding, "mesh", mesh)
+        if not mesh.empty:
+            break
+    return mesh
+
+
+def axes_of_type(mesh: AbstractMesh, kind: AxisType) -> tuple[str, ...]:
+    """Names of the axes of one type."""
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, axis_type in types if axis_type == kind)
+
+
+def plan_cut(
+    mesh: AbstractMesh, letters: Sequence[str], arrays: Sequence[jax.Array]
+) -> Cut | str:
+    """How to cut a kernel with these arguments, or why that is not possible."""
+    lengths: dict[str, int] = {}
+    for word, array in zip(letters, arrays, strict=True):
+        lengths |= zip(word, array.shape, strict=True)
+    cut: Cut = {}
+    parts_of: dict[str, int] = {}
+    for axis in axes_of_type(mesh, AxisType.Auto):
+        role, size = AXIS_ROLES.get(axis), mesh.shape[axis]
+        if size == 1:
+            continue
+        if role not in LETTER_ROLES.values():
+            return f"it is not cut along mesh axis {axis!r}"
+        # A single head of keys serves every head of queries, and stays whole.
+        letters_of_role = [
+            letter
+            for letter, length in lengths.items()
+            if LETTER_ROLES.get(letter) == role and (letter, length) != ("k", 1)
+        ]
+        parts = size * parts_of.get(role, 1)
+        if any(lengths[letter] % parts for letter in letters_of_role):
+            if role == "rows":
+                continue  # They cannot be sharded: every device has them already.
+            return f"its channels do not divide by mesh axis {axis!r} of {size} devices"
+        parts_of[role] = parts
+        for letter in letters_of_role:
+            cut[letter] = (*cut.get(letter, ()), axis)
+    return cut
+
+
+def run_cut(
+    function: Callable[..., Sequence[jax.Array]],
+    mesh: AbstractMesh,
+    arguments: Sequence[str],
+    results: Sequence[str],
+    arrays: Sequence[jax.Array],
+    sum_results: bool,
+) -> Sequence[jax.Array]:
+    """Runs a function of arrays on each device's part of them, as `plan_cut` says.
+
+    Args:
+      function: function of arrays, returns several.
+      mesh: devices; `plan_cut` gives a cut.
+      arguments, results: letters of the dimensions of each array.
+      arrays: the arguments.
+      sum_results: whether a result is a sum over the dimensions that it lacks, as the
+        gradient of an argument is: then the devices' sums are added.
+    """
+    axes = axes_of_type(mesh, AxisType.Auto)
+    if all(mesh.shape[axis] == 1 for axis in axes):
+        return function(*arrays)
+    cut = plan_cut(mesh, arguments, arrays)
+    assert not isinstance(cut, str), f"a kernel was chosen although {cut}"
+    used = {axis for axes in cut.values() for axis in axes}
+
+    def spec(word):
+        return PartitionSpec(*(cut.get(letter) for letter in word))
+
+    def part(*arrays):
+        found = function(*arrays)
+        if not sum_results:
+            return tuple(found)
+        added = []
+        for word, result in zip(results, found, strict=True):
+            over = used.difference(*(cut.get(letter, ()) for letter in word))
+            added.append(jax.lax.psum(result, tuple(sorted(over))) if over else result)
+        return tuple(added)
+
+    return jax.shard_map(
+        part,
+        mesh=mesh,
+        in_specs=tuple(map(spec, arguments)),
+        out_specs=tuple(map(spec, results)),
+        axis_names=set(axes),
+        check_vma=False,
+    )(*arrays)
+
+
+def with_auto_axes(
+    function: Callable[..., Any], results: Callable[[], Any], *arguments: Any
+) -> Any:
+    """`function(*arguments)` with the Explicit axes of the mesh turned to Auto.
+
+    Args:
+      function: takes the arguments, returns a pytree.
+      results: gives the `PartitionSpec`s of what is returned, a prefix of that pytree;
+        called where there are Explicit axes.
+      *arguments: pytrees of arrays.
+    """
+    mesh = current_mesh(jax.tree.leaves(arguments))
+    explicit = axes_of_type(mesh, AxisType.Explicit)
+    if not explicit:
+        return function(*arguments)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), results())
+    run = jax.sharding.auto_axes(function, axes=explicit, out_sharding=shardings)
+    return run(*arguments)
+
+
+def result_specs(dims: str, arguments: Any) -> tuple[PartitionSpec, ...]:
+    """The `PartitionSpec`s of an op's results, from its arguments' Explicit shardings.
+
+    A dimension is sharded as the dimension of that letter in the first argument where
+    it is, unless a dimension before it takes the same mesh axis.
+
+    Args:
+      dims: letters of arguments and results.
+      arguments: pytrees of arrays; None stands for an array that is not given.
+    """
+    of_arguments, of_results = words(dims)
+    axes: dict[str, Any] = {}
+    leaves = jax.tree.leaves(arguments, is_leaf=lambda leaf: leaf is None)
+    for word, leaf in zip(of_arguments, leaves, strict=True):
+        if leaf is not None:
+            for letter, axis in zip(word, jax.typeof(leaf).sharding.spec, strict=True):
+                axes[letter] = axes.get(letter) or axis
+    specs = []
+    for word in of_results:
+        taken: set[str] = set()
+        spec = []
+        for letter in word:
+            found = axes.get(letter) or ()
+            found = (found,) if isinstance(found, str) else tuple(found)
+            free = taken.isdisjoint(found)
+            spec.append(found if found and free else None)
+            taken |= set(found)
+        specs.append(PartitionSpec(*spec))
+    return tuple(specs)
+
+
+def vary_alike(arguments: Any) -> Any:
+    """The same arguments, all typed as varying along the axes that any of them does."""
+    leaves = jax.tree.leaves(arguments)
+    axes = frozenset().union(*map(_varying_axes, leaves))
+    if not axes:
+        return arguments
+
+    def vary(array):
+        missing = tuple(axes - _varying_axes(array))
+        if hasattr(jax.lax, "pcast"):
+            return jax.lax.pcast(array, missing, to="varying")
+        return jax.lax.pvary(array, missing)
+
+    return jax.tree.map(vary, arguments)
+
+
+def like(array: jax.Array) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and varying axes of `array`: the type of a kernel's result."""
+    aval = jax.typeof(array)
+    kept = {
+        name: getattr(aval, name)
+        for name in ("manual_axis_type", "vma")  # the newer and the older name
+        if _varying_axes(array) and hasattr(aval, name)
+    }
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, **kept)
+
+
+def _varying_axes(array):
+    aval = jax.typeof(array)
+    if hasattr(aval, "manual_axis_type"):
+        return aval.manual_axis_type.varying
+    return aval.vma
