@@ -30,6 +30,8 @@ def add_commands(parsers: Any) -> None:
     Args:
       parsers: What `ArgumentParser.add_subparsers` returned.
     """
+    # A package that is installed has no folder of results.
+    folder = RESULTS if RESULTS.is_dir() else Path()
     for name in BENCHMARKS:
         module = importlib.import_module(f"recurrentgemma.benchmarks.{name}")
         description = str(module.__doc__)
@@ -42,7 +44,7 @@ def add_commands(parsers: Any) -> None:
         command.add_argument(
             "--output",
             type=Path,
-            default=RESULTS / f"{name}.json",
+            default=folder / f"{name}.json",
             help="the JSON document",
         )
         module.add_arguments(command)
