@@ -88,7 +88,10 @@ def _read_files(path: Path) -> dict[str, TensorSource]:
     try:
         index = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(index.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        *(OSError, RecursionError),
+        *(ValueError, KeyError, TypeError, AttributeError),
+    ) as error:
         raise ValueError(f"{index_file} is not an index of shards.") from error
     sources = {}
     for file in files:

@@ -73,7 +73,10 @@ def read(path: Path) -> Stored:
             for entry in metadata["tree_metadata"].values()
         ]
         driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        *(OSError, RecursionError),
+        *(ValueError, KeyError, TypeError, AttributeError),
+    ) as error:
         raise ValueError(f"{path / METADATA_FILE} is not Orbax metadata.") from error
     reader = _Reader(path)
     tensors = {}

@@ -78,6 +78,12 @@ def read_config_json(path: Path) -> dict[str, Any] | None:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise ValueError(f"Cannot read {file}: {error.strerror}.") from error
+    except RecursionError as error:
+        raise ValueError(
+            f"{file} is not a JSON object: it is nested too deeply."
+        ) from (error)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} is not a JSON object: {error}.") from error
 
