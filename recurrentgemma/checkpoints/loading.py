@@ -54,7 +54,8 @@ def load(
       tokenizer: the tokenizer, its path or its bytes, instead of the checkpoint's own.
       runtime: how the model is to run.
       param_dtype: the dtype of all parameters (bfloat16, float16, float32; float64 if
-        JAX has it enabled); None is what inference needs, see `parameter_dtype`. Training wants float32.
+        JAX has it enabled); None is what inference needs, see `parameter_dtype`.
+        Training needs float32.
       sharding: devices of the parameters: one sharding for all, a function of a
         parameter's name and shape, or shardings by name (nested or joined by dots), all
         of one mesh or one device. None is the default device.
@@ -67,14 +68,7 @@ def load(
         tensors do not fit the config (all of them are listed); the tokenizer does not
         fit the vocabulary; or nothing could run with these shardings.
     """
-    if param_dtype is not None:
-        param_dtype = floating_dtype(param_dtype, "param_dtype")
-        enabled = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-        if param_dtype == np.float64 and not enabled:
-            raise ValueError(
-                "param_dtype: expected float32 or smaller, got float64, which JAX turns "
-                "into float32; enable jax_enable_x64 to use it."
-            )
+    param_dtype = _checked_dtype(param_dtype)
     checkpoint = open_checkpoint(path_or_preset, config)
     config, stored = checkpoint.config, checkpoint.stored
     tokenizer = choose_tokenizer(tokenizer, stored)
@@ -98,6 +92,19 @@ def load(
         )
     leaves = [parameters[name] for name in shapes]
     return jax.tree.unflatten(jax.tree.structure(described), leaves), tokenizer
+
+
+def _checked_dtype(param_dtype: Any) -> np.dtype | None:
+    if param_dtype is None:
+        return None
+    dtype = floating_dtype(param_dtype, "param_dtype")
+    enabled = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+    if dtype == np.float64 and not enabled:
+        raise ValueError(
+            "param_dtype: expected float32 or smaller, got float64, which JAX turns "
+            "into float32; enable jax_enable_x64 to use it."
+        )
+    return dtype
 
 
 def _note_if_not_finite(

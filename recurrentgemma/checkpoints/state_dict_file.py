@@ -145,7 +145,7 @@ def _source(
         return file_source(path, offset, shape[::-1], dtype).transposed()
     source = file_source(path, offset, shape, dtype, slicing_axis(name, shape))
     if record.CRC and data_bytes == size * dtype.itemsize == record.file_size:
-        return source.verified(record.CRC, f"{path}: {name}")
+        return source.verified(f"{record.CRC:08x}", f"{path}: {name}")
     return source  # A part of a record, which has one checksum.
 
 

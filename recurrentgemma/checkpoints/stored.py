@@ -25,6 +25,8 @@ from recurrentgemma.tokenizer import Tokenizer
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.model"
+NOT_THIS_JSON = (ValueError, KeyError, TypeError, AttributeError)
+"""Errors of content that is no JSON or lacks what is looked up in it."""
 WRITER_KEY = "written_by"
 """In config.json, with `WRITER`: a checkpoint that a save may replace."""
 WRITER = f"recurrentgemma {__version__}"

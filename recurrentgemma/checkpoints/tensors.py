@@ -95,9 +95,9 @@ class TensorSource(NamedTuple):
 
         return self._replace(read=read)
 
-    def verified(self, checksum: int, name: str) -> "TensorSource":
+    def verified(self, checksum: str, name: str) -> "TensorSource":
         """The tensor, whose CRC-32 is compared when it has been read from start to end
-        along its first axis.
+        along its first axis; `checksum` is its eight hexadecimal digits.
 
         Reading raises ValueError, which calls the tensor `name`, if it differs.
         """
@@ -113,7 +113,7 @@ class TensorSource(NamedTuple):
                 return
             position += len(part)
             found = zlib.crc32(np.ascontiguousarray(part).view(np.uint8).data, found)
-            if position == self.shape[0] and found != checksum:
+            if position == self.shape[0] and f"{found:08x}" != checksum:
                 raise ValueError(f"{name} is damaged: its checksum differs.")
 
         return self.watched(see)
