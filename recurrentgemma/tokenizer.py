@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import sentencepiece
+from absl import logging
 from sentencepiece import sentencepiece_model_pb2
 
 START_OF_TURN = "<start_of_turn>"
@@ -25,11 +26,15 @@ _SPECIAL_SPELLING = re.compile(
     r"|\[@BOS@\]|\[multimodal\]"
 )
 REPLACEMENT = "\ufffd"
+LINES = "a\nb"
+"""A text that a tokenizer of lines keeps."""
 MAX_CHARACTER_BYTES = 4
 
 
 class Tokenizer:
     """A SentencePiece model with Gemma's conventions.
+
+    A model that loses line ends is accepted with a warning in the log.
 
     Example::
 
@@ -69,6 +74,15 @@ class Tokenizer:
             raise ValueError(
                 f"The tokenizer {source} has no begin or no end token: expected <bos> "
                 "and <eos>, or <s> and </s>."
+            )
+        probe = self._processor.decode(self._processor.encode(LINES))
+        if probe != LINES:
+            logging.warning(
+                "The tokenizer %s loses line ends: %r comes back as %r. Train it with "
+                "normalization_rule_name='identity' and byte_fallback=True.",
+                source,
+                LINES,
+                probe,
             )
         pad_id = self._find_id(self._processor.pad_id(), "<pad>")
         self.pad_id = pad_id if pad_id >= 0 else self.eos_id

@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,20 @@ def test_a_missing_model_is_refused(tmp_path):
 def test_a_model_without_begin_token_is_refused():
     with pytest.raises(ValueError, match="no begin or no end token"):
         Tokenizer(train(bos_id=-1))
+
+
+def test_a_model_that_loses_line_ends_is_warned_of(caplog):
+    lossy = train(normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True)
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        Tokenizer(lossy)
+        [message] = caplog.messages
+        assert message.startswith(
+            "The tokenizer the given bytes loses line ends: 'a\\nb' comes back as 'a b'."
+        )
+        caplog.clear()
+        for make in TOKENIZERS.values():
+            Tokenizer(make().model_bytes)
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -14,6 +14,7 @@ from recurrentgemma.checkpoints.loading import (
 )
 from recurrentgemma.checkpoints.parameters import parameter_shapes
 from recurrentgemma.checkpoints.saving import write_checkpoint
+from recurrentgemma.checkpoints.tensors import floating_dtype
 from recurrentgemma.config import GriffinConfig
 from recurrentgemma.tokenizer import Tokenizer
 
@@ -58,22 +59,25 @@ def convert(
       format: a name in `FORMATS`.
       config: the architecture, as for `load`.
       tokenizer: the tokenizer, as for `load`.
-      dtype: the dtype of all tensors; None keeps each one's own.
+      dtype: the dtype of all tensors, one of bfloat16, float16, float32 and float64;
+        None keeps the dtype of each.
 
     Returns:
       What was mapped to what, read back from the written checkpoint.
 
     Raises:
-      ValueError: as for `load` and `save`; what was at `target` is as it was.
+      ValueError: as for `load` and `save`, or values are too large for `dtype`; what
+        was at `target` is as it was.
     """
+    if dtype is not None:
+        dtype = floating_dtype(dtype, "dtype")
     checkpoint = open_checkpoint(source, config)
     stored, config = checkpoint.stored, checkpoint.config
     shapes = parameter_shapes(config)
     check_tensors(checkpoint, shapes)
     tensors = {name: stored.tensors[name] for name in shapes}
     if dtype is not None:
-        to = np.dtype(dtype)
-        tensors = {name: tensor.astype(to) for name, tensor in tensors.items()}
+        tensors = {name: tensors[name].astype(dtype, name) for name in tensors}
     chosen = choose_tokenizer(tokenizer, stored)
     write_checkpoint(target, format, config, tensors, chosen)
     written = FORMATS[format].read(Path(target))

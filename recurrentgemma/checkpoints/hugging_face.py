@@ -24,6 +24,7 @@ from recurrentgemma.checkpoints.safetensors_file import (
 )
 from recurrentgemma.checkpoints.stored import (
     CONFIG_FILE,
+    NOT_THIS_JSON,
     Stored,
     find_tokenizer,
     read_config_json,
@@ -88,7 +89,7 @@ def _read_files(path: Path) -> dict[str, TensorSource]:
     try:
         index = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(index.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, RecursionError, *NOT_THIS_JSON) as error:
         raise ValueError(f"{index_file} is not an index of shards.") from error
     sources = {}
     for file in files:

@@ -3,12 +3,13 @@
 import difflib
 import importlib.resources
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 
 from recurrentgemma.checkpoints import official_pytorch
 from recurrentgemma.checkpoints.formats import FORMATS, detect_format
@@ -22,7 +23,7 @@ from recurrentgemma.checkpoints.parameters import (
 )
 from recurrentgemma.checkpoints.shardings import Sharding, shardings_by_name
 from recurrentgemma.checkpoints.stored import Stored
-from recurrentgemma.checkpoints.tensors import place
+from recurrentgemma.checkpoints.tensors import floating_dtype, is_finite, place
 from recurrentgemma.config import PRESETS, GriffinConfig, Runtime
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.tokenizer import Tokenizer
@@ -52,8 +53,9 @@ def load(
         official checkpoints state none: shapes that equal a preset's mean that preset.
       tokenizer: the tokenizer, its path or its bytes, instead of the checkpoint's own.
       runtime: how the model is to run.
-      param_dtype: the dtype of all parameters; None is what inference needs, see
-        `parameter_dtype`. Training wants float32.
+      param_dtype: the dtype of all parameters (bfloat16, float16, float32; float64 if
+        JAX has it enabled); None is what inference needs, see `parameter_dtype`.
+        Training needs float32.
       sharding: devices of the parameters: one sharding for all, a function of a
         parameter's name and shape, or shardings by name (nested or joined by dots), all
         of one mesh or one device. None is the default device.
@@ -66,6 +68,7 @@ def load(
         tensors do not fit the config (all of them are listed); the tokenizer does not
         fit the vocabulary; or nothing could run with these shardings.
     """
+    param_dtype = _checked_dtype(param_dtype)
     checkpoint = open_checkpoint(path_or_preset, config)
     config, stored = checkpoint.config, checkpoint.stored
     tokenizer = choose_tokenizer(tokenizer, stored)
@@ -75,13 +78,43 @@ def load(
     shapes = {name: leaf.shape for name, leaf in named_parameters(described).items()}
     check_tensors(checkpoint, shapes)
     shardings = shardings_by_name(sharding, shapes)
-    parameters = {}
+    parameters, not_finite = {}, set()
     # The largest first: what one needs besides its own memory then adds to little.
     for name in sorted(shapes, key=lambda name: -np.prod(shapes[name])):
         dtype = parameter_dtype(name, runtime, param_dtype)
-        parameters[name] = place(stored.tensors[name], dtype, shardings[name])
+        source = stored.tensors[name].watched(_note_if_not_finite(name, not_finite))
+        parameters[name] = place(source.astype(dtype, name), dtype, shardings[name])
+    if not_finite:
+        logging.warning(
+            "%s holds values that are not finite, in %s.",
+            checkpoint.path,
+            ", ".join(sorted(not_finite)),
+        )
     leaves = [parameters[name] for name in shapes]
     return jax.tree.unflatten(jax.tree.structure(described), leaves), tokenizer
+
+
+def _checked_dtype(param_dtype: Any) -> np.dtype | None:
+    if param_dtype is None:
+        return None
+    dtype = floating_dtype(param_dtype, "param_dtype")
+    enabled = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+    if dtype == np.float64 and not enabled:
+        raise ValueError(
+            "param_dtype: expected float32 or smaller, got float64, which JAX turns "
+            "into float32; enable jax_enable_x64 to use it."
+        )
+    return dtype
+
+
+def _note_if_not_finite(
+    name: str, not_finite: set[str]
+) -> Callable[[int, np.ndarray], None]:
+    def see(start: int, part: np.ndarray) -> None:
+        if not is_finite(part):
+            not_finite.add(name)
+
+    return see
 
 
 def choose_tokenizer(

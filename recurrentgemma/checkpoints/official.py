@@ -4,13 +4,13 @@ The names here are those of Flax joined by dots. `ffw_up` holds two matrices of 
 [2, D, F]: the gate, then the other. Its bias is [2, 1, 1, F].
 """
 
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from recurrentgemma.checkpoints.parameters import presets_of
 from recurrentgemma.checkpoints.stored import (
@@ -28,8 +28,6 @@ from recurrentgemma.checkpoints.stored import (
 from recurrentgemma.checkpoints.tensors import TensorSource
 from recurrentgemma.config import PRESETS, GriffinConfig
 from recurrentgemma.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 FUSED = "mlp_block.ffw_up"
 HALVES = ("gate", "up")
@@ -240,7 +238,7 @@ def config_from_shapes(
             check_config(PRESETS[name])
         except ValueError:
             continue
-        logger.info("%s stores no config; it has the shapes of %s.", path, name)
+        logging.info("%s stores no config; it has the shapes of %s.", path, name)
         return PRESETS[name]
     types = told["block_pattern"]
     untold = ["embedding_scale", "logits_soft_cap"]

@@ -22,7 +22,7 @@ from recurrentgemma.checkpoints.official import (
     write_other_files,
 )
 from recurrentgemma.checkpoints.safetensors_file import DTYPES
-from recurrentgemma.checkpoints.stored import Stored, write_json
+from recurrentgemma.checkpoints.stored import NOT_THIS_JSON, Stored, write_json
 from recurrentgemma.checkpoints.tensors import TensorSource
 from recurrentgemma.config import GriffinConfig
 from recurrentgemma.tokenizer import Tokenizer
@@ -73,7 +73,7 @@ def read(path: Path) -> Stored:
             for entry in metadata["tree_metadata"].values()
         ]
         driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, RecursionError, *NOT_THIS_JSON) as error:
         raise ValueError(f"{path / METADATA_FILE} is not Orbax metadata.") from error
     reader = _Reader(path)
     tensors = {}

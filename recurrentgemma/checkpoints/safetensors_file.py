@@ -4,11 +4,16 @@ Layout: the size of the header (8 bytes, little-endian), the header (JSON: dtype
 and data offsets of each tensor by name, and "__metadata__"), the data. The library of
 that name maps files into memory, where pages count as the process's own, and writes
 only what is in memory as a whole.
+
+Files that are written here hold a CRC-32 of each tensor in "__metadata__", which is
+compared when the tensor is read.
 """
 
+import itertools
 import json
 import math
 import operator
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +34,8 @@ DTYPES = {
     "BF16": np.dtype(jnp.bfloat16),
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CHECKSUM = "crc32 of "
+"""What the keys of checksums in "__metadata__" begin with."""
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the format."""
 
@@ -41,13 +48,15 @@ def read_safetensors(path: Path) -> dict[str, TensorSource]:
         parameter has.
     """
     header, data_start = _read_header(path)
-    header.pop("__metadata__", None)
-    sources = {}
+    metadata = header.pop("__metadata__", None)
+    if not isinstance(metadata, dict):
+        metadata = {}
+    sources, places = {}, []
     for name, entry in header.items():
         try:
             dtype = DTYPES.get(entry["dtype"])
             shape = tuple(operator.index(size) for size in entry["shape"])
-            begin, end = entry["data_offsets"]
+            begin, end = (operator.index(offset) for offset in entry["data_offsets"])
             size = end - begin
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {name} has no place.") from error
@@ -56,10 +65,22 @@ def read_safetensors(path: Path) -> dict[str, TensorSource]:
                 f"{path}: {name} is stored as {entry['dtype']}; expected one of "
                 f"{', '.join(DTYPES)}."
             )
-        if size != math.prod(shape) * dtype.itemsize or begin < 0:
+        if (
+            size != math.prod(shape) * dtype.itemsize
+            or begin < 0
+            or min(shape, default=1) < 0
+        ):
             raise ValueError(f"{path} is damaged: {name} has no place.")
+        places.append((begin, end, name))
         sources[name] = file_source(path, data_start + begin, shape, dtype)
-    data_end = max((e["data_offsets"][1] for e in header.values()), default=0)
+        if CHECKSUM + name in metadata:
+            checksum = metadata[CHECKSUM + name]
+            sources[name] = sources[name].verified(checksum, f"{path}: {name}")
+    places.sort()
+    for (_, end, name), (begin, _, other) in itertools.pairwise(places):
+        if begin < end:
+            raise ValueError(f"{path} is damaged: {name} and {other} overlap.")
+    data_end = max((end for _, end, _ in places), default=0)
     _check_size(path, data_start + data_end)
     return sources
 
@@ -71,10 +92,12 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
             if not 2 <= size <= MAX_HEADER_BYTES:
                 raise ValueError(f"{path} is not a safetensors file.")
             _check_size(path, 8 + size)
-            return dict(json.loads(file.read(size))), 8 + size
+            encoded = file.read(size)
     except OSError as error:
         raise ValueError(f"Cannot read {path}: {error.strerror}.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+    try:
+        return dict(json.loads(encoded)), 8 + size
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a safetensors file.") from error
 
 
@@ -100,9 +123,27 @@ def write_safetensors(
       OSError: the file cannot be written.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    checksums = dict.fromkeys(names, 0)
+    with path.open("xb") as file:
+        file.write(_header(tensors, metadata, checksums))
+        for name in names:
+            for block in blocks_of(tensors[name].load()):
+                checksums[name] = zlib.crc32(block, checksums[name])
+                file.write(block)
+        file.seek(0)
+        file.write(_header(tensors, metadata, checksums))
+
+
+def _header(
+    tensors: Mapping[str, TensorSource],
+    metadata: Mapping[str, str],
+    checksums: Mapping[str, int],
+) -> bytes:
+    """The size and the header; tensors lie in the order of `checksums`."""
+    stored = {f"{CHECKSUM}{name}": f"{value:08x}" for name, value in checksums.items()}
+    header: dict[str, Any] = {"__metadata__": {**metadata, **stored}}
     end = 0
-    for name in names:
+    for name in checksums:
         tensor = tensors[name]
         begin, end = end, end + tensor_bytes(tensor)
         header[name] = {
@@ -112,12 +153,7 @@ def write_safetensors(
         }
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with path.open("xb") as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        for name in names:
-            for block in blocks_of(tensors[name].load()):
-                file.write(block)
+    return len(encoded).to_bytes(8, "little") + encoded
 
 
 def tensor_bytes(tensor: TensorSource) -> int:

@@ -143,7 +143,10 @@ def _source(
     offset = _data_offset(path, record) + first * dtype.itemsize
     if transposed:
         return file_source(path, offset, shape[::-1], dtype).transposed()
-    return file_source(path, offset, shape, dtype, slicing_axis(name, shape))
+    source = file_source(path, offset, shape, dtype, slicing_axis(name, shape))
+    if record.CRC and data_bytes == size * dtype.itemsize == record.file_size:
+        return source.verified(f"{record.CRC:08x}", f"{path}: {name}")
+    return source  # A part of a record, which has one checksum.
 
 
 def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

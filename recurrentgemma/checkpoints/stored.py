@@ -25,6 +25,8 @@ from recurrentgemma.tokenizer import Tokenizer
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.model"
+NOT_THIS_JSON = (ValueError, KeyError, TypeError, AttributeError)
+"""Errors of content that is no JSON or lacks what is looked up in it."""
 WRITER_KEY = "written_by"
 """In config.json, with `WRITER`: a checkpoint that a save may replace."""
 WRITER = f"recurrentgemma {__version__}"
@@ -78,6 +80,12 @@ def read_config_json(path: Path) -> dict[str, Any] | None:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise ValueError(f"Cannot read {file}: {error.strerror}.") from error
+    except RecursionError as error:
+        raise ValueError(
+            f"{file} is not a JSON object: it is nested too deeply."
+        ) from (error)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} is not a JSON object: {error}.") from error
 

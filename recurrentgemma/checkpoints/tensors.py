@@ -7,6 +7,7 @@ the tensor and one slice, and on CPU the buffer itself becomes the array.
 """
 
 import math
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,14 @@ BLOCK_BYTES = 1 << 20
 """Size of the slices that are read and converted; it fits a level-2 cache."""
 BUFFER_ALIGNMENT = 64
 """Bytes; what XLA for CPU demands of memory that it takes over."""
+
+EXPONENTS = {
+    "bfloat16": np.uint16(0x7F80),
+    "float16": np.uint16(0x7C00),
+    "float32": np.uint32(0x7F800000),
+    "float64": np.uint64(0x7FF0000000000000),
+}
+"""Bits of the exponent."""
 
 
 class TensorSource(NamedTuple):
@@ -54,14 +63,60 @@ class TensorSource(NamedTuple):
 
         return TensorSource(shape, self.dtype, axis, read)
 
-    def astype(self, dtype: np.dtype) -> "TensorSource":
-        """The tensor converted to a dtype, slice by slice."""
-        return TensorSource(
-            self.shape,
-            dtype,
-            self.axis,
-            lambda start, stop: self.read(start, stop).astype(dtype),
-        )
+    def astype(self, dtype: np.dtype, name: str = "the tensor") -> "TensorSource":
+        """The tensor converted to a dtype, slice by slice.
+
+        Reading raises ValueError, which calls the tensor `name`, where a finite value
+        would become infinite.
+        """
+        if dtype == self.dtype:
+            return self
+
+        def read(start: int, stop: int) -> np.ndarray:
+            part = self.read(start, stop)
+            with np.errstate(over="ignore"):
+                converted = part.astype(dtype)
+            if not is_finite(converted) and is_finite(part):
+                raise ValueError(
+                    f"dtype: {dtype} cannot hold the values of {name}, which go up to "
+                    f"{np.abs(part).max():.3g}; use bfloat16 or float32."
+                )
+            return converted
+
+        return TensorSource(self.shape, dtype, self.axis, read)
+
+    def watched(self, see: Callable[[int, np.ndarray], None]) -> "TensorSource":
+        """The tensor, each part of which is shown to see(start, part) when it is read."""
+
+        def read(start: int, stop: int) -> np.ndarray:
+            part = self.read(start, stop)
+            see(start, part)
+            return part
+
+        return self._replace(read=read)
+
+    def verified(self, checksum: str, name: str) -> "TensorSource":
+        """The tensor, whose CRC-32 is compared when it has been read from start to end
+        along its first axis; `checksum` is its eight hexadecimal digits.
+
+        Reading raises ValueError, which calls the tensor `name`, if it differs.
+        """
+        if self.axis != 0:
+            return self
+        position = found = 0
+
+        def see(start: int, part: np.ndarray) -> None:
+            nonlocal position, found
+            if start == 0:
+                position = found = 0
+            if start != position:
+                return
+            position += len(part)
+            found = zlib.crc32(np.ascontiguousarray(part).view(np.uint8).data, found)
+            if position == self.shape[0] and f"{found:08x}" != checksum:
+                raise ValueError(f"{name} is damaged: its checksum differs.")
+
+        return self.watched(see)
 
     def entry(self, index: int) -> "TensorSource":
         """An entry of the first axis, which is not the one that is sliced."""
@@ -116,6 +171,30 @@ def file_source(
         return parts.reshape(-1).view(dtype).reshape(part_shape)
 
     return TensorSource(shape, dtype, axis, read)
+
+
+def floating_dtype(dtype: Any, argument: str) -> np.dtype:
+    """A dtype that tensors can be stored in.
+
+    Raises:
+      ValueError: it is another one; the message names the argument.
+    """
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in EXPONENTS:
+        raise ValueError(
+            f"{argument}: expected one of {', '.join(EXPONENTS)}, got {dtype!r}."
+        )
+    return found
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether every value is finite: no exponent has all bits set."""
+    mask = EXPONENTS[array.dtype.name]
+    bits = array.view(mask.dtype)
+    return not np.any((bits & mask) == mask)
 
 
 def blocks_of(array: np.ndarray) -> Iterator[memoryview]:

@@ -64,7 +64,7 @@ def split_held_out(
     """Splits documents in (training, held out).
 
     Held out are those whose name has a SHA-256 that, read as a fraction of its range,
-    is below `share`.
+    is below `share`. Where that would be all of them, none is held out.
     """
     training: list[Document] = []
     held_out: list[Document] = []
@@ -72,7 +72,7 @@ def split_held_out(
         digest = hashlib.sha256(document.name.encode()).digest()
         fraction = int.from_bytes(digest[:8], "big") / 2**64
         (held_out if fraction < share else training).append(document)
-    return training, held_out
+    return (training, held_out) if training else (held_out, [])
 
 
 def _is_stdlib(path: Path, root: Path) -> bool:

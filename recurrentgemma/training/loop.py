@@ -23,6 +23,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import tqdm
+from absl import logging
 from flax import nnx
 
 from recurrentgemma.checkpoints import named_parameters, parameter_dtype, save
@@ -134,6 +135,12 @@ def train(config: TrainConfig) -> Path:
     training, held_out = split_held_out(
         read_documents(config.data), config.held_out_share
     )
+    if config.held_out_share and not held_out:
+        logging.warning(
+            "data: none of the %d documents is held out, so the run has no held-out "
+            "loss. Give more files or a larger held_out_share.",
+            len(training),
+        )
     _claim(output, config)
 
     model = Griffin(model_config, rngs=nnx.Rngs(config.seed))

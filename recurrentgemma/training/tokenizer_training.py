@@ -97,7 +97,8 @@ def main() -> None:
     training, held_out = split_held_out(read_documents(arguments.data))
     model = train_tokenizer((d.text for d in training), arguments.vocab_size)
     arguments.output.write_bytes(model)
-    print(f"{bytes_per_token(model, held_out):.3f} held-out bytes per token")
+    kind, documents = ("held-out", held_out) if held_out else ("training", training)
+    print(f"{bytes_per_token(model, documents):.3f} {kind} bytes per token")
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def test_the_shapes_of_a_preset_mean_that_preset(layout, tmp_path, monkeypatch, 
     monkeypatch.setitem(PRESETS, "other", config(mlp_width=48))
     monkeypatch.setitem(PRESETS, "tiny", config(attention_window=5))
     path = released(layout, tmp_path / "released")
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="absl"):
         loaded, _ = load(path)
     assert loaded.config == read_config(path) == PRESETS["tiny"]
     assert f"{path} stores no config; it has the shapes of tiny." in caplog.messages

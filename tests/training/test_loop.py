@@ -1,6 +1,7 @@
 """Runs: they learn, resume bit for bit, and leave nothing half-done."""
 
 import json
+import logging
 import os
 import signal
 
@@ -117,6 +118,14 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     assert [row["loss"] for row in metrics_of(tmp_path / "b")] == [
         row["loss"] for row in metrics_of(tmp_path / "a")
     ]
+
+
+def test_a_run_on_one_file_says_that_nothing_is_held_out(corpus, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        train(config_for(f"{corpus}/0.py", tmp_path / "run", steps=1))
+    [message] = [m for m in caplog.messages if m.startswith("data:")]
+    assert "none of the 1 documents is held out" in message
+    assert "held_out_loss" not in metrics_of(tmp_path / "run")[0]
 
 
 def test_another_config_does_not_resume(corpus, tmp_path):
