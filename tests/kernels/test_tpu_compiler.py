@@ -13,13 +13,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 
 from recurrentgemma.benchmarks import ahead_of_time
 from recurrentgemma.benchmarks.scan_estimates import program_code
 from recurrentgemma.benchmarks.scan_programs import PROGRAMS, programs
+from recurrentgemma.checkpoints.parameters import (
+    describe,
+    named_parameters,
+    parameter_dtype,
+)
 from recurrentgemma.config import PRESETS, Runtime
-from recurrentgemma.griffin import Griffin
 from recurrentgemma.kernels import StepParameters, recurrent_step
 from recurrentgemma.kernels.linear_scan.workloads import WORKLOADS, Workload
 from recurrentgemma.kernels.rg_lru.gates import Gate
@@ -38,6 +41,9 @@ OURS = [
     if name.endswith("pallas_tpu")
 ]
 DTYPES = ["float32", "bfloat16"]
+# The benchmarks have no row of v4; its kernels have as little memory as any.
+ahead_of_time.CHIPS.setdefault("v4", ahead_of_time.Chip("v4:2x2x1", 1.05e9, 1228e9))
+GENERATIONS = ["v4", "v5e", "v5p", "v6e"]
 SEQUENCES = [name for name, workload in WORKLOADS.items() if workload.length > 1]
 CUSTOM_CALL = 'custom_call_target="tpu_custom_call"'
 
@@ -82,76 +88,123 @@ def test_a_relayout_is_found():
     assert relayouts_around_kernels(text) == ["copy.1", "transpose.2"]
 
 
-@pytest.mark.parametrize("generation", ahead_of_time.CHIPS)
-@pytest.mark.parametrize("workload", SEQUENCES)
-@pytest.mark.parametrize("program", OURS)
-def test_every_workload_compiles(program, workload, generation):
-    for dtype in DTYPES:
-        function, shapes = PROGRAMS[program](WORKLOADS[workload], dtype)
-        compiled = ahead_of_time.compile_for(generation, function, *shapes)
-        text = compiled.as_text()
-        assert text.count(CUSTOM_CALL) == 1
-        assert relayouts_around_kernels(text) == []
-        # Nothing as large as a sequence beside arguments and results.
-        temporaries = compiled.memory_analysis().temp_size_in_bytes
-        assert temporaries < 2**20, f"{temporaries} bytes of temporaries"
+def cases(every, by_default):
+    """Parameters of a test; those not in `by_default` are slow."""
+    slow = [pytest.param(*case, marks=pytest.mark.slow) for case in every]
+    kept = {*by_default}
+    return [
+        case if case in kept else param for case, param in zip(every, slow, strict=True)
+    ]
 
 
+@pytest.mark.parametrize(
+    ("generation", "workload", "dtype"),
+    cases(
+        [(g, w, dtype) for g in GENERATIONS for w in SEQUENCES for dtype in DTYPES],
+        [
+            *(("v4", "train_2b", dtype) for dtype in DTYPES),  # The least memory.
+            ("v5e", "train_9b", "float32"),  # The largest blocks.
+            ("v6e", "prefill_67m", "bfloat16"),
+        ],
+    ),
+)
 @pytest.mark.parametrize("program", OURS)
-def test_odd_shapes_compile(program):
+def test_every_workload_compiles(program, generation, workload, dtype):
+    function, shapes = PROGRAMS[program](WORKLOADS[workload], dtype)
+    compiled = ahead_of_time.compile_for(generation, function, *shapes)
+    text = compiled.as_text()
+    assert text.count(CUSTOM_CALL) == 1
+    assert relayouts_around_kernels(text) == []
+    # Nothing as large as a sequence beside arguments and results.
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    assert temporaries < 2**20, f"{temporaries} bytes of temporaries"
+
+
+ODD_SHAPES = [
+    *((8, 64, 1024), (6, 7, 2048), (4, 64, 1536), (2, 1, 256), (8, 20, 8192)),
+    *((3, 7, 13), (1, 1000, 300), (40, 20, 200), (1, 9, 9000)),
+]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    cases(
+        [(shape, dtype) for shape in ODD_SHAPES for dtype in DTYPES],
+        [((6, 7, 2048), "bfloat16"), ((1, 1000, 300), "bfloat16")],
+    ),
+)
+@pytest.mark.parametrize("program", OURS)
+def test_odd_shapes_compile(program, shape, dtype):
     """Any number of rows in a block of them, in blocks of channels or not."""
-    shapes = [(8, 64, 1024), (6, 7, 2048), (4, 64, 1536), (2, 1, 256), (8, 20, 8192)]
-    if "with_gates" not in program:
-        shapes += [(3, 7, 13), (1, 1000, 300), (40, 20, 200), (1, 9, 9000)]
-    for shape in shapes:
-        for dtype in DTYPES:
-            function, arguments = PROGRAMS[program](Workload(*shape), dtype)
-            compiled = ahead_of_time.compile_for("v5e", function, *arguments)
-            assert compiled.as_text().count(CUSTOM_CALL) == 1
+    if "with_gates" in program and shape[2] % 256:
+        pytest.skip("the kernels with products take whole gate blocks")
+    function, arguments = PROGRAMS[program](Workload(*shape), dtype)
+    compiled = ahead_of_time.compile_for("v5e", function, *arguments)
+    assert compiled.as_text().count(CUSTOM_CALL) == 1
 
 
-SPILLS = {
-    "rg_lru gradient: pallas_tpu": 128,  # It has more values than registers.
-    # So have the products of a block, which it takes at once: fewer cycles than halves.
-    "rg_lru_with_gates: pallas_tpu": 500,
-    "rg_lru_with_gates gradient: pallas_tpu": 1600,
+SPILLS = {  # By kernel, in float32 and bfloat16, with libtpu 0.0.52.
+    "linear_scan": (0, 0),
+    "linear_scan_gradient": (0, 0),
+    "rg_lru": (0, 0),
+    "rg_lru_gradient": (42, 121),  # It has more values than registers.
+    # So have the products of a block, which are taken at once: in fewer cycles than in
+    # halves. A float32 product is six passes of bfloat16.
+    "rg_lru_with_gates": (2339, 654),
+    "rg_lru_with_gates_gradient": (4383, 714),
 }
+SPILLS_MARGIN = 16, 0.25
+"""How many more another compiler may need, and what share more."""
+
+
+def compile_all(dtype):
+    for program in OURS:
+        function, shapes = PROGRAMS[program](WORKLOADS["prefill_2b"], dtype)
+        ahead_of_time.compile_for("v5e", function, *shapes)
+
+
+def profile_of(call):
+    """The compiler's profile of a call of a function of this module."""
+    code = f"from tests.kernels import test_tpu_compiler as tests; tests.{call}"
+    root = str(Path(__file__).parents[2])
+    return ahead_of_time.profile(code, path=[root], cycles=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("program", OURS)
-def test_spills(program, dtype):
-    """None unexplained."""
-    code = program_code("v5e", program, "prefill_2b", dtype)
-    profile = ahead_of_time.profile(code, cycles=False)
-    spills = sum(profile.spills.values())
-    assert spills <= SPILLS.get(program, 0)
+def test_spills(dtype):
+    """About as many as are explained above."""
+    found = {}
+    for name, count in profile_of(f"compile_all({dtype!r})").spills.items():
+        kernel = name.split("-")[-1].split(".")[0]
+        if kernel in SPILLS:
+            found[kernel] = count
+    assert found.keys() == SPILLS.keys()
+    known = {kernel: spills[DTYPES.index(dtype)] for kernel, spills in SPILLS.items()}
+    more, share = SPILLS_MARGIN
+    excess = {k: n for k, n in found.items() if n > known[k] * (1 + share) + more}
+    libtpu = ahead_of_time.package_version("libtpu")
+    assert not excess, f"libtpu {libtpu} spills {found}; known are {known}"
 
 
-def model_2b(**fields):
-    model = nnx.eval_shape(
-        lambda: Griffin(
-            PRESETS["recurrentgemma-2b"],
-            rngs=nnx.Rngs(0),
-            runtime=Runtime(compute_dtype="bfloat16"),
-        )
-    )
-
-    def inference_dtype(path, leaf):
-        matrix = path[-2:] != ("a_param",) and leaf.ndim > 1
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16 if matrix else leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(inference_dtype, model)
+def model_2b():
+    """The shapes and dtypes of the model that `load` gives for inference."""
+    runtime = Runtime(compute_dtype="bfloat16")
+    model = describe(PRESETS["recurrentgemma-2b"], runtime)
+    leaves = [
+        jax.ShapeDtypeStruct(leaf.shape, parameter_dtype(name, runtime))
+        for name, leaf in named_parameters(model).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(model), leaves)
 
 
-def compile_decode_steps(generation, batches):
+def compile_decode_steps(generation, batches, dtypes=DTYPES):
     """The kernel of the decode step at the sizes of the 2B and the 9B model."""
     shape = jax.ShapeDtypeStruct
     for blocks in (10, 16):
         width = 256 * blocks
         vector = shape((width,), jnp.float32)
         for batch in batches:
-            for dtype in DTYPES:
+            for dtype in dtypes:
                 matrices = shape((blocks, 256, 256), dtype)
                 gate = Gate(matrices, shape((blocks, 256), jnp.float32))
                 parameters = StepParameters(
@@ -168,23 +221,40 @@ def compile_decode_steps(generation, batches):
                 )
 
 
-@pytest.mark.parametrize("generation", ahead_of_time.CHIPS)
-def test_decode_steps_compile_without_spills(generation):
-    module = "tests.kernels.test_tpu_compiler"
-    run = f"compile_decode_steps({generation!r}, (1, 8, 64))"
-    code = f"from {module} import compile_decode_steps; {run}"
-    root = str(Path(__file__).parents[2])
-    profile = ahead_of_time.profile(code, path=[root], cycles=False)
-    kernels = [name for name in profile.spills if "recurrent_step" in name]
-    assert len(kernels) == 12
-    assert sum(profile.spills[name] for name in kernels) == 0
+STEP_SPILLS = {"float32": 134, "bfloat16": 0}
+"""In each kernel, with libtpu 0.0.52. A float32 product is six passes of bfloat16."""
 
 
-def test_odd_decode_steps_compile():
-    compile_decode_steps("v5e", (3, 21, 100))
+@pytest.mark.parametrize(
+    ("generation", "dtype"),
+    cases(
+        [(generation, dtype) for generation in GENERATIONS for dtype in DTYPES],
+        [("v5e", "bfloat16")],
+    ),
+)
+def test_spills_of_decode_steps(generation, dtype):
+    call = f"compile_decode_steps({generation!r}, (1, 8, 64), [{dtype!r}])"
+    profile = profile_of(call)
+    found = [n for name, n in profile.spills.items() if "recurrent_step" in name]
+    assert len(found) == 6
+    more, share = SPILLS_MARGIN
+    known = STEP_SPILLS[dtype]
+    libtpu = ahead_of_time.package_version("libtpu")
+    message = f"libtpu {libtpu} spills {found} in each kernel; known are {known}"
+    assert max(found) <= known * (1 + share) + more, message
 
 
-@pytest.mark.parametrize(("batch", "length"), [(1, 2048), (1, 1), (64, 1)])
+@pytest.mark.parametrize(
+    ("generation", "batches"),
+    cases([("v4", (1, 8)), ("v5e", (3, 21, 100))], [("v4", (1, 8))]),
+)
+def test_other_decode_steps_compile(generation, batches):
+    compile_decode_steps(generation, batches)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length"), cases([(1, 2048), (1, 1), (64, 1)], [(1, 1)])
+)
 def test_the_2b_model_compiles_for_v5e(batch, length):
     """One kernel a recurrent layer, with no relayout around it."""
     model = model_2b()
