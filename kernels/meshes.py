@@ -10,14 +10,17 @@ most operations inside the ops have no rule for that. So an op turns them to Aut
 its results get the shardings of its arguments: `with_auto_axes`.
 
 Inside a `shard_map` of the caller each device has its own part and kernels run as they
-are. With `check_vma=True` arrays are typed with the axes along which they vary; loops
-need arguments of one type: `vary_alike`.
+are. With `check_vma=True` arrays are typed with the axes along which they vary. The
+results of kernels are not, so the plain form runs there; its loops need arguments of
+one type (`vary_alike`).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 AXIS_ROLES = {
@@ -72,6 +75,8 @@ def plan_cut(
     lengths: dict[str, int] = {}
     for word, array in zip(letters, arrays, strict=True):
         lengths |= zip(word, array.shape, strict=True)
+    if _checks_varying_axes(mesh):
+        return "its results have no types for jax.shard_map(..., check_vma=True)"
     cut: Cut = {}
     parts_of: dict[str, int] = {}
     for axis in axes_of_type(mesh, AxisType.Auto):
@@ -165,6 +170,27 @@ def with_auto_axes(
     return run(*arguments)
 
 
+def as_program(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with Explicit axes turned to Auto, its results whole on every device.
+
+    For programs that make their own arrays, such as decoding; goes under `jax.jit`.
+    Keyword arguments are static.
+    """
+
+    @functools.wraps(function)
+    def run(*arguments, **static):
+        call = functools.partial(function, **static)
+        return with_auto_axes(call, PartitionSpec, *arguments)
+
+    return run
+
+
+def rows_spec(array: jax.Array) -> tuple[PartitionSpec, PartitionSpec]:
+    """Explicit shardings of arrays like [B, T, ...], and like [B, ...]."""
+    spec = jax.typeof(array).sharding.spec
+    return PartitionSpec(*spec), PartitionSpec(*spec[:1])
+
+
 def result_specs(dims: str, arguments: Any) -> tuple[PartitionSpec, ...]:
     """The `PartitionSpec`s of an op's results, from its arguments' Explicit shardings.
 
@@ -203,24 +229,15 @@ def vary_alike(arguments: Any) -> Any:
     if not axes:
         return arguments
 
-    def vary(array):
-        missing = tuple(axes - _varying_axes(array))
-        if hasattr(jax.lax, "pcast"):
-            return jax.lax.pcast(array, missing, to="varying")
-        return jax.lax.pvary(array, missing)
-
-    return jax.tree.map(vary, arguments)
+    return jax.tree.map(
+        lambda array: _vary(array, tuple(axes - _varying_axes(array))), arguments
+    )
 
 
-def like(array: jax.Array) -> jax.ShapeDtypeStruct:
-    """Shape, dtype and varying axes of `array`: the type of a kernel's result."""
-    aval = jax.typeof(array)
-    kept = {
-        name: getattr(aval, name)
-        for name in ("manual_axis_type", "vma")  # the newer and the older name
-        if _varying_axes(array) and hasattr(aval, name)
-    }
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, **kept)
+def _vary(array, axes):
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(array, axes, to="varying")
+    return jax.lax.pvary(array, axes)
 
 
 def _varying_axes(array):
@@ -228,3 +245,9 @@ def _varying_axes(array):
     if hasattr(aval, "manual_axis_type"):
         return aval.manual_axis_type.varying
     return aval.vma
+
+
+def _checks_varying_axes(mesh):
+    """Whether this is in a `shard_map` with `check_vma=True`: without, types are bare."""
+    manual = axes_of_type(mesh, AxisType.Manual)
+    return bool(manual) and bool(_varying_axes(_vary(jnp.zeros(()), manual)))

@@ -11,6 +11,7 @@ so that every layer works on rows that are padded at their end alone, where caus
 already hides it; the hidden states are put back at the exit.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from recurrentgemma._compat import ModuleList
 from recurrentgemma.blocks.residual import ResidualBlock
 from recurrentgemma.cache import AttentionState, Cache, Chunk
 from recurrentgemma.config import GriffinConfig, Runtime
+from recurrentgemma.kernels import meshes
 from recurrentgemma.kernels.local_attention import KVCache
 from recurrentgemma.layers import Embedder, RMSNorm, soft_cap
 from recurrentgemma.rotary import rotary_tables
@@ -79,6 +81,12 @@ class Griffin(nnx.Module):
           ValueError: shapes or dtypes do not fit each other.
         """
         _check_inputs(self.config, tokens, positions, cache)
+        specs = functools.partial(meshes.rows_spec, tokens)
+        return meshes.with_auto_axes(
+            Griffin._call, specs, self, tokens, positions, cache
+        )
+
+    def _call(self, tokens, positions, cache):
         tokens, chunk, inverse = self._chunk(tokens, positions, cache)
         x = self.embedder.encode(tokens, self.runtime.dtype)
         states = _open_cache(self.config, cache)
@@ -97,6 +105,10 @@ class Griffin(nnx.Module):
         Returns:
           float32 [B, T, V].
         """
+        specs = functools.partial(meshes.rows_spec, hidden)
+        return meshes.with_auto_axes(Griffin._logits, lambda: specs()[0], self, hidden)
+
+    def _logits(self, hidden):
         with jax.named_scope("logits"):
             return soft_cap(self.embedder.decode(hidden), self.config.logits_soft_cap)
 

@@ -244,7 +244,7 @@ def _row_gradients(arrays, first, last, log_total, inner, out_cotangent, options
         dv = _add_keys(dv, jnp.swapaxes(dv_block, 2, 3), start)
         return (dk, dv), dq.astype(q.dtype)
 
-    carry = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    carry = jnp.zeros_like(k, jnp.float32), jnp.zeros_like(v, jnp.float32)
     parts = []
     for start, stop, span in options.groups:
         blocks = jnp.arange(start, stop)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from recurrentgemma.cache import Cache
 from recurrentgemma.generation.sampling import Sampling, log_prob, row_keys, sample
 from recurrentgemma.griffin import Griffin
+from recurrentgemma.kernels import meshes
 
 CHUNK_SIZES = (16, 128, 1024)
 """Tokens of a row that one prefill call reads, smallest first."""
@@ -92,12 +93,14 @@ def plan_chunks(length: int) -> list[int]:
 
 
 @functools.partial(jax.jit, static_argnames=("batch_size", "capacity"))
+@meshes.as_program
 def new_cache(model: Griffin, *, batch_size: int, capacity: int | None) -> Cache:
     """`model.init_cache` as one program, in buffers of its own."""
     return model.init_cache(batch_size, capacity=capacity)
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
+@meshes.as_program
 def read_chunk(
     model: Griffin, cache: Cache, tokens: jax.Array, lengths: jax.Array
 ) -> Cache:
@@ -113,6 +116,7 @@ def read_chunk(
 
 
 @jax.jit
+@meshes.as_program
 def score_chunk(
     model: Griffin,
     cache: Cache,
@@ -151,6 +155,7 @@ def score_chunk(
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
+@meshes.as_program
 def place_row(state: DecodeState, row: DecodeState, slot: jax.Array) -> DecodeState:
     """`state` with the only row of `row` in a slot; `state` is donated."""
     return jax.tree.map(lambda all_, one: all_.at[slot].set(one[0]), state, row)
@@ -159,6 +164,7 @@ def place_row(state: DecodeState, row: DecodeState, slot: jax.Array) -> DecodeSt
 @functools.partial(
     jax.jit, static_argnames=("keep_logits",), donate_argnames=("state",)
 )
+@meshes.as_program
 def decode_block(
     model: Griffin,
     state: DecodeState,

@@ -28,11 +28,13 @@ from recurrentgemma.generation.programs import (
 )
 from recurrentgemma.generation.sampling import Sampling, log_prob, row_keys, sample
 from recurrentgemma.griffin import Griffin
+from recurrentgemma.kernels import meshes
 
 
 @functools.partial(
     jax.jit, static_argnames=("num_draft_tokens", "keep_logits"), donate_argnums=(2,)
 )
+@meshes.as_program
 def speculate_block(
     model: Griffin,
     draft: Griffin,
