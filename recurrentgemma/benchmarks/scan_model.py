@@ -64,7 +64,7 @@ def train_step(config: GriffinConfig, batch: int, length: int) -> Program:
     model = nnx.eval_shape(
         lambda: stack_layers(Griffin(config, rngs=nnx.Rngs(0), runtime=runtime))
     )
-    optimizer = make_optimizer(OptimizerConfig(), STEPS)
+    optimizer = make_optimizer(OptimizerConfig(), STEPS, config)
     state = jax.eval_shape(
         lambda params: TrainState(
             params, optimizer.init(params), jnp.zeros((), jnp.int32)

@@ -83,7 +83,7 @@ def load(
     parameters = {}
     # The largest first: what one needs besides its own memory then adds to little.
     for name in sorted(shapes, key=lambda name: -np.prod(shapes[name])):
-        dtype = parameter_dtype(name, runtime, param_dtype)
+        dtype = parameter_dtype(name, config, runtime, param_dtype)
         parameters[name] = place(
             stored.tensors[name], dtype, choose(name, shapes[name])
         )

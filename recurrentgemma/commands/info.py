@@ -101,7 +101,7 @@ def _about_cache(config: GriffinConfig, batch_size: int, context: int) -> list[s
         sizes = (cost.cache_bytes(config, dtype=d, capacity=tokens) for d in DTYPES)
         return list(sizes)
 
-    if "global_attention" not in config.block_types:
+    if not cost.cache_grows(config):
         both = " or ".join(_megabytes(size) for size in one_text(0))
         return [
             f"The cache is for {texts}, however long.",
