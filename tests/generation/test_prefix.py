@@ -157,7 +157,7 @@ def test_a_saved_prefix_continues_like_the_one_in_memory(sampler, tmp_path):
         np.testing.assert_array_equal(getattr(prefix, name), getattr(loaded, name))
         assert getattr(prefix, name).dtype == getattr(loaded, name).dtype
     with safe_open(path, framework="numpy") as file:
-        assert file.metadata()["version"] == "1"
+        assert file.metadata()["version"] == "2"
 
 
 def test_a_bfloat16_prefix_survives_its_file(tmp_path):
