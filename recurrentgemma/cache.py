@@ -1,18 +1,20 @@
 """What is carried between calls of the model, and operations on its rows.
 
-The cache is what a Griffin model remembers of everything it has read: for a recurrent
-layer the state of the RG-LRU and the last inputs of its convolution, for a local
-attention layer a ring of the last W keys and values. Its shapes do not depend on how
-much that was. Global attention keeps a ring of `capacity` entries instead, which must
-not overflow.
+The cache is what a Griffin model remembers of everything that it has read: for a
+recurrent layer the state of the RG-LRU and the last inputs of its convolution, for a
+local attention layer a ring of the last W keys and values. Its shapes do not depend on
+the length of the text. Global attention keeps a ring of `capacity` entries instead.
+
+A layer's state is that of its temporal mixer, whose class does what the operations here
+need (`recurrentgemma.blocks.mixer.Mixer`).
 
 `Chunk` describes the tokens of one call as the layers see them: rows padded at their
-end alone.
+end alone. It also carries who observes the call.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import jax
 import jax.core
@@ -20,67 +22,60 @@ import jax.numpy as jnp
 import numpy as np
 
 from recurrentgemma.config import GriffinConfig
-
-
-class RecurrentState(NamedTuple):
-    """What a recurrent block carries."""
-
-    h: jax.Array
-    """RG-LRU state, float32 [B, E]."""
-    conv: jax.Array
-    """Last inputs of the convolution, oldest first, zeros before the document's start;
-    compute dtype [B, conv_width - 1, E]."""
-
-
-class RewindableState(NamedTuple):
-    """What a recurrent block carries while its last K tokens may be taken back."""
-
-    h: jax.Array
-    """RG-LRU states after each of the last 1 + K tokens, the newest last; float32
-    [B, 1 + K, E]."""
-    conv: jax.Array
-    """Last inputs of the convolution; compute dtype [B, conv_width - 1 + K, E]."""
-
-    def keep_last(self, h: jax.Array, lengths: jax.Array) -> jax.Array:
-        """The last 1 + K states after a chunk.
-
-        Args:
-          h: float32 [B, T, E], the states after each token of the chunk.
-          lengths: int32 [B], tokens of each row.
-        """
-        states = jnp.concatenate([self.h, h], axis=1)
-        steps = jnp.arange(self.h.shape[1], dtype=jnp.int32)[None]
-        index = lengths[:, None] + steps
-        return jnp.take_along_axis(states, index[..., None], axis=1)
-
-
-class AttentionState(NamedTuple):
-    """What an attention block carries; the token at position p is in slot p mod S."""
-
-    keys: jax.Array
-    """Keys after the rotary embedding, compute dtype [B, S, K, H]."""
-    values: jax.Array
-    """Values, compute dtype [B, S, K, H]."""
+from recurrentgemma.mixers import TEMPORAL_MIXERS
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Cache:
     """The state of a model after the tokens of each row; a pytree, batch axis first."""
 
     layers: tuple[Any, ...]
-    """The state of each layer's temporal-mixing block."""
+    """The state of each layer's temporal mixer."""
     next_position: jax.Array
     """Position of each row's next token in its document, int32 [B]; 0: an empty row."""
-    key_positions: jax.Array | None
-    """Positions of the entries of the window layers' rings, int32 [B, W]; -1: empty."""
-    global_key_positions: jax.Array | None
-    """The same for the global layers' rings, int32 [B, capacity]."""
 
     @property
     def batch_size(self) -> int:
         """Number of rows."""
         return self.next_position.shape[0]
+
+    @property
+    def capacity(self) -> int | None:
+        """Tokens of a document that the layers can hold; None if there is no bound."""
+        bounds = [state.capacity for state in _bounded(self)]
+        return min(bounds, default=None)
+
+    def __repr__(self) -> str:
+        leaves = [leaf for leaf in jax.tree.leaves(self) if hasattr(leaf, "dtype")]
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        rows = getattr(self.next_position, "shape", "?")[0]
+        return f"Cache(rows={rows}, layers={len(self.layers)}, {size / 1e6:.1f} MB)"
+
+
+class Observer(Protocol):
+    """Who looks at values inside a call of the model, or replaces them.
+
+    A value has a name such as "blocks.2.mixer.decay". An observer is part of the model
+    (`Griffin.observer`): hashable, and equal to another one that does the same.
+    """
+
+    def sees(self, name: str) -> bool:
+        """Whether it wants the value of this name."""
+        ...
+
+    def replaces(self, name: str) -> bool:
+        """Whether it may return another value; only of one that it sees."""
+        ...
+
+    def __call__(self, name: str, value: jax.Array) -> jax.Array:
+        """The value to go on with.
+
+        Args:
+          name: of a value that it sees.
+          value: [B, T, ...], tokens in the order in which the caller gave them.
+        """
+        ...
 
 
 @jax.tree_util.register_dataclass
@@ -89,14 +84,69 @@ class Chunk:
     """The tokens of one call as the layers see them."""
 
     positions: jax.Array
-    """int32 [B, T]: position of each token in its document; -1 at padding, which is at
+    """Position of each token in its document, int32 [B, T]; -1 at padding, which is at
     the end of rows alone."""
     lengths: jax.Array
-    """int32 [B]: tokens of each row."""
+    """Number of tokens of each row, int32 [B]."""
     next_position: jax.Array
-    """int32 [B]: position after the row's last token."""
+    """Position after the row's last token, int32 [B]."""
     rotary: tuple[jax.Array, ...] | None
-    """(cos, sin) of the rotary embedding at `positions`; None without attention."""
+    """(cos, sin) of the rotary embedding at `positions`; None if no layer reads them."""
+    order: tuple[jax.Array, jax.Array] | None = None
+    """Where the caller gave each token, and where each of the caller's tokens is now,
+    int32 [B, T]; None if the order is the caller's."""
+    observer: Observer | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
+    """Who observes this call; None is nobody, which costs nothing."""
+    scope: str = dataclasses.field(default="", metadata={"static": True})
+    """Name of the module that observes, with a dot behind it."""
+
+    def within(self, name: str) -> "Chunk":
+        """The chunk for a module of this name inside the present one."""
+        if self.observer is None:
+            return self
+        return dataclasses.replace(self, scope=f"{self.scope}{name}.")
+
+    def sees(self, *names: str) -> bool:
+        """Whether one of these values of the present module is observed.
+
+        A module asks before it computes a value for the observer alone.
+        """
+        if self.observer is None:
+            return False
+        # The observer hears of all the names, also behind one that it wants.
+        wanted = {self.observer.sees(self.scope + name) for name in names}
+        return True in wanted
+
+    def replaces(self, *names: str) -> bool:
+        """Whether one of these values of the present module may be replaced."""
+        observer = self.observer
+        return self.sees(*names) and any(
+            observer is not None and observer.replaces(self.scope + name)
+            for name in names
+        )
+
+    def observe(self, name: str, value: jax.Array) -> jax.Array:
+        """Shows a value to the observer; what comes back is to be used instead.
+
+        Args:
+          name: of the value in the present module.
+          value: [B, T, ...].
+        """
+        if self.observer is None or not self.observer.sees(self.scope + name):
+            return value
+        if self.order is None:
+            return self.observer(self.scope + name, value)
+        given, now = self.order
+        seen = self.observer(self.scope + name, reorder(value, now))
+        return reorder(seen, given)
+
+
+def reorder(values: jax.Array, index: jax.Array) -> jax.Array:
+    """values[b, index[b, t]]: [B, T, ...] and int32 [B, T] -> [B, T, ...]."""
+    index = jnp.expand_dims(index, range(2, values.ndim))
+    return jnp.take_along_axis(values, index, axis=1)
 
 
 def take(cache: Cache, rows: Sequence[int] | jax.Array) -> Cache:
@@ -157,22 +207,26 @@ def _row_shapes(cache: Cache):
 
 
 def grow(cache: Cache, config: GriffinConfig, capacity: int) -> Cache:
-    """The cache with room for `capacity` tokens in its global layers.
+    """The cache with room for `capacity` tokens.
 
     Args:
       cache: any cache.
       config: of its model.
-      capacity: new number of slots, not less than a row's tokens. A model without
-        global attention needs none; its cache comes back as it is.
+      capacity: new number of slots of global attention. A model without it needs none;
+        its cache comes back as it is.
+
+    Raises:
+      ValueError: a row holds more tokens. (Traced rows are not checked.)
     """
-    if cache.global_key_positions is None:
+    if cache.capacity is None:
         return cache
-    index, positions = _relay(cache.global_key_positions, capacity)
-    layers = tuple(
-        _take_slots(state, index) if kind == "global_attention" else state
-        for kind, state in zip(config.block_types, cache.layers, strict=True)
-    )
-    return dataclasses.replace(cache, layers=layers, global_key_positions=positions)
+    held = max_tokens_held(cache)
+    if capacity < (held or 1):
+        raise ValueError(
+            f"capacity: expected at least {held or 1}, the tokens that a row holds, got "
+            f"{capacity}"
+        )
+    return _map_layers(cache, config, lambda m, state: m.grow(config, state, capacity))
 
 
 def make_rewindable(cache: Cache, config: GriffinConfig, count: int) -> Cache:
@@ -186,97 +240,76 @@ def make_rewindable(cache: Cache, config: GriffinConfig, count: int) -> Cache:
       count: K, most tokens to take back.
 
     Raises:
-      ValueError: a block type of the model cannot be rewound.
+      ValueError: tokens cannot be taken back from a block type of the model.
     """
-    known = {"recurrent", "local_attention", "global_attention"}
-    if not known.issuperset(config.block_types):
-        raise ValueError(
-            "Tokens cannot be taken back from a model with "
-            f"{', '.join(sorted(set(config.block_types) - known))} blocks."
-        )
-    index = positions = None
-    if cache.key_positions is not None:
-        slots = config.attention_window + count
-        index, positions = _relay(cache.key_positions, slots)
-
-    def keep(kind, state):
-        if kind == "global_attention":
-            return state
-        if kind == "local_attention":
-            return _take_slots(state, index)
-        h = state.h if isinstance(state, RewindableState) else state.h[:, None]
-        conv = _keep_newest(state.conv, config.conv_width - 1 + count)
-        if count == 0:
-            return RecurrentState(h[:, -1], conv)
-        return RewindableState(_keep_newest(h, 1 + count), conv)
-
-    layers = tuple(
-        keep(kind, state)
-        for kind, state in zip(config.block_types, cache.layers, strict=True)
+    return _map_layers(
+        cache, config, lambda m, state: m.make_rewindable(config, state, count)
     )
-    return dataclasses.replace(cache, layers=layers, key_positions=positions)
 
 
-def rewind(cache: Cache, counts: jax.Array) -> Cache:
+def rewind(cache: Cache, config: GriffinConfig, counts: jax.Array) -> Cache:
     """The cache before the last `counts` tokens of each row.
 
     Args:
       cache: from `make_rewindable`, or what the model made of it.
+      config: of its model.
       counts: int32 [B], each at most K, of tokens read since and of one document.
     """
-    next_position = cache.next_position - counts
-
-    def forget(positions):
-        if positions is None:
-            return None
-        return jnp.where(positions < next_position[:, None], positions, -1)
-
-    def back(states):
-        """The oldest ones fill up what is missing: they are too old to matter."""
-        steps = jnp.arange(states.shape[1], dtype=jnp.int32)[None]
-        index = jnp.maximum(steps - counts[:, None], 0)
-        return jnp.take_along_axis(states, index[..., None], axis=1)
-
-    return Cache(
-        layers=tuple(
-            RewindableState(back(state.h), back(state.conv))
-            if isinstance(state, RewindableState)
-            else state
-            for state in cache.layers
-        ),
-        next_position=next_position,
-        key_positions=forget(cache.key_positions),
-        global_key_positions=forget(cache.global_key_positions),
+    position = cache.next_position - counts
+    rewound = _map_layers(
+        cache, config, lambda m, state: m.rewind(config, state, counts, position)
     )
+    return dataclasses.replace(rewound, next_position=position)
 
 
-def _keep_newest(states: jax.Array, size: int) -> jax.Array:
-    """[B, S, E] -> [B, size, E]: the last ones, zeros before them."""
-    states = jnp.pad(states, ((0, 0), (max(size - states.shape[1], 0), 0), (0, 0)))
-    return states[:, states.shape[1] - size :]
+def _map_layers(cache, config, change) -> Cache:
+    """The cache with `change(mixer class, state)` for the state of each layer."""
+    layers = tuple(
+        change(TEMPORAL_MIXERS[kind], state)
+        for kind, state in zip(config.block_types, cache.layers, strict=True)
+    )
+    return dataclasses.replace(cache, layers=layers)
 
 
-def _relay(positions: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
-    """Where a ring of another size finds its entries, and their positions.
+def grows(config: GriffinConfig) -> bool:
+    """Whether the cache of this model must grow with the text."""
+    return any(TEMPORAL_MIXERS[kind].needs_capacity for kind in set(config.block_types))
+
+
+def _bounded(cache: Cache) -> list[Any]:
+    """The states that hold a bounded number of tokens; see `Mixer.needs_capacity`."""
+    return [state for state in cache.layers if hasattr(state, "capacity")]
+
+
+def max_tokens_held(cache: Cache) -> int | None:
+    """Most tokens that a row holds in a bounded layer.
+
+    None if there is no such layer, or if the cache is traced.
+    """
+    bounded = _bounded(cache)
+    if not bounded or isinstance(cache.next_position, jax.core.Tracer):
+        return None
+    return int(np.max(np.asarray(bounded[0].num_tokens)))
+
+
+def tokens_held(cache: Cache | None, chunk_positions: jax.Array) -> jax.Array:
+    """Number of tokens of its document that a bounded layer holds after each token.
 
     Args:
-      positions: int32 [B, S], of the entries of a ring of S slots.
-      slots: R, size of the new one.
+      cache: what the rows have read before; None is nothing.
+      chunk_positions: int32 [B, T], padding at row ends.
 
     Returns:
-      int32 [B, R], slots of the old ring, and int32 [B, R], positions in the new one.
+      int32 [B, T]; 0 at padding.
     """
-    newest = jnp.max(positions, axis=1, keepdims=True)
-    wanted = newest - (newest - jnp.arange(slots, dtype=jnp.int32)[None]) % slots
-    index = wanted % positions.shape[1]
-    held = jnp.take_along_axis(positions, index, axis=1) == wanted
-    return index, jnp.where(held & (wanted >= 0), wanted, -1)
-
-
-def _take_slots(state: AttentionState, index: jax.Array | None) -> AttentionState:
-    assert index is not None, "a layer has a ring that the cache has no positions for"
-    rows = index[..., None, None]
-    return AttentionState(*(jnp.take_along_axis(ring, rows, axis=1) for ring in state))
+    length = chunk_positions.shape[1]
+    count = jnp.arange(1, length + 1, dtype=jnp.int32)[None]
+    if cache is not None:
+        # Layers that are bounded hold the same tokens.
+        count = count + _bounded(cache)[0].num_tokens[:, None]
+    restarted = jnp.cumsum(chunk_positions == 0, axis=1) > 0
+    count = jnp.where(restarted, chunk_positions + 1, count)
+    return jnp.where(chunk_positions >= 0, count, 0)
 
 
 def check_positions(positions: np.ndarray, next_position: np.ndarray | None = None):

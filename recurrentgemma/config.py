@@ -16,7 +16,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-BLOCK_TYPES = ("recurrent", "local_attention", "global_attention", "min_gru")
+from recurrentgemma._validation import (
+    boolean,
+    choice,
+    floating_dtype,
+    number,
+    positive_integer,
+    refuse,
+)
+from recurrentgemma.kernels.linear_scan import IMPLEMENTATIONS as LINEAR_SCANS
+from recurrentgemma.kernels.local_attention import IMPLEMENTATIONS as ATTENTIONS
+from recurrentgemma.kernels.recurrent_step import IMPLEMENTATIONS as RECURRENT_STEPS
+from recurrentgemma.kernels.rg_lru import IMPLEMENTATIONS as RG_LRUS
+from recurrentgemma.mixers import TEMPORAL_MIXERS
 
 _SIZES = (
     "vocab_size",
@@ -31,52 +43,56 @@ _SIZES = (
     "num_gate_blocks",
     "conv_width",
 )
+_SWITCHES = ("attention_bias", "complex_rg_lru", "mlp_bias", "post_norms")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GriffinConfig:
     """The architecture of a Griffin-family model.
 
+    Sizes that must fit each other are checked by the mixers that use them, when a model
+    is made.
+
     Raises:
-      ValueError: a size is not positive, sizes do not divide, or a block type of the
-        pattern does not exist.
+      ValueError: a field has a wrong type or is out of range, or the pattern has a block
+        type that `TEMPORAL_MIXERS` does not have.
     """
 
     vocab_size: int
-    """V, rows of the embedding, which is also the output projection."""
+    """Number of rows of the embedding, V, which is also the output projection."""
     width: int
-    """D, size of the residual stream."""
+    """Size of the residual stream, D."""
     mlp_width: int
     """Hidden size of the gated MLP."""
     num_layers: int
-    """Residual blocks, each a temporal-mixing block and an MLP."""
+    """Number of residual blocks, each a temporal-mixing block and an MLP."""
     block_pattern: tuple[str, ...] = ("recurrent", "recurrent", "local_attention")
-    """Temporal-mixing block types, cycled over the layers."""
+    """Temporal-mixing block types, names of `TEMPORAL_MIXERS`, cycled over the layers."""
     num_heads: int
-    """N, query heads of attention."""
+    """Number of query heads of attention, N."""
     num_kv_heads: int = 1
-    """Key-value heads; 1 is multi-query attention."""
+    """Number of key-value heads; 1 is multi-query attention."""
     head_dim: int
-    """H, size of a head."""
+    """Size of a head, H."""
     query_scale: float | None = None
     """Factor on attention scores; None means head_dim ** -0.5."""
     rope_fraction: float = 0.5
     """Share of each head, from its start, that the rotary embedding turns."""
     attention_window: int = 2048
-    """W, past keys that local attention sees, besides the query's own."""
+    """Number of past keys that local attention sees, W, besides the query's own."""
     attention_soft_cap: float | None = None
     """Attention scores are bounded as c tanh(score / c); None leaves them."""
     attention_bias: bool = True
     """Whether the output projection of attention has a bias."""
     lru_width: int
-    """E, channels of the RG-LRU."""
+    """Number of channels of the RG-LRU, E."""
     num_gate_blocks: int
-    """Diagonal blocks of the RG-LRU gate matrices."""
+    """Number of diagonal blocks of the RG-LRU gate matrices."""
     complex_rg_lru: bool = False
     """Whether the RG-LRU is complex (CG-LRU, Griffin paper, appendix B): the first half
     of its channels holds real parts, the second half imaginary ones."""
     conv_width: int = 4
-    """Taps of the causal convolution before the RG-LRU."""
+    """Number of taps of the causal convolution before the RG-LRU."""
     mlp_bias: bool = True
     """Whether the three MLP projections have biases."""
     post_norms: bool = False
@@ -87,44 +103,21 @@ class GriffinConfig:
     """Logits are bounded as c tanh(logit / c); None leaves them."""
 
     def __post_init__(self):
-        object.__setattr__(self, "block_pattern", tuple(self.block_pattern))
+        fields: dict[str, Any] = {}
         for name in _SIZES:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-        if not self.block_pattern:
-            raise ValueError("block_pattern must name at least one block type.")
-        for block_type in self.block_pattern:
-            if block_type not in BLOCK_TYPES:
-                raise ValueError(
-                    f"block_pattern holds {block_type!r}; expected some of "
-                    f"{', '.join(BLOCK_TYPES)}."
-                )
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
-                f"({self.num_kv_heads})."
-            )
-        if self.lru_width % self.num_gate_blocks:
-            raise ValueError(
-                f"lru_width ({self.lru_width}) must be a multiple of num_gate_blocks "
-                f"({self.num_gate_blocks})."
-            )
-        if self.complex_rg_lru and self.lru_width % (2 * self.num_gate_blocks):
-            raise ValueError(
-                f"lru_width ({self.lru_width}) must be a multiple of twice "
-                f"num_gate_blocks ({self.num_gate_blocks}) if complex_rg_lru is true."
-            )
+            fields[name] = positive_integer(name, getattr(self, name))
+        for name in _SWITCHES:
+            fields[name] = boolean(name, getattr(self, name))
         for name in ("attention_soft_cap", "logits_soft_cap", "query_scale"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive or None, got {value!r}.")
-        rotated = self.rope_fraction * self.head_dim
-        if not 0 < self.rope_fraction <= 1 or rotated % 2:
-            raise ValueError(
-                f"rope_fraction ({self.rope_fraction}) must lie in (0, 1] and select "
-                f"an even part of head_dim ({self.head_dim})."
-            )
+            if getattr(self, name) is not None:
+                fields[name] = number(name, getattr(self, name), above=0)
+        fields["embedding_scale"] = number("embedding_scale", self.embedding_scale)
+        fields["rope_fraction"] = number(
+            "rope_fraction", self.rope_fraction, above=0, most=1
+        )
+        fields["block_pattern"] = _check_pattern(self.block_pattern)
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
 
     @property
     def block_types(self) -> tuple[str, ...]:
@@ -135,7 +128,7 @@ class GriffinConfig:
     @property
     def attention_scale(self) -> float:
         """The factor on attention scores."""
-        return self.query_scale or self.head_dim**-0.5
+        return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
@@ -179,12 +172,43 @@ class GriffinConfig:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def _check_pattern(pattern: Any) -> tuple[str, ...]:
+    """The block pattern as a tuple of known names."""
+    if isinstance(pattern, str) or not isinstance(pattern, list | tuple) or not pattern:
+        refuse(
+            "block_pattern",
+            "a list of at least one block type",
+            pattern,
+            f"known are {', '.join(TEMPORAL_MIXERS)}",
+        )
+    for i, kind in enumerate(pattern):
+        choice(
+            f"block_pattern[{i}]",
+            kind,
+            TEMPORAL_MIXERS,
+            "register a class of your own first: "
+            f"recurrentgemma.blocks.TEMPORAL_MIXERS[{kind!r}] = YourMixer",
+        )
+    return tuple(pattern)
+
+
+_IMPLEMENTATIONS = {
+    "linear_scan": LINEAR_SCANS,
+    "rg_lru": RG_LRUS,
+    "recurrent_step": RECURRENT_STEPS,
+    "local_attention": ATTENTIONS,
+}
+FLOAT32_PRECISIONS = ("highest", "high", "default")
+"""From exact to fast."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Runtime:
     """How a model runs; never saved with it.
 
     Raises:
-      ValueError: compute_dtype is not a floating-point dtype.
+      ValueError: compute_dtype is not a floating-point dtype, an op has no such
+        implementation, or there is no such precision.
     """
 
     compute_dtype: str | None = None
@@ -199,23 +223,37 @@ class Runtime:
     a single token; None is the best."""
     local_attention: str | None = None
     """Implementation of `recurrentgemma.kernels.local_attention`; None is the best."""
+    float32_precision: str = "highest"
+    """Precision of the model's matrix products where they are float32: "highest" is
+    float32. "high" and "default" are faster modes of accelerators (TensorFloat-32 on
+    GPU; three and one bfloat16 passes on TPU). A CPU knows float32 alone."""
     remat: bool = False
     """Recompute each residual block (each pattern group if stacked) in the backward
     pass instead of keeping its activations."""
 
     def __post_init__(self):
         if self.compute_dtype is not None:
-            dtype = jnp.dtype(self.compute_dtype)
-            if not jnp.issubdtype(dtype, jnp.floating):
-                raise ValueError(
-                    f"compute_dtype must be a floating-point dtype, got {dtype}."
-                )
+            dtype = floating_dtype("compute_dtype", self.compute_dtype)
             object.__setattr__(self, "compute_dtype", dtype.name)
+        for name, table in _IMPLEMENTATIONS.items():
+            if getattr(self, name) is not None:
+                choice(name, getattr(self, name), table, "None picks the best")
+        choice("float32_precision", self.float32_precision, FLOAT32_PRECISIONS)
+        boolean("remat", self.remat)
 
     @property
     def dtype(self) -> jnp.dtype:
         """The compute dtype, with None resolved for the default device."""
         return jnp.dtype(self.compute_dtype or _best_compute_dtype())
+
+    @property
+    def matmul_precision(self) -> str | None:
+        """The value for `jax.default_matmul_precision` around the model's products.
+
+        None, JAX's own default, unless they are float32: other dtypes have one way to
+        be multiplied.
+        """
+        return self.float32_precision if self.dtype == jnp.float32 else None
 
 
 def _best_compute_dtype() -> str:

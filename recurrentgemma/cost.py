@@ -1,15 +1,21 @@
 """What a model costs, from its `GriffinConfig` alone: no weights, no device.
 
-Parameters, cache bytes, FLOPs and bytes moved, each from the shapes of the Griffin
-paper (arXiv 2402.19427, section 2). A multiply and an add are 2 FLOPs. Counted are the
+Parameters, cache bytes, FLOPs and bytes moved. A temporal mixer's parameters and state
+are counted from shapes; its class adds what it computes besides matrix products. A
+multiply and an add are 2 FLOPs. Counted are the
 matrix products, the attention scores and sums, the convolution and the recurrence;
 norms, gates, softmax and other element-wise work are below 1 % at every preset and left
 out, as is usual (Kaplan et al., arXiv 2001.08361, section 2.1).
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from recurrentgemma._validation import positive_integer
+from recurrentgemma.blocks import TEMPORAL_MIXERS
 from recurrentgemma.config import GriffinConfig
 
 _FLOAT32_BYTES = 4
@@ -21,13 +27,13 @@ def parameter_counts(config: GriffinConfig) -> dict[str, int]:
     """Parameters by part of the model.
 
     Returns:
-      embedding (V D, tied with the output), recurrent blocks (of every kind), attention
-      blocks, MLPs and norms; the sum is the size of the model.
+      embedding (V D, tied with the output), recurrent blocks, attention blocks, the
+      parts that other mixers name, MLPs and norms; the sum is the size of the model.
     """
     mixers = {"recurrent blocks": 0, "attention blocks": 0}
-    for block_type in config.block_types:
-        part = "attention" if block_type in _ATTENTION else "recurrent"
-        mixers[f"{part} blocks"] += sum(_MIXER_PARAMETERS[block_type](config))
+    for mixer in _mixers(config):
+        count = sum(_mixer_parameters(mixer, config))
+        mixers[mixer.part] = mixers.get(mixer.part, 0) + count
     norms = 1 + config.num_layers * (4 if config.post_norms else 2)
     return {
         "embedding": config.vocab_size * config.width,
@@ -64,8 +70,9 @@ def cache_bytes(
 
     A recurrent layer keeps its float32 state and the last conv_width - 1 inputs of its
     convolution (a minGRU its state alone), a local-attention layer the keys and values
-    of W tokens, whatever the length of the text: 17.2 MB for recurrentgemma-2b in
-    bfloat16. A global-attention layer keeps the keys and values of `capacity` tokens.
+    of W tokens and their positions, whatever the length of the text: 17.3 MB for
+    recurrentgemma-2b in bfloat16. A global-attention layer keeps those of `capacity`
+    tokens.
 
     Args:
       config: the model.
@@ -76,27 +83,19 @@ def cache_bytes(
     Raises:
       ValueError: the model has global attention and no capacity is given.
     """
-    types = config.block_types
-    if "global_attention" in types and capacity is None:
+    if cache_grows(config) and capacity is None:
         raise ValueError(
             "capacity: expected how many tokens the cache of global attention holds, "
             "got None"
         )
-    itemsize = jnp.dtype(dtype).itemsize
-    key_value = 2 * config.num_kv_heads * config.head_dim * itemsize
-    convolution = (config.conv_width - 1) * config.lru_width * itemsize
-    row = _INT32_BYTES  # the position of the next token
-    state = config.lru_width * _FLOAT32_BYTES
-    row += types.count("recurrent") * (state + convolution)
-    row += types.count("min_gru") * state
-    # The positions of the keys are shared by the layers that see the same ones.
-    for block_type, slots in (
-        ("local_attention", config.attention_window),
-        ("global_attention", capacity or 0),
-    ):
-        if block_type in types:
-            row += slots * (types.count(block_type) * key_value + _INT32_BYTES)
-    return batch_size * row
+    name = jnp.dtype(dtype).name
+    row = sum(_state_bytes(m, config, name, capacity) for m in _mixers(config))
+    return batch_size * (row + _INT32_BYTES)  # and the position of the next token
+
+
+def cache_grows(config: GriffinConfig) -> bool:
+    """Whether the cache must grow with the text, because a mixer needs a capacity."""
+    return any(mixer.needs_capacity for mixer in _mixers(config))
 
 
 def forward_flops_per_token(config: GriffinConfig, length: int) -> float:
@@ -111,20 +110,8 @@ def forward_flops_per_token(config: GriffinConfig, length: int) -> float:
       length: T, tokens of the sequence; at least 1.
     """
     _check_length(length)
-    types = config.block_types
     flops = 2.0 * (_matrix_parameters(config) + config.vocab_size * config.width)
-    scan = 4 if config.complex_rg_lru else 2
-    flops += (
-        types.count("recurrent") * config.lru_width * (2 * config.conv_width + scan)
-    )
-    flops += types.count("min_gru") * config.lru_width * 2
-    per_key = 4 * config.num_heads * config.head_dim
-    for block_type, window in (
-        ("local_attention", config.attention_window),
-        ("global_attention", length),
-    ):
-        flops += types.count(block_type) * per_key * _mean_keys(length, window)
-    return flops
+    return flops + sum(mixer.other_flops(config, length) for mixer in _mixers(config))
 
 
 def train_flops_per_token(config: GriffinConfig, length: int) -> float:
@@ -160,58 +147,47 @@ def decode_bytes(
     return parameter_bytes(config, dtype) + cache
 
 
-def _recurrent_parameters(config):
-    """(matrices, the rest) of a recurrent block."""
-    d, e = config.width, config.lru_width
-    # A complex RG-LRU has one gate value for the two parts of a number.
-    gated = e // 2 if config.complex_rg_lru else e
-    gates = 2 * e * (gated // config.num_gate_blocks)
-    matrices = 2 * d * e + e * d + gates
-    biases = 2 * e + d + 2 * gated
-    convolution = (config.conv_width + 1) * e
-    return matrices, biases + convolution + e  # and a_param, a_imag_param
-
-
-def _min_gru_parameters(config):
-    """(matrices, the rest) of a minGRU block."""
-    d, e = config.width, config.lru_width
-    return 3 * d * e, 2 * e + d
-
-
-def _attention_parameters(config):
-    """(matrices, the rest) of an attention block."""
-    heads = 2 * config.num_heads + 2 * config.num_kv_heads
-    matrices = config.width * heads * config.head_dim
-    return matrices, config.width if config.attention_bias else 0
-
-
 def _mlp_parameters(config):
     """(matrices, the rest) of a gated MLP."""
     biases = 2 * config.mlp_width + config.width
     return 3 * config.width * config.mlp_width, biases if config.mlp_bias else 0
 
 
-_ATTENTION = ("local_attention", "global_attention")
-_MIXER_PARAMETERS = {
-    "recurrent": _recurrent_parameters,
-    "min_gru": _min_gru_parameters,
-    **dict.fromkeys(_ATTENTION, _attention_parameters),
-}
+@functools.lru_cache
+def _mixer_parameters(mixer, config):
+    """(matrices, the rest) of a temporal mixer of this class."""
+    matrices = rest = 0
+    leaves, _ = jax.tree_util.tree_flatten_with_path(mixer.shapes(config))
+    for path, leaf in leaves:
+        # The last key is the variable's.
+        name = jax.tree_util.keystr(path[:-1], simple=True, separator=".")
+        if mixer.is_multiplied(name):
+            matrices += leaf.size
+        else:
+            rest += leaf.size
+    return matrices, rest
+
+
+@functools.lru_cache
+def _state_bytes(mixer, config, dtype, capacity):
+    """Bytes of a row's state in a layer of this class."""
+    shapes = mixer.shapes(config, dtype)
+    state = jax.eval_shape(lambda: shapes.init_state(1, capacity))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def _mixers(config):
+    """The class of each layer's temporal mixer, which must take this config."""
+    for kind in set(config.block_types):
+        TEMPORAL_MIXERS[kind].check_config(config)
+    return [TEMPORAL_MIXERS[kind] for kind in config.block_types]
 
 
 def _matrix_parameters(config):
     """Parameters of all matrices but the embedding."""
-    mixers = (_MIXER_PARAMETERS[kind](config)[0] for kind in config.block_types)
+    mixers = (_mixer_parameters(mixer, config)[0] for mixer in _mixers(config))
     return sum(mixers) + config.num_layers * _mlp_parameters(config)[0]
 
 
-def _mean_keys(length, window):
-    """Keys that a query sees, its own among them, averaged over a sequence."""
-    seen = min(length, window + 1)
-    ramp = seen * (seen + 1) / 2  # the first queries see 1, 2, ... keys
-    return (ramp + (length - seen) * seen) / length
-
-
 def _check_length(length):
-    if length < 1:
-        raise ValueError(f"length: expected at least 1 token, got {length}")
+    positive_integer("length", length)

@@ -15,15 +15,19 @@ import functools
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from recurrentgemma import cache as cache_lib
 from recurrentgemma._compat import ModuleList
+from recurrentgemma._validation import positive_integer, refuse
+from recurrentgemma.blocks import TEMPORAL_MIXERS
 from recurrentgemma.blocks.residual import ResidualBlock
-from recurrentgemma.cache import AttentionState, Cache, Chunk
+from recurrentgemma.cache import Cache, Chunk, Observer, reorder
 from recurrentgemma.config import GriffinConfig, Runtime
 from recurrentgemma.kernels import meshes
-from recurrentgemma.kernels.local_attention import KVCache
 from recurrentgemma.layers import Embedder, RMSNorm, soft_cap
 from recurrentgemma.rotary import rotary_tables
 
@@ -31,12 +35,18 @@ from recurrentgemma.rotary import rotary_tables
 class Griffin(nnx.Module):
     """A model of the Griffin family (arXiv 2402.19427, section 2).
 
+    Outside a JAX transformation a call is a compiled call: it takes about as long as a
+    jitted one, and compiles once for each shape.
+
     Example:
       >>> model = Griffin(PRESETS["nano"], rngs=nnx.Rngs(0))
       >>> hidden, cache = model(jnp.array([[2, 17, 23]]))
       >>> next_token = model.logits(hidden)[:, -1].argmax(-1)
       >>> hidden, cache = model(next_token[:, None], cache=cache)
     """
+
+    observer: Observer | None = None
+    """Who sees or replaces values inside the layers; see `recurrentgemma.inspect`."""
 
     def __init__(
         self, config: GriffinConfig, *, rngs: nnx.Rngs, runtime: Runtime = Runtime()
@@ -70,7 +80,11 @@ class Griffin(nnx.Module):
             a document, -1 is padding, else the previous position + 1 (a row that has
             read nothing may start anywhere). None continues each row. Values are not
             checked here; `recurrentgemma.cache.check_positions` does.
-          cache: what the rows have read before; None is nothing.
+          cache: what the rows have read before; None is nothing. Global attention holds
+            `capacity` tokens of a document (T after a call without a cache). A call
+            with concrete arrays first grows a cache that is too small. In a traced
+            call, whose shapes are fixed, the hidden states of the tokens past the
+            capacity are NaN: make room with `recurrentgemma.cache.grow`.
 
         Returns:
           hidden: [B, T, D] in the compute dtype, after the final norm; finite and
@@ -78,23 +92,35 @@ class Griffin(nnx.Module):
           cache: the state of the rows after the chunk.
 
         Raises:
-          ValueError: shapes or dtypes do not fit each other.
+          ValueError: shapes or dtypes do not fit each other, the cache belongs to
+            another model, or a concrete token is not in the vocabulary.
         """
-        _check_inputs(self.config, tokens, positions, cache)
+        cache = prepare(self, tokens, positions, cache)
+        if is_traced(self, tokens, positions, cache):
+            return self._read(tokens, positions, cache)
+        return _compiled_read(self, tokens, positions, cache)
+
+    def _read(self, tokens, positions, cache):
+        """The call itself, of arguments that were checked, under any mesh."""
         specs = functools.partial(meshes.rows_spec, tokens)
         return meshes.with_auto_axes(
-            Griffin._call, specs, self, tokens, positions, cache
+            Griffin._run, specs, self, tokens, positions, cache
         )
 
-    def _call(self, tokens, positions, cache):
-        tokens, chunk, inverse = self._chunk(tokens, positions, cache)
-        x = self.embedder.encode(tokens, self.runtime.dtype)
-        states = _open_cache(self.config, cache)
-        x, states = self._run_layers(x, chunk, states)
-        x = self.final_norm(x)
-        if inverse is not None:
-            x = jnp.take_along_axis(x, inverse[..., None], axis=1)
-        return x, _close_cache(self.config, states, chunk.next_position)
+    def _run(self, tokens, positions, cache):
+        with jax.default_matmul_precision(self.runtime.matmul_precision):
+            tokens, chunk = self._chunk(tokens, positions, cache)
+            x = self.embedder.encode(tokens, self.runtime.dtype)
+            x = chunk.observe("embedding", x)
+            states = [None] * self.config.num_layers if cache is None else cache.layers
+            x, states = self._run_layers(x, chunk, list(states))
+            x = self.final_norm(x)
+            if cache is not None and (capacity := cache.capacity) is not None:
+                lost = cache_lib.tokens_held(cache, chunk.positions) > capacity
+                x = jnp.where(lost[..., None], jnp.asarray(jnp.nan, x.dtype), x)
+            if chunk.order is not None:
+                x = reorder(x, chunk.order[1])
+            return x, Cache(tuple(states), chunk.next_position)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Next-token logits after the soft cap.
@@ -104,12 +130,36 @@ class Griffin(nnx.Module):
 
         Returns:
           float32 [B, T, V].
+
+        Raises:
+          ValueError: hidden has another shape, or is not floating point.
         """
-        specs = functools.partial(meshes.rows_spec, hidden)
-        return meshes.with_auto_axes(Griffin._logits, lambda: specs()[0], self, hidden)
+        width = self.config.width
+        if (
+            not hasattr(hidden, "shape")
+            or hidden.ndim != 3
+            or hidden.shape[2] != width
+            or not jnp.issubdtype(hidden.dtype, jnp.floating)
+        ):
+            raise ValueError(
+                f"hidden: expected floating-point hidden states [B, T, {width}], got "
+                f"{_kind(hidden)}; pass what a call of the model returns"
+            )
+        if is_traced(self.embedder, hidden):
+            return self._logits(hidden)
+        return _compiled_logits(self, hidden)
 
     def _logits(self, hidden):
-        with jax.named_scope("logits"):
+        specs = functools.partial(meshes.rows_spec, hidden)
+        return meshes.with_auto_axes(
+            Griffin._run_logits, lambda: specs()[0], self, hidden
+        )
+
+    def _run_logits(self, hidden):
+        with (
+            jax.named_scope("logits"),
+            jax.default_matmul_precision(self.runtime.matmul_precision),
+        ):
             return soft_cap(self.embedder.decode(hidden), self.config.logits_soft_cap)
 
     def init_cache(self, batch_size: int, *, capacity: int | None = None) -> Cache:
@@ -121,18 +171,30 @@ class Griffin(nnx.Module):
             types do not use it.
 
         Returns:
-          A cache whose shapes never change.
+          A cache whose shapes never change under `jax.jit`.
 
         Raises:
           ValueError: batch_size is less than 1, or the model has global attention and
             capacity is missing or less than 1.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        blocks = [self._layer(i).mixer for i in range(self.config.num_layers)]
-        states = [block.init_state(batch_size, capacity) for block in blocks]
-        empty = jnp.zeros((batch_size,), jnp.int32)
-        return _close_cache(self.config, states, empty)
+        positive_integer("batch_size", batch_size)
+        if capacity is not None:
+            positive_integer("capacity", capacity)
+        elif cache_lib.grows(self.config):
+            raise ValueError(
+                "capacity: expected the tokens that global attention can hold, got "
+                "None; pass capacity= to init_cache"
+            )
+        if is_traced(self):
+            return self._init_cache(batch_size, capacity)
+        return _compiled_init_cache(self, batch_size, capacity)
+
+    def _init_cache(self, batch_size, capacity):
+        states = [
+            self._layer(i).mixer.init_state(batch_size, capacity)
+            for i in range(self.config.num_layers)
+        ]
+        return Cache(tuple(states), jnp.zeros((batch_size,), jnp.int32))
 
     def _layer(self, index: int) -> ResidualBlock:
         """The module of a layer; of a stacked one, the module of its group."""
@@ -142,14 +204,14 @@ class Griffin(nnx.Module):
             return self.groups[index % period]
         return self.blocks[index - stacked]
 
-    def _chunk(self, tokens, positions, cache):
-        """Tokens with padding at row ends, their `Chunk`, and the way back."""
+    def _chunk(self, tokens, positions, cache) -> tuple[jax.Array, Chunk]:
+        """Tokens with padding at row ends, and their `Chunk`."""
         batch_size, length = tokens.shape
         if cache is None:
             start = jnp.zeros((batch_size,), jnp.int32)
         else:
             start = cache.next_position
-        inverse = None
+        order = None
         if positions is None:
             positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
             lengths = jnp.full((batch_size,), length, jnp.int32)
@@ -157,24 +219,27 @@ class Griffin(nnx.Module):
         else:
             positions = jnp.maximum(positions.astype(jnp.int32), -1)
             if length > 1:
-                order = jnp.argsort(positions < 0, axis=1, stable=True)
-                inverse = jnp.argsort(order, axis=1)
-                tokens = jnp.take_along_axis(tokens, order, axis=1)
-                positions = jnp.take_along_axis(positions, order, axis=1)
+                given = jnp.argsort(positions < 0, axis=1, stable=True)
+                order = given, jnp.argsort(given, axis=1)
+                tokens = reorder(tokens, given)
+                positions = reorder(positions, given)
             lengths = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
             last = jnp.maximum(lengths - 1, 0)[:, None]
             last_position = jnp.take_along_axis(positions, last, axis=1)[:, 0]
             next_position = jnp.where(lengths > 0, last_position + 1, start)
         rotary = None
-        if any(kind.endswith("attention") for kind in self.config.block_types):
+        if any(TEMPORAL_MIXERS[kind].uses_rotary for kind in self.config.block_types):
             rotated_dim = round(self.config.rope_fraction * self.config.head_dim)
             rotary = rotary_tables(positions, rotated_dim)
-        return tokens, Chunk(positions, lengths, next_position, rotary), inverse
+        chunk = Chunk(
+            positions, lengths, next_position, rotary, order, observer=self.observer
+        )
+        return tokens, chunk
 
     def _run_layers(self, x, chunk, states):
         """Stacked groups under one scan, then the layers that are not stacked."""
 
-        def run(blocks, x, states):
+        def run(blocks, x, states, chunk):
             new_states = []
             for block, state in zip(blocks, states, strict=True):
                 x, state = block(x, chunk, state)
@@ -187,18 +252,36 @@ class Griffin(nnx.Module):
         period = len(self.groups)
         new_states = [None] * stacked
         if stacked:
+            if self.observer is not None:
+                raise ValueError(
+                    "model: expected layers that are not stacked, because each has its "
+                    "own name for the observer; use unstack_layers"
+                )
             by_place = [_stack(states[p:stacked:period]) for p in range(period)]
             x, by_place = jax.lax.scan(
-                lambda x, group: run(group[0], x, group[1]),
+                lambda x, group: run(group[0], x, group[1], chunk),
                 x,
                 (list(self.groups), by_place),
             )
             for p, place in enumerate(by_place):
                 new_states[p::period] = _unstack(place, stacked // period)
-        for block, state in zip(self.blocks, states[stacked:], strict=True):
-            x, [state] = run([block], x, [state])
+        layers = zip(self.blocks, states[stacked:], strict=True)
+        for index, (block, state) in enumerate(layers, stacked):
+            layer_chunk = chunk.within(f"blocks.{index}")
+            x, [state] = run([block], x, [state], layer_chunk)
             new_states.append(state)
         return x, new_states
+
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves(self)
+        dtypes = sorted({str(getattr(leaf, "dtype", "?")) for leaf in leaves})
+        count = sum(getattr(leaf, "size", 0) for leaf in leaves)
+        return (
+            f"Griffin(layers={self.config.num_layers}, width={self.config.width}, "
+            f"{count:,} parameters in {' and '.join(dtypes)})"
+        )
+
+    __str__ = __repr__
 
 
 def stack_layers(model: Griffin) -> Griffin:
@@ -250,60 +333,107 @@ def _unstack(tree: Any, count: int) -> list[Any]:
     ]
 
 
-def _open_cache(config: GriffinConfig, cache: Cache | None) -> list[Any]:
-    """The state of each layer as its mixer takes it."""
-    if cache is None:
-        return [None] * config.num_layers
-    positions: dict[str, Any] = {
-        "local_attention": cache.key_positions,
-        "global_attention": cache.global_key_positions,
-    }
-    return [
-        KVCache(*state, positions[kind]) if isinstance(state, AttentionState) else state
-        for kind, state in zip(config.block_types, cache.layers, strict=True)
-    ]
+@jax.jit
+def _compiled_read(model, tokens, positions, cache):
+    return model._read(tokens, positions, cache)
 
 
-def _close_cache(
-    config: GriffinConfig, states: list[Any], next_position: jax.Array
-) -> Cache:
-    """The cache of these states; layers of a kind share the positions of their keys."""
-    positions: dict[str, Any] = dict.fromkeys(("local_attention", "global_attention"))
-    layers = []
-    for kind, state in zip(config.block_types, states, strict=True):
-        if isinstance(state, KVCache):
-            positions[kind] = state.positions
-            state = AttentionState(state.keys, state.values)
-        layers.append(state)
-    return Cache(
-        layers=tuple(layers),
-        next_position=next_position,
-        key_positions=positions["local_attention"],
-        global_key_positions=positions["global_attention"],
-    )
+@jax.jit
+def _compiled_logits(model, hidden):
+    return model._logits(hidden)
+
+
+@functools.partial(jax.jit, static_argnames=("batch_size", "capacity"))
+def _compiled_init_cache(model, batch_size, capacity):
+    return model._init_cache(batch_size, capacity)
+
+
+def is_traced(*trees: Any) -> bool:
+    """Whether a leaf belongs to a JAX transformation, which then compiles the call."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def prepare(
+    model: Griffin,
+    tokens: jax.Array,
+    positions: jax.Array | None,
+    cache: Cache | None,
+) -> Cache | None:
+    """Checks the arguments of a call; the cache, grown if it is concrete and too small.
+
+    Raises:
+      ValueError: as a call of the model.
+    """
+    _check_inputs(model.config, tokens, positions, cache)
+    if cache is None or (capacity := cache.capacity) is None:
+        return cache
+    if is_traced(tokens, positions, cache):
+        return cache
+    held = int(_most_tokens_held(cache, positions, length=tokens.shape[1]))
+    if held <= capacity:
+        return cache
+    return _grow(cache, model.config, 1 << (held - 1).bit_length())
+
+
+_grow = jax.jit(cache_lib.grow, static_argnums=(1, 2))
+
+
+@functools.partial(jax.jit, static_argnames="length")
+def _most_tokens_held(cache, positions, length):
+    """Most tokens of a document that a bounded layer has to hold after the chunk."""
+    if positions is None:
+        steps = jnp.arange(length, dtype=jnp.int32)[None]
+        positions = cache.next_position[:, None] + steps
+    order = jnp.argsort(positions < 0, axis=1, stable=True)
+    return jnp.max(cache_lib.tokens_held(cache, reorder(positions, order)))
+
+
+def _kind(value: Any) -> str:
+    """What an argument is, for an error."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype} {list(value.shape)}"
+    return type(value).__name__
 
 
 def _check_inputs(config, tokens, positions, cache):
-    if tokens.ndim != 2 or 0 in tokens.shape:
+    if not hasattr(tokens, "dtype") or tokens.ndim != 2 or 0 in tokens.shape:
         raise ValueError(
-            f"tokens must be [B, T] with B and T at least 1, got {tokens.shape}."
+            "tokens: expected an array int32 [B, T] with B and T at least 1, got "
+            f"{_kind(tokens)}; for one text pass jnp.array([ids])"
         )
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"tokens must be integers, got {tokens.dtype}.")
-    if positions is not None and positions.shape != tokens.shape:
         raise ValueError(
-            f"positions must have the shape of tokens, {tokens.shape}, got "
-            f"{positions.shape}."
+            f"tokens: expected integers, got {tokens.dtype}; pass token ids"
         )
-    if positions is not None and not jnp.issubdtype(positions.dtype, jnp.integer):
-        raise ValueError(f"positions must be integers, got {positions.dtype}.")
-    if cache is not None and cache.batch_size != tokens.shape[0]:
+    if not isinstance(tokens, jax.core.Tracer):
+        known = np.asarray(tokens)
+        low, high = int(known.min()), int(known.max())
+        if low < 0 or high >= config.vocab_size:
+            raise ValueError(
+                f"tokens: expected ids from 0 to {config.vocab_size - 1}, got "
+                f"{low if low < 0 else high}; use the tokenizer of this model"
+            )
+    if positions is not None and (
+        getattr(positions, "shape", None) != tokens.shape
+        or not jnp.issubdtype(positions.dtype, jnp.integer)
+    ):
         raise ValueError(
-            f"tokens have {tokens.shape[0]} rows but the cache has "
-            f"{cache.batch_size}; use take, repeat or concatenate on the cache."
+            f"positions: expected integers of the shape of tokens, "
+            f"{list(tokens.shape)}, got {_kind(positions)}; pass None to continue rows"
         )
-    if cache is not None and len(cache.layers) != config.num_layers:
+    if cache is None:
+        return
+    if not isinstance(cache, Cache):
+        refuse(
+            "cache", "a Cache or None", cache, "pass what a call or init_cache gives"
+        )
+    if cache.batch_size != tokens.shape[0]:
         raise ValueError(
-            f"The cache has {len(cache.layers)} layers but the model has "
-            f"{config.num_layers}; it belongs to another model."
+            f"cache: expected {tokens.shape[0]} rows as in tokens, got "
+            f"{cache.batch_size}; use take, repeat or concatenate on the cache"
+        )
+    if len(cache.layers) != config.num_layers:
+        raise ValueError(
+            f"cache: expected {config.num_layers} layers, got {len(cache.layers)}; it "
+            "belongs to another model"
         )

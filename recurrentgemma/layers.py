@@ -7,6 +7,7 @@ float32 accumulation; norms and the RG-LRU compute in float32. Equations: Griffi
 
 import math
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +15,19 @@ from flax import nnx
 
 from recurrentgemma.cache import Chunk
 from recurrentgemma.config import Runtime
-from recurrentgemma.kernels import rg_lru
+from recurrentgemma.kernels import linear_scan, rg_lru
 from recurrentgemma.kernels.complex_rg_lru import complex_rg_lru
 from recurrentgemma.kernels.dispatch import einsum_float32
 from recurrentgemma.kernels.rg_lru.gates import Gate, logits
+from recurrentgemma.kernels.rg_lru.reference import (
+    DECAY_SCALE,
+    log_decay,
+    sqrt_bounded_derivative,
+)
 
 NORM_EPSILON = 1e-6
-RG_LRU_DECAY_FACTOR = 8.0
-"""c of the Griffin paper: log a = -c softplus(a_param) r."""
 RG_LRU_MIN_RADIUS, RG_LRU_MAX_RADIUS = 0.9, 0.999
-"""Range of a ** c at initialisation and an open recurrence gate."""
+"""Range of the decay at initialisation and an open recurrence gate."""
 CG_LRU_MAX_PHASE = 0.1 * math.pi
 """Phases of complex decays are uniform up to here at initialisation."""
 CONV_INIT_VARIANCE = 0.01
@@ -192,7 +196,14 @@ class CausalConv1D(nnx.Module):
 
 
 class RGLRU(nnx.Module):
-    """The real-gated linear recurrent unit (Griffin, section 2.4)."""
+    """The real-gated linear recurrent unit (Griffin, section 2.4).
+
+    Observed, float32 [B, T, E]: the gates after their sigmoids, `decay` (a_t, before a
+    document's start sets it to 0) and `state` (h_t). The op forms none of them, so they
+    are computed from its inputs, where somebody looks.
+    """
+
+    observed: ClassVar = ("recurrence_gate", "input_gate", "decay", "state")
 
     def __init__(
         self, width: int, num_gate_blocks: int, runtime: Runtime, *, rngs: nnx.Rngs
@@ -206,6 +217,10 @@ class RGLRU(nnx.Module):
         self, x: jax.Array, chunk: Chunk, h0: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """x [B, T, E], h0 float32 [B, E] -> y [B, T, E], h_last float32 [B, E]."""
+        if chunk.sees(*self.observed):
+            h = self._observed_states(x, chunk, h0)
+            if chunk.replaces(*self.observed):
+                return h.astype(x.dtype), h[:, -1]
         return rg_lru(
             x,
             self.recurrence_gate.gate,
@@ -219,6 +234,10 @@ class RGLRU(nnx.Module):
 
     def states(self, x: jax.Array, chunk: Chunk, h0: jax.Array) -> jax.Array:
         """float32 [B, T, E]: the state after every token, y before it is rounded."""
+        if chunk.sees(*self.observed):
+            h = self._observed_states(x, chunk, h0)
+            if chunk.replaces(*self.observed):
+                return h
         return rg_lru(
             x.astype(jnp.float32),
             self.recurrence_gate(x),
@@ -230,9 +249,41 @@ class RGLRU(nnx.Module):
             linear_scan=self.runtime.linear_scan,
         )[0]
 
+    def _observed_states(self, x, chunk, h0):
+        """The states, from values that the observer sees and may have replaced."""
+        recurrence_gate, input_gate = (
+            chunk.observe(name, jax.nn.sigmoid(gate(x).astype(jnp.float32)))
+            for name, gate in (
+                ("recurrence_gate", self.recurrence_gate),
+                ("input_gate", self.input_gate),
+            )
+        )
+        log_a = log_decay(self.a_param[...])[None, None] * recurrence_gate
+        decay = chunk.observe("decay", jnp.exp(log_a))
+        if chunk.replaces("decay"):
+            radicand = 1 - decay * decay
+        else:
+            radicand = -jnp.expm1(2 * log_a)
+        scanned = input_gate * x.astype(jnp.float32)
+        starts = (chunk.positions == 0)[..., None]
+        holds = (chunk.positions < 0)[..., None]
+        scale = jnp.where(starts, 1.0, sqrt_bounded_derivative(radicand))
+        h, _ = linear_scan(
+            jnp.where(holds, 0.0, scale * scanned),
+            jnp.where(holds, 1.0, jnp.where(starts, 0.0, decay)),
+            h0,
+            implementation=self.runtime.linear_scan,
+        )
+        return chunk.observe("state", h)
+
 
 class ComplexRGLRU(RGLRU):
-    """The complex one, CG-LRU (Griffin, appendix B): E / 2 real parts come first."""
+    """The complex one, CG-LRU (Griffin, appendix B): E / 2 real parts come first.
+
+    Observed, float32: the gates after their sigmoids [B, T, E / 2], and `state`.
+    """
+
+    observed: ClassVar = ("recurrence_gate", "input_gate", "state")
 
     def __init__(
         self, width: int, num_gate_blocks: int, runtime: Runtime, *, rngs: nnx.Rngs
@@ -254,17 +305,22 @@ class ComplexRGLRU(RGLRU):
         self, x: jax.Array, chunk: Chunk, h0: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """x [B, T, E], h0 float32 [B, E] -> y [B, T, E], h_last float32 [B, E]."""
+        if chunk.sees("state"):
+            h = self.states(x, chunk, h0)
+            if chunk.replaces("state"):
+                return h.astype(x.dtype), h[:, -1]
         return self._scan(x, x, chunk, h0)
 
     def states(self, x: jax.Array, chunk: Chunk, h0: jax.Array) -> jax.Array:
         """float32 [B, T, E]: the state after every token, y before it is rounded."""
-        return self._scan(x, x.astype(jnp.float32), chunk, h0)[0]
+        h, _ = self._scan(x, x.astype(jnp.float32), chunk, h0)
+        return chunk.observe("state", h)
 
     def _scan(self, x, scanned, chunk, h0):
         return complex_rg_lru(
             scanned,
-            self.recurrence_gate(x),
-            self.input_gate(x),
+            self._gate_logits("recurrence_gate", x, chunk),
+            self._gate_logits("input_gate", x, chunk),
             self.a_param[...],
             self.a_imag_param[...],
             chunk.positions,
@@ -272,14 +328,21 @@ class ComplexRGLRU(RGLRU):
             implementation=self.runtime.linear_scan,
         )
 
+    def _gate_logits(self, name, x, chunk):
+        """The logits of a gate; those of its replacement, where it has one."""
+        given = getattr(self, name)(x)
+        if not chunk.sees(name):
+            return given
+        gate = chunk.observe(name, jax.nn.sigmoid(given.astype(jnp.float32)))
+        return jax.scipy.special.logit(gate) if chunk.replaces(name) else given
+
 
 def _init_a_param(key: jax.Array, width: int) -> jax.Array:
-    """a ** c uniform in area on the ring between the two radii, for r = 1."""
+    """Decays for r = 1 that are uniform in area on the ring between the two radii."""
     low, high = RG_LRU_MIN_RADIUS**2, RG_LRU_MAX_RADIUS**2
-    log_decay = 0.5 * jnp.log(
-        jax.random.uniform(key, (width,), minval=low, maxval=high)
-    )
-    return jnp.log(jnp.expm1(-log_decay / RG_LRU_DECAY_FACTOR))
+    area = jax.random.uniform(key, (width,), minval=low, maxval=high)
+    log_a = 0.5 * jnp.log(area)
+    return jnp.log(jnp.expm1(-log_a / DECAY_SCALE))
 
 
 class Embedder(nnx.Module):

@@ -108,15 +108,18 @@ def test_info_of_every_preset_needs_no_weights(preset, run):
 
 def test_info_shows_memory_by_dtype_and_batch(run):
     out = run("info", "recurrentgemma-2b")[1]
-    assert "cache                    17.2 MB       34.3 MB" in out
+    assert "cache                    17.3 MB       34.4 MB" in out
     assert "parameters            5,368.0 MB   10,731.4 MB" in out
-    assert "172.5 MB" in run("info", "recurrentgemma-2b", "--batch-size=10")[1]
-    assert "however long: 17.2 MB or 34.3 MB." in out
+    assert "173.0 MB" in run("info", "recurrentgemma-2b", "--batch-size=10")[1]
+    assert "however long: 17.3 MB or 34.4 MB." in out
     small, large = (run("info", "gemma-2b", f"--context={n}")[1] for n in (8, 9))
     assert small != large
-    # 18 layers, a key and a value of 256 each; and the position.
-    key_values = 18 * 2 * 256
-    growth = f"by {2 * key_values + 4:,} or {4 * key_values + 4:,} bytes a token."
+    # 18 layers, a key and a value of 256 each, and the position.
+    key_values, positions = 18 * 2 * 256, 18 * 4
+    growth = (
+        f"by {2 * key_values + positions:,} or {4 * key_values + positions:,} "
+        "bytes a token."
+    )
     assert growth in small and growth in large
 
 

@@ -97,7 +97,7 @@ def test_cache_bytes_are_those_of_the_cache(name, dtype):
 
 
 def test_cache_of_the_released_models_is_as_published():
-    for preset, megabytes in (("recurrentgemma-2b", 17.2), ("recurrentgemma-9b", 26.2)):
+    for preset, megabytes in (("recurrentgemma-2b", 17.3), ("recurrentgemma-9b", 26.3)):
         assert round(cost.cache_bytes(PRESETS[preset]) / 1e6, 1) == megabytes
 
 

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from recurrentgemma import Griffin, Runtime, load, save
+from recurrentgemma import Griffin, Runtime, griffin, layers, load, save
+from recurrentgemma.blocks import TEMPORAL_MIXERS
+from recurrentgemma.checkpoints.parameters import describe
 from recurrentgemma.griffin import stack_layers, unstack_layers
+from recurrentgemma.kernels.local_attention import KVCache
 from tests.golden_models import named_leaves
 from tests.models import WINDOW, forward, random_model, random_tokens, tiny_config
 from tests.tolerances import assert_close
@@ -27,9 +30,11 @@ BFLOAT16_SPLIT_FACTOR = 1.1
 """Bound on the error of a split bfloat16 run over that of an unsplit one."""
 
 CONFIGS = {
+    **{
+        kind: tiny_config(block_pattern=(kind,), num_layers=2)
+        for kind in TEMPORAL_MIXERS
+    },
     "griffin": tiny_config(),
-    "hawk": tiny_config(block_pattern=("recurrent",), num_layers=2),
-    "transformer": tiny_config(block_pattern=("global_attention",), num_layers=2),
     "gemma2": tiny_config(
         block_pattern=("local_attention", "global_attention"),
         num_layers=2,
@@ -45,7 +50,6 @@ CONFIGS = {
     "complex_hawk": tiny_config(
         block_pattern=("recurrent",), num_layers=1, complex_rg_lru=True
     ),
-    "min_gru": tiny_config(block_pattern=("min_gru",), num_layers=2),
 }
 parametrize_config = pytest.mark.parametrize("name", CONFIGS)
 property_test = hypothesis.settings(
@@ -110,23 +114,19 @@ def _feed(model, tokens, positions, places):
 def _assert_same_cache(actual, expected):
     """Equal counters and states; slots that hold nothing are not compared."""
     np.testing.assert_array_equal(actual.next_position, expected.next_position)
-    for name in ("key_positions", "global_key_positions"):
-        ours, theirs = getattr(actual, name), getattr(expected, name)
-        assert (ours is None) == (theirs is None)
-        if ours is not None:
-            np.testing.assert_array_equal(ours, theirs)
-    for ours, theirs in zip(_meaningful(actual), _meaningful(expected), strict=True):
-        assert_close(ours, theirs, "cache")
-
-
-def _meaningful(cache):
-    rings = [cache.key_positions, cache.global_key_positions]
-    for leaf in jax.tree.leaves(cache.layers):
-        for held in rings:
-            if held is not None and leaf.shape[:2] == held.shape and leaf.ndim == 4:
-                leaf = np.where(np.asarray(held)[..., None, None] >= 0, leaf, 0)
-                break
-        yield leaf
+    for ours, theirs in zip(actual.layers, expected.layers, strict=True):
+        assert type(ours) is type(theirs)
+        if isinstance(ours, KVCache):
+            np.testing.assert_array_equal(ours.positions, theirs.positions)
+            held = np.asarray(ours.positions)[..., None, None] >= 0
+            ours, theirs = (
+                [np.where(held, leaf, 0) for leaf in (ring.keys, ring.values)]
+                for ring in (ours, theirs)
+            )
+        for leaf, other in zip(
+            jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True
+        ):
+            assert_close(leaf, other, "cache")
 
 
 @parametrize_config
@@ -235,7 +235,7 @@ def test_steps_equal_the_plain_forward_around_the_window(length, start):
     _assert_same_cache(cache, plain_cache)
 
 
-@pytest.mark.parametrize("name", ["griffin", "transformer"])
+@pytest.mark.parametrize("name", ["griffin", "global_attention"])
 def test_numbers_do_not_depend_on_where_a_row_starts(name):
     """Attention sees distances alone, so position 1e8 is as good as position 5."""
     model = _model(name)
@@ -365,11 +365,15 @@ def test_default_runtime_on_cpu_is_float32():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tokens": jnp.zeros(3, jnp.int32)}, r"tokens must be \[B, T\]"),
+        ({"tokens": jnp.zeros(3, jnp.int32)}, r"tokens: expected .* \[B, T\]"),
         ({"tokens": jnp.zeros((1, 0), jnp.int32)}, "at least 1"),
-        ({"tokens": jnp.zeros((2, 3))}, "integers"),
+        ({"tokens": jnp.zeros((2, 3))}, "tokens: expected integers"),
+        ({"tokens": [[1, 2, 3]]}, "tokens: expected an array .* got list"),
+        ({"tokens": jnp.full((2, 3), 40)}, "tokens: expected ids from 0 to 39, got 40"),
+        ({"tokens": np.full((2, 3), -1)}, "tokens: expected ids from 0 to 39, got -1"),
         ({"positions": jnp.zeros((2, 4), jnp.int32)}, "shape of tokens"),
-        ({"positions": jnp.zeros((2, 3))}, "integers"),
+        ({"positions": jnp.zeros((2, 3))}, "positions: expected integers"),
+        ({"cache": jnp.zeros((2, 3))}, "cache: expected a Cache"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -380,14 +384,111 @@ def test_bad_arguments(arguments, message):
 
 def test_batch_of_tokens_and_cache_must_agree():
     model = _model("griffin")
-    with pytest.raises(ValueError, match="2 rows but the cache has 3"):
+    with pytest.raises(ValueError, match="cache: expected 2 rows .* got 3"):
         model(random_tokens((2, 3)), cache=model.init_cache(3))
     with pytest.raises(ValueError, match="belongs to another model"):
-        model(random_tokens((2, 3)), cache=_model("hawk").init_cache(2))
+        model(random_tokens((2, 3)), cache=_model("recurrent").init_cache(2))
 
 
 def test_global_attention_needs_a_capacity():
     with pytest.raises(ValueError, match="capacity"):
-        _model("transformer").init_cache(1)
+        _model("global_attention").init_cache(1)
     with pytest.raises(ValueError, match="batch_size"):
         _model("griffin").init_cache(0)
+
+
+def test_eager_calls_are_compiled_calls():
+    """One program a shape; weights that are edited in place are seen."""
+    model = random_model(CONFIGS["griffin"], seed=5)
+    tokens = random_tokens((BATCH, CALL_LENGTH))
+    expected, expected_cache = forward(model, tokens, None, model.init_cache(BATCH))
+    cache = model.init_cache(BATCH)
+    hidden, after = model(tokens, cache=cache)
+    assert_close(model.logits(hidden), expected, "logits")
+    _assert_same_cache(after, expected_cache)
+    compiled = griffin._compiled_read._cache_size()
+    model(tokens, cache=after)
+    assert griffin._compiled_read._cache_size() == compiled
+    model.final_norm.scale[...] = model.final_norm.scale[...] + 1
+    changed, _ = model(tokens, cache=cache)
+    assert griffin._compiled_read._cache_size() == compiled
+    assert np.abs(changed - hidden).max() > 0.1
+
+
+def test_a_module_in_the_place_of_the_rg_lru_runs_in_steps_too():
+    class Doubled(layers.RGLRU):
+        def __call__(self, x, chunk, h0):
+            y, h = super().__call__(x, chunk, h0)
+            return 2 * y, h
+
+    model = random_model(tiny_config(block_pattern=("recurrent",), num_layers=1))
+    mixer = model.blocks[0].mixer
+    doubled = Doubled(32, 4, model.runtime, rngs=nnx.Rngs(0))
+    nnx.update(doubled, nnx.state(mixer.rg_lru))
+    mixer.rg_lru = doubled
+    tokens = random_tokens((BATCH, 3))
+    plain, _ = forward(model, tokens)
+    cache = model.init_cache(BATCH)
+    for t in range(3):
+        logits, cache = forward(model, tokens[:, t : t + 1], None, cache)
+        assert_close(logits[:, 0], plain[:, t], "logits")
+
+
+@pytest.mark.parametrize("size", [1, 4, 12])
+def test_tokens_past_the_capacity_are_nan_in_a_compiled_call(size):
+    """In any split, from the first one on, until the next document."""
+    model = _model("global_attention")
+    tokens = random_tokens((BATCH, 12))
+    documents = [[*range(12)], [*range(9), 0, 1, 2]]
+    positions = np.array(documents)
+    whole, _ = forward(model, tokens, positions, model.init_cache(BATCH, capacity=12))
+    cache, logits = model.init_cache(BATCH, capacity=6), []
+    for start in range(0, 12, size):
+        part = slice(start, start + size)
+        out, cache = forward(model, tokens[:, part], positions[:, part], cache)
+        logits.append(out)
+    logits = np.concatenate(logits, axis=1)
+    lost = positions >= 6
+    assert np.isnan(logits[lost]).all()
+    assert_close(logits[~lost], whole[~lost], "logits")
+
+
+def test_an_eager_call_grows_a_cache_that_is_too_small():
+    model = _model("global_attention")
+    tokens = random_tokens((BATCH, 9))
+    expected, _ = forward(model, tokens)
+    hidden, cache = model(tokens[:, :5])
+    assert cache.capacity == 5
+    for t in range(5, 9):
+        hidden, cache = model(tokens[:, t : t + 1], cache=cache)
+        assert_close(model.logits(hidden)[:, 0], expected[:, t], "logits")
+    assert cache.capacity == 16
+
+
+@pytest.mark.parametrize("precision", ["highest", "default"])
+def test_float32_products_have_the_precision_of_the_runtime(precision):
+    runtime = Runtime(compute_dtype="float32", float32_precision=precision)
+    model = describe(CONFIGS["griffin"], runtime)
+
+    def run(model, tokens):
+        return model.logits(model(tokens)[0])
+
+    program = jax.jit(run).lower(model, random_tokens((BATCH, CALL_LENGTH))).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert len(products) > len(model.blocks)
+    for line in products:
+        assert ("HIGHEST" in line) == (precision == "highest"), line
+
+
+@pytest.mark.parametrize("hidden", [jnp.zeros((2, 3), jnp.int32), [1.0], None])
+def test_logits_of_something_else(hidden):
+    with pytest.raises(ValueError, match=r"hidden: expected .* \[B, T, 24\], got"):
+        _model("griffin").logits(hidden)
+
+
+def test_models_and_caches_are_shown_in_one_line():
+    model = _model("griffin")
+    count = sum(leaf.size for leaf in jax.tree.leaves(model))
+    expected = f"Griffin(layers=3, width=24, {count:,} parameters in float32)"
+    assert repr(model) == str(model) == expected
+    assert repr(model.init_cache(2)) == "Cache(rows=2, layers=3, 0.0 MB)"

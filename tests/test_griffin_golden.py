@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from recurrentgemma import Runtime
+from recurrentgemma.kernels.local_attention import KVCache
 from tests.golden_models import (
     DEEPMIND_CASES,
     GOLDEN,
@@ -53,7 +54,7 @@ def _check_cache(model, cache, data, prefix, *, compare_conv=True):
                 assert_close(state.conv, data[f"{place}/conv1d_state"], "cache")
             continue
         np.testing.assert_array_equal(cache.next_position, data[f"{place}/num_tokens"])
-        held = np.asarray(cache.key_positions) >= 0
+        held = np.asarray(state.positions) >= 0
         for name in ("keys", "values"):
             ours = np.where(held[..., None, None], getattr(state, name), 0)
             theirs = np.where(held[..., None, None], data[f"{place}/{name}"], 0)
@@ -62,9 +63,12 @@ def _check_cache(model, cache, data, prefix, *, compare_conv=True):
 
 def _check_key_positions(cache, positions, window):
     """The ring holds the last W tokens of each row's last document, and no others."""
-    if cache.key_positions is None:
+    rings = [state for state in cache.layers if isinstance(state, KVCache)]
+    if not rings:
         return
-    for row, held in zip(positions, np.asarray(cache.key_positions), strict=True):
+    for ring in rings[1:]:
+        np.testing.assert_array_equal(ring.positions, rings[0].positions)
+    for row, held in zip(positions, np.asarray(rings[0].positions), strict=True):
         row = row[row >= 0]
         start = np.flatnonzero(row == 0)[-1] if (row == 0).any() else 0
         expected = np.full(window, -1)

@@ -85,7 +85,7 @@ def train_on(
     chosen = rng.permutation(len(documents))[: 4 * steps]
     encoded = [encode_document(tokenizer, documents[i]) for i in chosen]
     packed = PackedTokens(encoded, row_tokens)
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-4), steps)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-4), steps, model.config)
     params = {n: p.astype(jnp.float32) for n, p in named_parameters(model).items()}
     state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
     template = jax.eval_shape(lambda: with_parameters(model, params))

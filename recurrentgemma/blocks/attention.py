@@ -4,11 +4,15 @@ Queries, keys and values have no bias, the first part of each head is rotated, a
 query sees itself and the last W keys of its document (all of them, if global).
 """
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from recurrentgemma._validation import refuse
+from recurrentgemma.blocks.mixer import Mixer
 from recurrentgemma.cache import Chunk
 from recurrentgemma.config import GriffinConfig, Runtime
 from recurrentgemma.kernels import local_attention
@@ -17,8 +21,11 @@ from recurrentgemma.layers import Linear
 from recurrentgemma.rotary import apply_rotary
 
 
-class LocalAttentionBlock(nnx.Module):
+class LocalAttentionBlock(Mixer):
     """Sliding-window attention; its state is a ring of W keys and values."""
+
+    part: ClassVar[str] = "attention blocks"
+    uses_rotary: ClassVar[bool] = True
 
     def __init__(self, config: GriffinConfig, runtime: Runtime, *, rngs: nnx.Rngs):
         width, head_dim = config.width, config.head_dim
@@ -37,6 +44,22 @@ class LocalAttentionBlock(nnx.Module):
         self.config = config
         self.runtime = runtime
 
+    @classmethod
+    def check_config(cls, config: GriffinConfig) -> None:
+        """See `Mixer.check_config`."""
+        if config.num_heads % config.num_kv_heads:
+            refuse(
+                "num_heads",
+                f"a multiple of num_kv_heads ({config.num_kv_heads})",
+                config.num_heads,
+            )
+        if (config.rope_fraction * config.head_dim) % 2:
+            refuse(
+                "rope_fraction",
+                f"an even part of head_dim ({config.head_dim})",
+                config.rope_fraction,
+            )
+
     @property
     def window(self) -> int | None:
         """Past keys that a query sees; None is all of them."""
@@ -45,12 +68,22 @@ class LocalAttentionBlock(nnx.Module):
     def __call__(
         self, x: jax.Array, chunk: Chunk, state: KVCache | None
     ) -> tuple[jax.Array, KVCache]:
-        """x [B, T, D] -> y [B, T, D] in x's dtype, and the ring after the chunk."""
+        """x [B, T, D] -> y [B, T, D] in x's dtype, and the ring after the chunk.
+
+        Observed, in x's dtype: `queries` [B, T, N, H], `keys` and `values` [B, T, K, H]
+        before the rotary embedding, and `heads` [B, T, N, H], the weighted sums.
+        """
         config = self.config
         with jax.named_scope("attention_block"):
             q, k, v = (
-                rearrange(proj(x), "b t (n h) -> b t n h", h=config.head_dim)
-                for proj in (self.proj_q, self.proj_k, self.proj_v)
+                chunk.observe(
+                    name, rearrange(proj(x), "b t (n h) -> b t n h", h=config.head_dim)
+                )
+                for name, proj in (
+                    ("queries", self.proj_q),
+                    ("keys", self.proj_k),
+                    ("values", self.proj_v),
+                )
             )
             assert chunk.rotary is not None, "attention needs rotary tables"
             y, state = local_attention(
@@ -64,6 +97,7 @@ class LocalAttentionBlock(nnx.Module):
                 soft_cap=config.attention_soft_cap,
                 implementation=self.runtime.local_attention,
             )
+            y = chunk.observe("heads", y)
             return self.proj_out(rearrange(y, "b t n h -> b t (n h)")), state
 
     def init_state(self, batch_size: int, capacity: int | None = None) -> KVCache:
@@ -78,16 +112,64 @@ class LocalAttentionBlock(nnx.Module):
             positions=jnp.full((batch_size, slots), -1, jnp.int32),
         )
 
+    @classmethod
+    def other_flops(cls, config: GriffinConfig, length: int) -> float:
+        """4 N H for each key that a query sees: the score and the weighted sum."""
+        return _attention_flops(config, length, config.attention_window)
+
+    @classmethod
+    def make_rewindable(
+        cls, config: GriffinConfig, state: KVCache, count: int
+    ) -> KVCache:
+        """A ring of W + count slots."""
+        return _resize(state, config.attention_window + count)
+
+    @classmethod
+    def rewind(
+        cls,
+        config: GriffinConfig,
+        state: KVCache,
+        counts: jax.Array,
+        next_position: jax.Array,
+    ) -> KVCache:
+        """The ring without the keys from `next_position` on."""
+        del config, counts
+        is_kept = state.positions < next_position[:, None]
+        return state._replace(positions=jnp.where(is_kept, state.positions, -1))
+
+
+class GrowingRing(KVCache):
+    """A ring that must hold the whole document: it may not come round to its start."""
+
+    @property
+    def capacity(self) -> int:
+        """Number of slots."""
+        return self.positions.shape[1]
+
+    @property
+    def num_tokens(self) -> jax.Array:
+        """Tokens that each row holds, int32 [B]."""
+        return jnp.sum(self.positions >= 0, axis=1, dtype=jnp.int32)
+
 
 class GlobalAttentionBlock(LocalAttentionBlock):
     """Attention to the whole document; its state is a ring of `capacity` entries."""
+
+    needs_capacity: ClassVar[bool] = True
 
     @property
     def window(self) -> int | None:
         """None: no bound."""
         return None
 
-    def init_state(self, batch_size: int, capacity: int | None = None) -> KVCache:
+    def __call__(
+        self, x: jax.Array, chunk: Chunk, state: KVCache | None
+    ) -> tuple[jax.Array, GrowingRing]:
+        """See `LocalAttentionBlock`; without a state the new ring has T slots."""
+        y, ring = super().__call__(x, chunk, state)
+        return y, GrowingRing(*ring)
+
+    def init_state(self, batch_size: int, capacity: int | None = None) -> GrowingRing:
         """An empty ring.
 
         Raises:
@@ -95,7 +177,44 @@ class GlobalAttentionBlock(LocalAttentionBlock):
         """
         if capacity is None or capacity < 1:
             raise ValueError(
-                "Global attention needs a cache capacity of at least 1 token, got "
-                f"{capacity}; pass capacity= to init_cache."
+                "capacity: expected at least 1, the tokens that global attention can "
+                f"hold, got {capacity}; pass capacity= to init_cache"
             )
-        return self._empty_ring(batch_size, capacity)
+        return GrowingRing(*self._empty_ring(batch_size, capacity))
+
+    @classmethod
+    def other_flops(cls, config: GriffinConfig, length: int) -> float:
+        """4 N H for each key that a query sees: the score and the weighted sum."""
+        return _attention_flops(config, length, length)
+
+    @classmethod
+    def grow(cls, config: GriffinConfig, state: GrowingRing, capacity: int):
+        """A ring of `capacity` slots."""
+        return _resize(state, capacity)
+
+    @classmethod
+    def make_rewindable(
+        cls, config: GriffinConfig, state: GrowingRing, count: int
+    ) -> GrowingRing:
+        """The ring as it is: it holds all tokens anyway."""
+        return state
+
+
+def _attention_flops(config: GriffinConfig, length: int, window: int) -> float:
+    seen = min(length, window + 1)
+    ramp = seen * (seen + 1) / 2  # The first queries see 1, 2, ... keys.
+    mean_keys = (ramp + (length - seen) * seen) / length
+    return 4 * config.num_heads * config.head_dim * mean_keys
+
+
+def _resize(ring: KVCache, slots: int) -> KVCache:
+    """The same entries in a ring of another number of slots, in its own type."""
+    newest = jnp.max(ring.positions, axis=1, keepdims=True)
+    wanted = newest - (newest - jnp.arange(slots, dtype=jnp.int32)[None]) % slots
+    index = wanted % ring.positions.shape[1]
+    held = jnp.take_along_axis(ring.positions, index, axis=1) == wanted
+    keys, values = (
+        jnp.take_along_axis(entries, index[..., None, None], axis=1)
+        for entries in (ring.keys, ring.values)
+    )
+    return type(ring)(keys, values, jnp.where(held & (wanted >= 0), wanted, -1))

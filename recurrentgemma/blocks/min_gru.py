@@ -11,14 +11,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from recurrentgemma.blocks import history
+from recurrentgemma.blocks.mixer import Mixer
 from recurrentgemma.cache import Chunk
 from recurrentgemma.config import GriffinConfig, Runtime
 from recurrentgemma.kernels import linear_scan
 from recurrentgemma.layers import Linear
 
+_FLOPS_PER_CHANNEL = 2
 
-class MinGRUBlock(nnx.Module):
-    """minGRU between two linear layers; its state is h, float32 [B, E]."""
+
+class MinGRUBlock(Mixer):
+    """minGRU between two linear layers.
+
+    Its state is h, float32 [B, E]; where K tokens may be taken back the states after
+    each of the last 1 + K tokens, float32 [B, 1 + K, E].
+    """
 
     def __init__(self, config: GriffinConfig, runtime: Runtime, *, rngs: nnx.Rngs):
         width, state_width = config.width, config.lru_width
@@ -33,22 +41,59 @@ class MinGRUBlock(nnx.Module):
     def __call__(
         self, x: jax.Array, chunk: Chunk, state: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """x [B, T, D] -> y [B, T, D] in x's dtype, and the state after the chunk."""
+        """x [B, T, D] -> y [B, T, D] in x's dtype, and the state after the chunk.
+
+        Observed, float32 [B, T, E]: `update_gate` (z), `decay` (1 - z) and `state`.
+        """
         with jax.named_scope("min_gru_block"):
             logits = self.linear_z(x).astype(jnp.float32)
             candidate = self.linear_h(x).astype(jnp.float32)
+            update = chunk.observe("update_gate", jax.nn.sigmoid(logits))
+            # sigmoid(-z) is 1 - sigmoid(z) with all its digits.
+            replaced = chunk.replaces("update_gate")
+            kept = 1 - update if replaced else jax.nn.sigmoid(-logits)
+            kept = chunk.observe("decay", kept)
             starts = (chunk.positions == 0)[..., None]
             holds = (chunk.positions < 0)[..., None]
-            # sigmoid(-z) is 1 - sigmoid(z) with all its digits.
-            kept = jnp.where(starts, 0.0, jax.nn.sigmoid(-logits))
-            y, state = linear_scan(
-                jnp.where(holds, 0.0, jax.nn.sigmoid(logits) * candidate),
-                jnp.where(holds, 1.0, kept),
-                state,
+            is_rewindable = state is not None and state.ndim > 2
+            h, last = linear_scan(
+                jnp.where(holds, 0.0, update * candidate),
+                jnp.where(holds, 1.0, jnp.where(starts, 0.0, kept)),
+                state[:, -1] if state is not None and is_rewindable else state,
                 implementation=self.runtime.linear_scan,
             )
-            return self.linear_out(y.astype(x.dtype)), state
+            h = chunk.observe("state", h)
+            if chunk.replaces("state"):
+                last = h[:, -1]
+            if state is not None and is_rewindable:
+                last = history.extend(state, h, chunk.lengths)
+            return self.linear_out(h.astype(x.dtype)), last
 
     def init_state(self, batch_size: int, capacity: int | None = None) -> jax.Array:
         """The state before any token; capacity is not used."""
         return jnp.zeros((batch_size, self.config.lru_width), jnp.float32)
+
+    @classmethod
+    def other_flops(cls, config: GriffinConfig, length: int) -> float:
+        """The recurrence, for each channel."""
+        return config.lru_width * _FLOPS_PER_CHANNEL
+
+    @classmethod
+    def make_rewindable(
+        cls, config: GriffinConfig, state: jax.Array, count: int
+    ) -> jax.Array:
+        """Keeps the states of 1 + count tokens."""
+        states = state if state.ndim > 2 else state[:, None]
+        return history.keep_newest(states, 1 + count) if count else states[:, -1]
+
+    @classmethod
+    def rewind(
+        cls,
+        config: GriffinConfig,
+        state: jax.Array,
+        counts: jax.Array,
+        next_position: jax.Array,
+    ) -> jax.Array:
+        """See `Mixer.rewind`."""
+        del config, next_position
+        return history.step_back(state, counts)

@@ -25,20 +25,28 @@ class ResidualBlock(nnx.Module):
     ):
         width = config.width
         self.temporal_pre_norm = RMSNorm(width)
-        self.mixer = TEMPORAL_MIXERS[block_type](config, runtime, rngs=rngs)
+        mixer = TEMPORAL_MIXERS[block_type]
+        mixer.check_config(config)
+        self.mixer = mixer(config, runtime, rngs=rngs)
         self.channel_pre_norm = RMSNorm(width)
         self.mlp = GatedMLP(config, rngs=rngs)
         self.temporal_post_norm = RMSNorm(width) if config.post_norms else None
         self.channel_post_norm = RMSNorm(width) if config.post_norms else None
 
     def __call__(self, x: jax.Array, chunk: Chunk, state: Any) -> tuple[jax.Array, Any]:
-        """x [B, T, D] -> [B, T, D], and the mixer's state after the chunk."""
-        y, state = self.mixer(self.temporal_pre_norm(x), chunk, state)
+        """x [B, T, D] -> [B, T, D], and the mixer's state after the chunk.
+
+        Observed, [B, T, D]: `mixer` and `mlp`, what each adds to the stream before a
+        post norm, and `residual`, the stream after the block.
+        """
+        x_norm = self.temporal_pre_norm(x)
+        y, state = self.mixer(x_norm, chunk.within("mixer"), state)
+        y = chunk.observe("mixer", y)
         if self.temporal_post_norm is not None:
             y = self.temporal_post_norm(y)
         x = x + y
         with jax.named_scope("mlp_block"):
-            y = self.mlp(self.channel_pre_norm(x))
+            y = chunk.observe("mlp", self.mlp(self.channel_pre_norm(x)))
             if self.channel_post_norm is not None:
                 y = self.channel_post_norm(y)
-            return x + y, state
+            return chunk.observe("residual", x + y), state

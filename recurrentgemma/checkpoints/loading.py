@@ -81,7 +81,7 @@ def load(
     parameters, not_finite = {}, set()
     # The largest first: what one needs besides its own memory then adds to little.
     for name in sorted(shapes, key=lambda name: -np.prod(shapes[name])):
-        dtype = parameter_dtype(name, runtime, param_dtype)
+        dtype = parameter_dtype(name, config, runtime, param_dtype)
         source = stored.tensors[name].watched(_note_if_not_finite(name, not_finite))
         parameters[name] = place(source.astype(dtype, name), dtype, shardings[name])
     if not_finite:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from recurrentgemma.blocks import TEMPORAL_MIXERS
 from recurrentgemma.checkpoints.tensors import TensorSource, array_source
 from recurrentgemma.config import PRESETS, GriffinConfig, Runtime
 from recurrentgemma.griffin import Griffin
@@ -18,18 +19,43 @@ MAX_VOCABULARY_PADDING = 256
 """An embedding may have fewer than this many rows that no token uses."""
 
 
-def parameter_dtype(name: str, runtime: Runtime, param_dtype: Any = None) -> np.dtype:
+def parameter_dtype(
+    name: str, config: GriffinConfig, runtime: Runtime, param_dtype: Any = None
+) -> np.dtype:
     """The dtype that a parameter is loaded in.
 
     Matrices and the embedding are in the compute dtype, where they are only multiplied;
-    norm scales, biases, the convolution and `a_param` enter float32 computation and
-    stay float32. An explicit `param_dtype` holds for all.
+    norm scales, biases and what a mixer's class names enter float32 computation and stay
+    float32. An explicit `param_dtype` holds for all.
+
+    Args:
+      name: native, such as "blocks.0.mixer.linear_x.kernel".
+      config: of the model.
+      runtime: how the model is to run.
+      param_dtype: the dtype of all parameters; None is what inference needs.
     """
     if param_dtype is not None:
         return np.dtype(param_dtype)
-    *_, module, leaf = name.split(".")
-    multiplied = leaf in ("kernel", "embedding") and module != "conv_1d"
+    mixer, inner = mixer_of(name, config)
+    if mixer is not None:
+        multiplied = mixer.is_multiplied(inner)
+    else:
+        multiplied = name.split(".")[-1] in ("kernel", "embedding")
     return np.dtype(runtime.dtype if multiplied else jnp.float32)
+
+
+def mixer_of(name: str, config: GriffinConfig) -> tuple[Any, str]:
+    """The class of the mixer that a parameter belongs to, and its name inside it.
+
+    None and the whole name for a parameter of something else.
+    """
+    match = re.fullmatch(r"(blocks|groups)\.(\d+)\.mixer\.(.+)", name)
+    if match is None:
+        return None, name
+    # Layers repeat with the pattern, whose places are the groups of a stacked model;
+    # the layers behind whole groups begin with the pattern again.
+    kind = config.block_pattern[int(match[2]) % len(config.block_pattern)]
+    return TEMPORAL_MIXERS[kind], match[3]
 
 
 def named_parameters(model: Griffin) -> dict[str, Any]:

@@ -101,13 +101,13 @@ def _about_cache(config: GriffinConfig, batch_size: int, context: int) -> list[s
         sizes = (cost.cache_bytes(config, dtype=d, capacity=tokens) for d in DTYPES)
         return list(sizes)
 
-    if "global_attention" not in config.block_types:
-        both = " or ".join(_megabytes(size) for size in one_text(0))
+    if not cost.cache_grows(config):
+        both = " or ".join(_megabytes(size) for size in one_text(1))
         return [
             f"The cache is for {texts}, however long.",
             f"A prefix is the cache of one text, however long: {both}.",
         ]
-    growth = zip(one_text(0), one_text(1), strict=True)
+    growth = zip(one_text(1), one_text(2), strict=True)
     both = " or ".join(f"{after - before:,}" for before, after in growth)
     return [
         f"The cache grows with the text; here it is for {texts} of {context:,}.",

@@ -376,5 +376,4 @@ class Generation:
 
 def _capacity(cache: Cache) -> int:
     """Slots of global attention; 0 without it."""
-    positions = cache.global_key_positions
-    return 0 if positions is None else positions.shape[1]
+    return cache.capacity or 0

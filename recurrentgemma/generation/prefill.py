@@ -81,7 +81,7 @@ def capacity_for(config: GriffinConfig, num_tokens: int) -> int | None:
 
     None for a model without global attention.
     """
-    if "global_attention" not in config.block_types:
+    if not cache_lib.grows(config):
         return None
     capacity = MIN_CAPACITY
     while capacity < num_tokens:
@@ -92,9 +92,7 @@ def capacity_for(config: GriffinConfig, num_tokens: int) -> int | None:
 def make_room(cache: Cache, config: GriffinConfig, num_tokens: int) -> Cache:
     """The cache, its global layers grown to hold so many tokens if they cannot yet."""
     capacity = capacity_for(config, num_tokens)
-    if capacity is None or cache.global_key_positions is None:
-        return cache
-    if capacity <= cache.global_key_positions.shape[1]:
+    if capacity is None or cache.capacity is None or capacity <= cache.capacity:
         return cache
     return cache_lib.grow(cache, config, capacity)
 

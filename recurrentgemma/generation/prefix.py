@@ -6,9 +6,10 @@ The cache has seen every token of a row but the last, which is held back: whatev
 next feeds it first, so that sampling, scoring and chat continue alike. A Griffin model's
 prefix has one size, however long the text was; with global attention it grows with it.
 
-A file is one safetensors file: the arrays by path, and as metadata the format's version
-and three digests: of the architecture, of weights that every fine-tuning changes, and of
-the arrays.
+A file is one safetensors file: the arrays by path, and as metadata the format's version,
+the capacity of a cache that has one, and three digests: of the architecture, of weights
+that every fine-tuning changes, and of the arrays. In version 1 the layers of a kind
+shared the positions of their keys; such files are translated.
 """
 
 import dataclasses
@@ -27,10 +28,16 @@ from safetensors.numpy import save_file
 from recurrentgemma import cache as cache_lib
 from recurrentgemma._atomic import replace_file
 from recurrentgemma.cache import Cache
+from recurrentgemma.config import GriffinConfig
 from recurrentgemma.griffin import Griffin
 
 FORMAT = "recurrentgemma-prefix"
-VERSION = 1
+VERSION = 2
+_SHARED_POSITIONS = {
+    "local_attention": "key_positions",
+    "global_attention": "global_key_positions",
+}
+"""Names in version 1 of the positions that the layers of a kind shared."""
 
 _DIGESTED = ("scale", "a_param")
 _OWN_ARRAYS = ("last_token", "num_tokens", "seen")
@@ -106,6 +113,8 @@ class Prefix:
             "model_digest": self.model_digest,
             "content_digest": _content_digest(arrays),
         }
+        if self.cache.capacity is not None:
+            metadata["capacity"] = str(self.cache.capacity)
         try:
             with replace_file(Path(path)) as partial:
                 save_file(arrays, partial, metadata=metadata)
@@ -130,11 +139,13 @@ class Prefix:
         _check_digest(str(path), metadata["model_digest"], model_digest(model))
         if _content_digest(arrays) != metadata["content_digest"]:
             raise ValueError(f"{path} is damaged: its arrays do not fit their digest.")
-        global_positions = arrays.get("global_key_positions")
+        if int(metadata["version"]) == 1:
+            metadata, arrays = _translate_version_1(metadata, arrays, model.config)
+        capacity = metadata.get("capacity")
         like = jax.eval_shape(
             lambda: model.init_cache(
                 len(arrays["last_token"]),
-                capacity=None if global_positions is None else len(global_positions[0]),
+                capacity=None if capacity is None else int(capacity),
             )
         )
         leaves = [
@@ -212,6 +223,23 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
         raise ValueError(
             f"{path} is no prefix, or a damaged one: {error}. Read the text again."
         ) from error
+
+
+def _translate_version_1(
+    metadata: dict[str, str], arrays: dict[str, np.ndarray], config: GriffinConfig
+) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """What version 2 would have stored: positions for each ring, and the capacity."""
+    shared = {name: arrays.get(name) for name in _SHARED_POSITIONS.values()}
+    arrays = {name: array for name, array in arrays.items() if name not in shared}
+    for layer, kind in enumerate(config.block_types):
+        if kind in _SHARED_POSITIONS:
+            positions = shared[_SHARED_POSITIONS[kind]]
+            assert positions is not None, f"a prefix without positions of {kind}"
+            arrays[f"layers.{layer}.positions"] = positions
+    positions = shared[_SHARED_POSITIONS["global_attention"]]
+    if positions is not None:
+        metadata = {**metadata, "capacity": str(positions.shape[1])}
+    return metadata, arrays
 
 
 def _check_digest(what: str, made_by: str, now: str) -> None:

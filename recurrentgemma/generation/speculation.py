@@ -99,7 +99,8 @@ def speculate_block(
         )
         rejected = jnp.where(state.done, 0, fed.shape[1] - counts)
         state = _advance(state, chosen, counts, end_mask)._replace(
-            cache=rewind(cache, rejected), draft_cache=rewind(draft_cache, rejected)
+            cache=rewind(cache, model.config, rejected),
+            draft_cache=rewind(draft_cache, draft.config, rejected),
         )
         return state, output
 

@@ -144,7 +144,7 @@ def train(config: TrainConfig) -> Path:
     _claim(output, config)
 
     model = Griffin(model_config, rngs=nnx.Rngs(config.seed))
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    optimizer = make_optimizer(config.optimizer, config.steps, model_config)
     params = named_parameters(model)
     state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
     checkpoints = Checkpoints(output / "checkpoints")
@@ -212,7 +212,7 @@ def export(model: Griffin, params: dict[str, jax.Array]) -> Griffin:
     return with_parameters(
         model,
         {
-            name: value.astype(parameter_dtype(name, runtime))
+            name: value.astype(parameter_dtype(name, model.config, runtime))
             for name, value in params.items()
         },
     )

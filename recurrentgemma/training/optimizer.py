@@ -1,18 +1,19 @@
 """AdamW with a warm-up, a cosine, a clip and a decay mask.
 
 Weight decay pulls matrices to zero, where a matrix does nothing. Norm scales, biases,
-the embedding, the convolution and the RG-LRU have other natural values and are left
-alone (RecurrentGemma report, section 3).
+the embedding and what the class of a temporal mixer names (the convolution and the
+RG-LRU) have other natural values and are left alone (RecurrentGemma report, section 3).
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 import optax
 
+from recurrentgemma.checkpoints.parameters import mixer_of
+from recurrentgemma.config import GriffinConfig
 from recurrentgemma.training.options import option
-
-NEVER_DECAYED = ("embedder", "conv_1d", "rg_lru")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +60,12 @@ class OptimizerConfig:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
 
 
-def is_decayed(name: str) -> bool:
+def is_decayed(name: str, model_config: GriffinConfig) -> bool:
     """Whether weight decay applies to a parameter, by its native name."""
-    parts = name.split(".")
-    return parts[-1] == "kernel" and not set(parts) & set(NEVER_DECAYED)
+    mixer, inner = mixer_of(name, model_config)
+    if mixer is not None:
+        return mixer.is_decayed(inner)
+    return name.split(".")[-1] == "kernel"
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -77,8 +80,10 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     )
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """An optimizer of parameters given as {native name: array}."""
+def make_optimizer(
+    config: OptimizerConfig, steps: int, model_config: GriffinConfig
+) -> optax.GradientTransformation:
+    """An optimizer of a model's parameters, given as {native name: array}."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -87,10 +92,12 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             b2=config.b2,
             eps=config.epsilon,
             weight_decay=config.weight_decay,
-            mask=_decay_mask,
+            mask=partial(_decay_mask, model_config),
         ),
     )
 
 
-def _decay_mask(params: dict[str, jax.Array]) -> dict[str, bool]:
-    return {name: is_decayed(name) for name in params}
+def _decay_mask(
+    model_config: GriffinConfig, params: dict[str, jax.Array]
+) -> dict[str, bool]:
+    return {name: is_decayed(name, model_config) for name in params}

@@ -166,7 +166,7 @@ def test_parameter_dtypes(tmp_path):
     for name, array in named_parameters(loaded).items():
         float32 = name.split(".")[-1] in kept_float32 or "conv_1d" in name
         assert array.dtype == ("float32" if float32 else "bfloat16"), name
-        assert parameter_dtype(name, runtime, "float16") == "float16"
+        assert parameter_dtype(name, config(), runtime, "float16") == "float16"
     whole, _ = load(tmp_path / "saved", runtime=runtime, param_dtype=jnp.float32)
     assert {leaf.dtype for leaf in jax.tree.leaves(whole)} == {np.dtype("float32")}
 

@@ -1,6 +1,7 @@
 """A prefix is what was read: continued, saved, forked, it gives what the text gives."""
 
 import itertools
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -24,6 +25,7 @@ SETTINGS = [
 ]
 PATTERN = ("recurrent", "local_attention", "global_attention")
 VOCAB = 61
+OLD_FILE = Path(__file__).parents[1] / "golden" / "prefixes" / "version_1.prefix"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -155,7 +157,7 @@ def test_a_saved_prefix_continues_like_the_one_in_memory(sampler, tmp_path):
         np.testing.assert_array_equal(getattr(prefix, name), getattr(loaded, name))
         assert getattr(prefix, name).dtype == getattr(loaded, name).dtype
     with safe_open(path, framework="numpy") as file:
-        assert file.metadata()["version"] == "1"
+        assert file.metadata()["version"] == "2"
 
 
 def test_a_bfloat16_prefix_survives_its_file(tmp_path):
@@ -235,12 +237,42 @@ def test_a_bad_file_is_refused(sampler, tmp_path):
     refused("no prefix, or a damaged one")
     path.write_bytes(good[:-3] + bytes([good[-3] ^ 1]) + good[-2:])
     refused("do not fit their digest")
-    save_file(arrays, path, {**metadata, "version": "2"})
-    refused("version 2 of the prefix format, which is newer")
+    save_file(arrays, path, {**metadata, "version": "3"})
+    refused("version 3 of the prefix format, which is newer")
     save_file(arrays, path)
     refused("not a prefix")
     path.unlink()
     refused("There is no prefix")
+
+
+def test_files_of_version_1_are_read():
+    """Where the layers of a kind shared the positions of their keys."""
+    config = tiny_config(
+        block_pattern=("recurrent", "local_attention", "global_attention", "min_gru"),
+        num_layers=4,
+        width=8,
+        mlp_width=8,
+        num_heads=2,
+        head_dim=4,
+        lru_width=8,
+        num_gate_blocks=2,
+    )
+    model = random_model(config)
+    texts = [[2, 5, 7, 11, 13, 17, 19, 23, 29, 31], [3, 1, 4, 1, 5]]
+    prefix = Prefix.load(OLD_FILE, model)
+    assert prefix.num_tokens.tolist() == [len(text) for text in texts]
+    assert prefix.last_token.tolist() == [text[-1] for text in texts]
+    assert prefix.cache.capacity == 128
+    for row, text in enumerate(texts):
+        _, cache = forward(
+            model, np.array([text[:-1]]), None, model.init_cache(1, capacity=128)
+        )
+        loaded = prefix.take([row]).cache
+        assert jax.tree.structure(loaded) == jax.tree.structure(cache)
+        for ours, theirs in zip(
+            jax.tree.leaves(loaded), jax.tree.leaves(cache), strict=True
+        ):
+            np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
 def test_a_failed_save_leaves_what_was_there(sampler, tmp_path, monkeypatch):

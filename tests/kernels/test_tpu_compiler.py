@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import pytest
 
 from recurrentgemma.benchmarks import ahead_of_time
-from recurrentgemma.benchmarks.scan_estimates import program_code
 from recurrentgemma.benchmarks.scan_programs import PROGRAMS, programs
 from recurrentgemma.checkpoints.parameters import (
     describe,

@@ -15,7 +15,11 @@ from tests.models import random_model, tiny_config
 
 def test_only_matrices_outside_the_recurrence_are_decayed():
     params = named_parameters(random_model(tiny_config()))
-    decayed = {".".join(name.split(".")[2:]) for name in params if is_decayed(name)}
+    decayed = {
+        ".".join(name.split(".")[2:])
+        for name in params
+        if is_decayed(name, tiny_config())
+    }
     assert decayed == {
         *(f"mixer.{name}.kernel" for name in ("linear_x", "linear_y", "linear_out")),
         *(f"mixer.proj_{name}.kernel" for name in ("q", "k", "v", "out")),
@@ -30,7 +34,7 @@ def test_a_step_without_gradient_moves_decayed_parameters_alone():
         "embedder.embedding": jnp.ones([2, 2]),
     }
     config = OptimizerConfig(learning_rate=0.5, weight_decay=0.1, warmup_steps=0)
-    optimizer = make_optimizer(config, steps=10)
+    optimizer = make_optimizer(config, 10, tiny_config())
     zeros = {name: 0 * value for name, value in params.items()}
     state = optimizer.init(params)
     updates, state = optimizer.update(zeros, state, params)
