@@ -47,7 +47,7 @@ def checkpoint(sampler, tmp_path_factory):
 @pytest.fixture(scope="module")
 def saved_prefix(sampler, tmp_path_factory):
     path = tmp_path_factory.mktemp("prefix") / "text.prefix"
-    sampler.prefill(LINES).save(path)
+    sampler.prefill(iter(LINES)).save(path)
     return path
 
 

@@ -82,7 +82,7 @@ def read(
 ) -> tuple[Prefix, list[dict]]:
     """Reads at least so many tokens; notes time and memory at equal distances."""
     source, notes = lines(), []
-    prefix = sampler.prefill([next(source)])
+    prefix = sampler.prefill(next(source))
     start = time.perf_counter()
     for mark in range(1, marks + 1):
         missing = num_tokens * mark // marks - int(prefix.num_tokens[0])

@@ -147,10 +147,12 @@ def compare(
             "max_new_tokens": arguments.new_tokens,
             "end_tokens": [],
         }
-        plain = Way(PLAIN, Sampler(target, tokenizer), request)
+        settings: dict[str, Any] = {"compile_ahead": False}
+        plain = Way(PLAIN, Sampler(target, tokenizer, **settings), request)
         expected = plain.run()
         for count in arguments.draft_tokens:
-            sampler = Sampler(target, tokenizer, draft=draft, num_draft_tokens=count)
+            settings |= {"draft": draft, "num_draft_tokens": count}
+            sampler = Sampler(target, tokenizer, **settings)
             way = Way(OURS, sampler, request)
             samples = way.run()
             same = [

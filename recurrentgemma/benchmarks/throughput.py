@@ -92,9 +92,9 @@ def compare(
       RuntimeError: the two ways wrote different tokens.
     """
     if model is None:
-        sampler = Sampler(Griffin(CONFIG, rngs=nnx.Rngs(0)))
+        sampler = Sampler(Griffin(CONFIG, rngs=nnx.Rngs(0)), compile_ahead=False)
     else:
-        sampler = Sampler(*load(model))
+        sampler = Sampler(*load(model), compile_ahead=False)
     work = Workload.draw(count, sampler.model.config.vocab_size)
     ways = [Way(name, sampler, work, batch_size) for name in (OURS, FIXED)]
     refilled, fixed = (way.run() for way in ways)
