@@ -96,6 +96,36 @@ def test_a_saved_conversation_goes_on(sampler, tmp_path):
     assert later.num_tokens == chat.num_tokens
 
 
+@pytest.mark.filterwarnings(WARNING)
+def test_a_turn_that_is_read_late_erases_nothing(sampler):
+    chat = _chat(sampler)
+    late = chat.stream("One")
+    chat.send("Two")
+    length = chat.num_tokens
+    with pytest.raises(ValueError, match="stream: expected it to be read before"):
+        list(late)
+    assert chat.num_tokens == length
+    begun = chat.stream("Three")
+    next(begun)
+    chat.undo()
+    with pytest.raises(ValueError, match="stream: expected it to be read before"):
+        list(begun)
+    assert chat.num_tokens == 0
+
+
+@pytest.mark.filterwarnings(WARNING)
+def test_undo_takes_the_seed_back_too(sampler):
+    chat = Chat(sampler, sampling=Sampling(1.5), max_new_tokens=12, seed=3)
+    first = chat.send("One")
+    chat.undo()
+    assert chat.send("One") == first
+    second = chat.send("Two")
+    chat.undo()
+    assert chat.send("Two") == second
+    chat.reset()
+    assert chat.send("One") == first
+
+
 def test_only_a_model_that_does_not_end_its_turns_warns(sampler, recwarn):
     with pytest.warns(UserWarning, match="not instruction-tuned"):
         _chat(sampler).send("Hello")

@@ -310,6 +310,58 @@ def test_an_endless_stream_is_scored_as_it_comes(text_sampler, monkeypatch):
     assert all(len(score.tokens) < 150 for score in scores)
 
 
+def test_many_texts_are_scored_as_each_alone(sampler, text_sampler):
+    """Ragged, padded and after a prefix; the global cache grows for the longest."""
+    prefix = sampler.prefill(_tokens(20, seed=9))
+    calls = []
+    progress = lambda done, total: calls.append((done, total))
+    for before in (None, prefix):
+        texts = [_tokens(n, seed=n) for n in (3, 70, 1, 150, 20)]
+        scores = sampler.score_many(
+            iter(texts), batch_size=3, prefix=before, progress=progress
+        )
+        for text, score in zip(texts, scores, strict=True):
+            alone = sampler.score(text, prefix=before)
+            assert score.tokens == alone.tokens and score.prefix is None
+            assert_close(score.log_probs, alone.log_probs, "logits")
+    assert calls == [(3, 5), (5, 5)] * 2
+    texts = ["A ferry –", "Rain"]
+    for text, score in zip(texts, text_sampler.score_many(texts), strict=True):
+        assert score.bits_per_byte == pytest.approx(
+            text_sampler.score(text).bits_per_byte, rel=1e-5
+        )
+    assert sampler.score_many([]) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (["a", "b"], "text: expected one text, .* got a list with texts; use score_m"),
+        (["abc", 5], "text: expected one text"),
+        (iter(["abc", 5]), "text: expected lines alone or token ids alone, got 5"),
+        (iter([5, "abc"]), "text: expected lines alone or token ids alone, got 'abc'"),
+        (5, "text: expected a text, an open file or token ids, got 5"),
+        ([True], "text: expected tokens in .* got True"),
+    ],
+)
+def test_one_text_is_scored_or_read(text_sampler, text, match):
+    with pytest.raises(ValueError, match=match):
+        text_sampler.score(text)
+
+
+@pytest.mark.parametrize(
+    ("texts", "match"),
+    [
+        ("ab", "texts: expected a list of texts, got 'ab'"),
+        ([[1], []], r"texts\[1\]: expected at least one token"),
+        ([1, 2], r"texts\[0\]: expected a text or a list of token ids, got 1"),
+    ],
+)
+def test_bad_texts_are_named(text_sampler, texts, match):
+    with pytest.raises(ValueError, match=match):
+        text_sampler.score_many(texts)
+
+
 @pytest.mark.parametrize("empty", ["", [], iter(())])
 def test_nothing_to_read_is_an_error_except_after_the_begin_token(text_sampler, empty):
     if empty == "":
