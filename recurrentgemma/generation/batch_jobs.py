@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recurrentgemma import _validation as check
-from recurrentgemma.generation.prefill import Progress
+from recurrentgemma.generation.chunk_reader import Progress
 from recurrentgemma.generation.prefix import model_digest
 from recurrentgemma.generation.results import Sample
 from recurrentgemma.generation.sampler import Sampler

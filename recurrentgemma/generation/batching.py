@@ -18,13 +18,13 @@ import numpy as np
 
 from recurrentgemma import cache as cache_lib
 from recurrentgemma.cache import Cache
-from recurrentgemma.generation.history import History
-from recurrentgemma.generation.prefill import (
+from recurrentgemma.generation.chunk_reader import (
     ChunkReader,
     Progress,
     make_room,
     same_room,
 )
+from recurrentgemma.generation.history import History
 from recurrentgemma.generation.prefix import Prefix
 from recurrentgemma.generation.programs import (
     BLOCK_STEPS,
@@ -296,8 +296,8 @@ class Generation:
         vocab_size = self._models[0].config.vocab_size
         num_draft_tokens = self._settings.num_draft_tokens
         read = [request.read(vocab_size) for request in requests]
-        unread, histories = [tokens for tokens, _ in read], [one for _, one in read]
-        history = jax.tree.map(lambda *rows: np.concatenate(rows), *histories)
+        unread = [tokens for tokens, _ in read]
+        history = History.concatenate([after for _, after in read])
         limits = np.array([request.max_new_tokens for request in requests], np.int32)
         room = int(max(history.num_tokens + limits)) + num_draft_tokens
         # The draft knows the prompt, but not the prefix: no text depends on it.

@@ -27,6 +27,11 @@ class History(NamedTuple):
         zero = np.zeros(1, np.int32)
         return cls(zero, zero, np.zeros((1, vocab_size), bool))
 
+    @classmethod
+    def concatenate(cls, histories: Sequence["History"]) -> "History":
+        """The rows of several histories, on the host."""
+        return cls(*map(np.concatenate, zip(*histories, strict=True)))
+
     def read(self, tokens: Sequence[int]) -> tuple[list[int], "History"]:
         """Reads on, on the host; the history has one row.
 

@@ -169,15 +169,11 @@ def concatenate(prefixes: Sequence[Prefix]) -> Prefix:
         raise ValueError("prefixes must hold at least one prefix.")
     for prefix in prefixes:
         prefix.check_model(prefixes[0].model_digest)
-    histories = [prefix.history for prefix in prefixes]
-    cache = cache_lib.concatenate([prefix.cache for prefix in prefixes])
     return dataclasses.replace(
-        prefixes[0], cache=cache, history=jax.tree.map(_join, *histories)
+        prefixes[0],
+        cache=cache_lib.concatenate([prefix.cache for prefix in prefixes]),
+        history=History.concatenate([prefix.history for prefix in prefixes]),
     )
-
-
-def _join(*arrays: np.ndarray) -> np.ndarray:
-    return np.concatenate(arrays)
 
 
 def model_digest(model: Griffin) -> str:

@@ -15,15 +15,14 @@ import jax
 import numpy as np
 
 from recurrentgemma import _validation as check
-from recurrentgemma import cache as cache_lib
 from recurrentgemma.generation.batching import Generation, Part, Request, Settings
+from recurrentgemma.generation.chunk_reader import ChunkReader, Progress
 from recurrentgemma.generation.prefill import (
-    ChunkReader,
-    Progress,
     RowReader,
     Text,
-    make_room,
+    is_whole,
     pieces_of,
+    score_rows,
     token_ids,
 )
 from recurrentgemma.generation.prefix import Prefix, model_digest
@@ -313,8 +312,7 @@ class Sampler:
         reader, pieces = self._open(text, prefix)
         for piece in pieces:
             before = reader.num_tokens
-            # Only an iterator has several pieces, and no known length.
-            total = None if isinstance(text, Iterator) else len(piece.tokens)
+            total = len(piece.tokens) if is_whole(text) else None
 
             def show(read, _, before=before, total=total):
                 if progress is not None:
@@ -373,32 +371,16 @@ class Sampler:
         slots = _count("batch_size", batch_size)
         [before] = self._prefix_rows(prefix, 1)
         held = [] if before is None else before.history.last_token.tolist()
-        start = 0 if before is None else int(before.num_tokens[0])
         rows, num_bytes = [], []
         for i, text in enumerate(texts):
             rows.append([*held, *self._encode(f"texts[{i}]", text, before)])
             data = text.encode() if isinstance(text, str) else text
             num_bytes.append(len(data) if isinstance(data, bytes) else None)
-        slots = min(slots, len(rows))
-        # Texts of like lengths together, so that little is padded.
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-        scores: dict[int, Score] = {}
-        [reader, *_] = self._readers
-        for first in range(0, len(order), max(slots, 1)):
-            batch = order[first : first + slots]
-            longest = start + len(rows[batch[0]])
-            cache = reader.new_cache(slots, longest)
-            if before is not None:
-                room = make_room(before.cache, self.model.config, longest)
-                cache = cache_lib.repeat(room, slots)
-            # The last batch is filled up: another size would be another program.
-            padding = [[0]] * (slots - len(batch))
-            found, _ = reader.score(cache, [rows[i] for i in batch] + padding)
-            for i, log_probs in zip(batch, found, strict=False):
-                scores[i] = Score(rows[i][1:], log_probs, num_bytes[i])
-            if progress is not None:
-                progress(len(scores), len(rows))
-        return [scores[i] for i in range(len(rows))]
+        scores = score_rows(self._readers[0], rows, slots, before, progress)
+        return [
+            Score(list(row[1:]), log_probs, size)
+            for row, log_probs, size in zip(rows, scores, num_bytes, strict=True)
+        ]
 
     def score_stream(
         self, text: Text, *, prefix: Prefix | None = None

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from recurrentgemma.generation import prefill as reading
+from recurrentgemma.generation import chunk_reader
 from recurrentgemma.generation.chat import Chat
 from recurrentgemma.generation.sampler import Sampler
 from recurrentgemma.generation.sampling import Sampling
@@ -49,9 +49,9 @@ def test_a_turn_reads_only_what_is_new(sampler, monkeypatch):
     chat = _chat(sampler)
     chat.send("A long text. " * 20)
     before, read = chat.num_tokens, []
-    read_chunk = reading.read_chunk
+    read_chunk = chunk_reader.read_chunk
     monkeypatch.setattr(
-        reading,
+        chunk_reader,
         "read_chunk",
         lambda *args: read.append(int(args[3][0])) or read_chunk(*args),
     )

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from recurrentgemma import Runtime
+from recurrentgemma.generation import chunk_reader
 from recurrentgemma.generation import prefill as reading
 from recurrentgemma.generation import prefix as prefix_lib
 from recurrentgemma.generation.prefix import Prefix
@@ -30,7 +31,7 @@ VOCAB = 61
 def _one_capacity():
     """Programs of one size of global cache, except where growth is the point."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "MIN_CAPACITY", 512)
+        patch.setattr(chunk_reader, "MIN_CAPACITY", 512)
         yield
 
 
@@ -177,7 +178,7 @@ def test_a_bfloat16_prefix_survives_its_file(tmp_path):
 @pytest.mark.parametrize("pattern", [PATTERN[:2], PATTERN[2:]], ids="-".join)
 def test_a_prefix_has_one_size_unless_attention_is_global(pattern, monkeypatch):
     """A global cache grows while a text is read, and nothing of it is lost."""
-    monkeypatch.setattr(reading, "MIN_CAPACITY", 16)
+    monkeypatch.setattr(chunk_reader, "MIN_CAPACITY", 16)
     config = tiny_config(block_pattern=pattern, num_layers=2, vocab_size=VOCAB)
     sampler = Sampler(random_model(config), compile_ahead=False)
     tokens = _tokens(300)

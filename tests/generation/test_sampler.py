@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from recurrentgemma.config import GriffinConfig
-from recurrentgemma.generation import prefill as reading
+from recurrentgemma.generation import chunk_reader
 from recurrentgemma.generation import programs as decoding
 from recurrentgemma.generation import sampling as sampling_lib
 from recurrentgemma.generation.history import History
@@ -242,7 +242,7 @@ def test_samples_of_one_prompt_read_it_once(tiny, monkeypatch):
     calls = []
     read_chunk = decoding.read_chunk
     monkeypatch.setattr(
-        reading,
+        chunk_reader,
         "read_chunk",
         lambda *args: calls.append(args[2].shape) or read_chunk(*args),
     )
@@ -583,7 +583,7 @@ def test_other_chunk_sizes_are_compiled_beside_the_text(sampler, monkeypatch):
         if size == 128:
             raise RuntimeError("no such program")
 
-    monkeypatch.setattr(reading, "_compile_chunk", compile_chunk)
+    monkeypatch.setattr(chunk_reader, "_compile_chunk", compile_chunk)
     ahead = Sampler(sampler.model, sampler.tokenizer)
     request = {"max_new_tokens": 90, "sampling": GREEDY, "end_tokens": []}
     stream = ahead.stream("The ferry", **request)
