@@ -133,3 +133,22 @@ def floating_dtype(name: str, value: Any) -> np.dtype:
     if value is None or not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 4:
         refuse(name, expected, value)
     return dtype
+
+
+def instance(name: str, value: Any, kind: type, expected: str) -> Any:
+    """A value of a class."""
+    if not isinstance(value, kind):
+        refuse(name, expected, value)
+    return value
+
+
+def strings(name: str, values: Any) -> tuple[str, ...]:
+    """Any iterable of strings, none of them empty; read once."""
+    expected = "a list of strings, none of them empty"
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        refuse(name, expected, values)
+    values = tuple(values)
+    for value in values:
+        if not isinstance(value, str) or not value:
+            refuse(name, expected, values)
+    return values

@@ -17,7 +17,7 @@ from types import ModuleType
 from absl import flags
 
 from recurrentgemma import __version__
-from recurrentgemma.commands import UsageError, one_line
+from recurrentgemma.commands import UsageError, _compilation_cache, one_line
 
 PROGRAM = "recurrentgemma"
 COMMANDS = {
@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if argv is None:
         _let_signals_end_the_process(cleans_up=name in CLEANING_UP)
+        _compilation_cache.enable()
     status = _run(name, rest)
     if argv is None:
         _forget_unwritten_output()
@@ -81,10 +82,12 @@ def _run(name: str, arguments: list[str]) -> int:
         command = importlib.import_module(f"recurrentgemma.commands.{name}")
         values = flags.FlagValues()
         command.define_flags(values)
-        if _asks_for_help(arguments):
+        normal = _normalize(values, arguments)
+        if normal is None:
             print(_help(name, command, values))
         else:
-            others = _parse(values, arguments)
+            values.set_gnu_getopt(True)
+            others = values([PROGRAM, *normal])[1:]
             command.run(values.flag_values_dict(), others)
         sys.stdout.flush()
     except (UsageError, flags.Error) as error:
@@ -122,22 +125,27 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
-def _parse(values: flags.FlagValues, arguments: list[str]) -> list[str]:
-    """Sets the flags, which may come anywhere, and returns the other arguments."""
-    values.set_gnu_getopt(True)
-    normal, literal = [], False
-    for argument in arguments:
-        literal = literal or argument == "--"
-        if argument.startswith("--") and not literal:
+def _normalize(values: flags.FlagValues, arguments: list[str]) -> list[str] | None:
+    """The arguments with flags spelled as they are defined; None asks for help.
+
+    A flag may have `_` for `-` in its name and its value in the next argument, which is
+    then never taken for a flag.
+    """
+    normal, rest = [], iter(arguments)
+    for argument in rest:
+        if argument == "--":
+            return [*normal, argument, *rest]
+        if argument in HELP_FLAGS:
+            return None
+        if argument.startswith("--"):
             flag, equals, value = argument.partition("=")
-            argument = flag.replace("_", "-") + equals + value
+            name = flag.removeprefix("--").replace("_", "-")
+            argument = f"--{name}{equals}{value}"
+            takes_value = name in values and not values[name].boolean
+            if takes_value and not equals and (value := next(rest, None)) is not None:
+                argument = f"--{name}={value}"
         normal.append(argument)
-    return values([PROGRAM, *normal])[1:]
-
-
-def _asks_for_help(arguments: list[str]) -> bool:
-    before = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    return not HELP_FLAGS.isdisjoint(before)
+    return normal
 
 
 def _overview() -> str:
@@ -160,7 +168,3 @@ def _help(name: str, command: ModuleType, values: flags.FlagValues) -> str:
             title = f"{title:{HELP_INDENT}}{text.pop(0)}"
         lines += [title, *(" " * HELP_INDENT + line for line in text)]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import types
+import warnings
 
 import pytest
 from safetensors import safe_open
 
 from recurrentgemma import cli, cost
 from recurrentgemma.checkpoints import save
-from recurrentgemma.commands import _shared
+from recurrentgemma.commands import _compilation_cache, _shared
 from recurrentgemma.commands import train as train_command
 from recurrentgemma.commands.sample import SEPARATOR
 from recurrentgemma.config import PRESETS
@@ -48,7 +49,7 @@ def checkpoint(sampler, tmp_path_factory):
 @pytest.fixture(scope="module")
 def saved_prefix(sampler, tmp_path_factory):
     path = tmp_path_factory.mktemp("prefix") / "text.prefix"
-    sampler.prefill(LINES).save(path)
+    sampler.prefill(iter(LINES)).save(path)
     return path
 
 
@@ -546,7 +547,7 @@ ENDLESS_CHAT = """
 import fcntl, signal, sys, termios, types
 from recurrentgemma import cli
 from recurrentgemma.generation import chat
-from recurrentgemma.commands import _shared
+from recurrentgemma.commands import _compilation_cache, _shared
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it.
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 _shared.load_sampler = lambda _: (None, None)
@@ -600,3 +601,136 @@ def test_the_help_of_train_explains_every_field(run):
     text = " ".join(out.split())
     for field in options(train_command.TrainConfig):
         assert f"--{field.name.replace('_', '-')} {field.metadata['help']}" in text
+
+
+def test_only_names_of_flags_are_normalised(run, checkpoint, sampler, monkeypatch):
+    """Values are passed on as they are, whatever they look like."""
+    stops = []
+    monkeypatch.setattr(
+        Sampler, "stream", lambda *_, **settings: stops.append(settings["stop"]) or []
+    )
+    argv = ("sample", PROMPT, "--model", checkpoint)
+    assert run(*argv, "--stop", "--my_stop_word")[0] == 0
+    assert run(*argv, "--stop", "-h", "--max_new_tokens", "5")[:2] == (0, "")
+    assert run(*argv, "--stop=--help", "--stop", "--")[0] == 0
+    assert stops == [("--my_stop_word",), ("-h",), ("--help", "--")]
+    assert run(*argv, "--stop")[0] == cli.EXIT_USAGE
+
+
+def test_a_file_of_known_size_shows_how_much_is_left(
+    run, checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(_shared, "LONG_TEXT", 20)
+    path = tmp_path / "text.txt"
+    path.write_text("ab\n" * 400)
+    calls = []
+    show = _shared.ProgressBar.__call__
+    monkeypatch.setattr(
+        _shared.ProgressBar,
+        "__call__",
+        lambda bar, *both: calls.append(both) or show(bar, *both),
+    )
+    flags = ("--model", checkpoint, "--output", tmp_path / "text.prefix")
+    status, _, err = run("prefill", "--file", path, *flags)
+    assert status == 0 and calls[0] == (3, 1200) and calls[-1] == (1200, 1200)
+    assert "1.20k" in err
+    stderr = _Terminal(io.BytesIO(), write_through=True)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    assert run("score", "--file", path, "--model", checkpoint)[0] == 0
+    assert b"/1.20k" in stderr.buffer.getvalue()
+
+
+COUNTED = """
+import sys
+from recurrentgemma import cli
+from recurrentgemma.commands import _compilation_cache
+_compilation_cache.enable()
+import jax
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+status = cli.main()
+hits, misses = (
+    events.count(f"/jax/compilation_cache/cache_{kind}") for kind in ("hits", "misses")
+)
+print(f"{hits} hits, {misses} misses", file=sys.stderr)
+"""
+
+
+def test_compiled_programs_are_kept_for_the_next_command(checkpoint, tmp_path):
+    """In the user's cache folder; damaged entries are replaced, in silence."""
+
+    def run(*start):
+        argv = ("sample", PROMPT, "--model", checkpoint, "--max-new-tokens=2")
+        return subprocess.run(
+            [sys.executable, *start, *argv],
+            cwd=pathlib.Path(cli.__file__).parents[1],
+            env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+
+    first = run("-m", "recurrentgemma")
+    entries = list((tmp_path / "recurrentgemma" / "jax").rglob("*-cache"))
+    assert any("decode_block" in entry.name for entry in entries)
+    second = run("-c", COUNTED)
+    hits = re.fullmatch(r"(\d+) hits, 0 misses\n", second.stderr)
+    assert hits and int(hits[1]) >= 3
+    for entry in entries:
+        entry.write_bytes(b"damaged" + entry.read_bytes()[7:100])
+    damaged = run("-m", "recurrentgemma")
+    assert first.stdout == second.stdout == damaged.stdout
+    assert first.stderr == damaged.stderr == ""
+    left = [entry.read_bytes() for entry in entries if entry.exists()]
+    assert left and not any(data.startswith(b"damaged") for data in left)
+
+
+@pytest.fixture
+def environment(monkeypatch, tmp_path):
+    """What `enable` may change, and a cache folder of the test."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    for name in ("DIR", "MIN_COMPILE_TIME_SECS"):
+        for kind in ("JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE"):
+            # Set first, so that it is removed again at the end.
+            monkeypatch.setenv(f"{kind}_{name}", "")
+            monkeypatch.delenv(f"{kind}_{name}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with warnings.catch_warnings():
+        yield os.environ
+
+
+def test_the_cache_is_in_a_folder_of_the_user(environment, tmp_path, monkeypatch):
+    _compilation_cache.enable()
+    folder = pathlib.Path(environment["JAX_COMPILATION_CACHE_DIR"])
+    assert folder.parent == tmp_path / "cache" / "recurrentgemma" / "jax"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    user_folder = _compilation_cache.user_folder()
+    assert user_folder == tmp_path / ".cache" / "recurrentgemma" / "jax"
+    environment["JAX_COMPILATION_CACHE_DIR"] = "/elsewhere"
+    _compilation_cache.enable()
+    assert environment["JAX_COMPILATION_CACHE_DIR"] == "/elsewhere"
+
+
+@pytest.mark.parametrize("trouble", ["a file", "another owner"])
+def test_a_folder_that_cannot_be_used_is_left_alone(
+    environment, tmp_path, monkeypatch, trouble
+):
+    if trouble == "a file":
+        (tmp_path / "cache").write_text("mine")
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
+    _compilation_cache.enable()
+    assert "JAX_COMPILATION_CACHE_DIR" not in environment
+
+
+def test_the_oldest_programs_are_removed(tmp_path):
+    for age, name in enumerate(["new", "middle", "old"]):
+        path = tmp_path / "machine" / f"{name}-cache"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x" * 10)
+        os.utime(path, (1000 - age, 1000 - age))
+    _compilation_cache.remove_oldest(tmp_path, 25)
+    left = {path.name for path in (tmp_path / "machine").iterdir()}
+    assert left == {"new-cache", "middle-cache"}

@@ -81,7 +81,7 @@ def read(
 ) -> Prefix:
     """Reads at least so many tokens; a row for each of ten equal distances."""
     source = lines()
-    prefix = sampler.prefill([next(source)])
+    prefix = sampler.prefill(next(source))
     start = time.perf_counter()
     for mark in range(1, MARKS + 1):
         missing = num_tokens * mark // MARKS - int(prefix.num_tokens[0])

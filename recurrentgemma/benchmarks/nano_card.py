@@ -94,7 +94,7 @@ def sampled_texts(
     model: Griffin, tokenizer: Tokenizer, count: int, max_new_tokens: int
 ) -> list[Sample]:
     """Continuations of the begin token, seeds 0, 1, ..."""
-    sampler = Sampler(model, tokenizer)
+    sampler = Sampler(model, tokenizer, compile_ahead=False)
     samples: list[Sample] = []
     for start in tqdm.trange(0, count, SAMPLES_PER_BATCH, desc="samples"):
         samples += sampler(

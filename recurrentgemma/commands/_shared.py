@@ -4,8 +4,9 @@ import codecs
 import contextlib
 import os
 import signal
+import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 STANDARD_INPUT = "-"
 # Longer lines are read in parts of so many bytes: a text may have no lines at all.
 LONGEST_LINE = 1 << 16
-# A text of more tokens than this shows a progress bar.
+# A text of more tokens or bytes than this shows a progress bar.
 LONG_TEXT = 1024
 
 
@@ -129,18 +130,24 @@ def generation_settings(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_text(
-    values: dict[str, Any], arguments: list[str], *, may_be_none: bool = False
+    values: dict[str, Any],
+    arguments: list[str],
+    *,
+    may_be_none: bool = False,
+    progress: Callable[[int, int | None], None] | None = None,
 ) -> str | Iterator[str]:
     """The text of the one source that is given.
 
     Args:
       values: by flag name.
-      arguments: what is no flag.
+      arguments: the arguments that are no flags.
       may_be_none: whether no source is an empty text.
+      progress: called with the bytes taken from a file so far, and its size if that is
+        known.
 
     Returns:
       The text of the command line itself, or the lines of a file, read as they are
-      taken; they raise ValueError, naming file and line, where it is not UTF-8.
+      taken; they raise ValueError, naming file and line, where the text is not UTF-8.
 
     Raises:
       UsageError: there is not one source.
@@ -156,27 +163,40 @@ def find_text(
             f"got {len(sources)}"
         )
     if sources[0] == STANDARD_INPUT:
-        return _lines(sys.stdin.buffer, "standard input")
+        return _lines(sys.stdin.buffer, "standard input", progress)
     if file is None:
         return sources[0]
     os.stat(file)
-    return _lines_of_file(file)
+    return _lines_of_file(file, progress)
 
 
-def _lines_of_file(path: str) -> Iterator[str]:
+def _lines_of_file(path: str, progress) -> Iterator[str]:
     with open(path, "rb") as file:
-        yield from _lines(file, path)
+        yield from _lines(file, path, progress)
 
 
-def _lines(file: BinaryIO, name: str) -> Iterator[str]:
-    decoder, number = codecs.getincrementaldecoder("utf-8")(), 1
+def _lines(file: BinaryIO, name: str, progress=None) -> Iterator[str]:
+    decoder, number, taken = codecs.getincrementaldecoder("utf-8")(), 1, 0
+    size = _size(file)
     try:
         while data := file.readline(LONGEST_LINE):
             yield decoder.decode(data)
             number += data.endswith(b"\n")
+            taken += len(data)
+            if progress is not None:
+                progress(taken, size)
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}, line {number}: not UTF-8 text: {error}") from error
+
+
+def _size(file: BinaryIO) -> int | None:
+    """The bytes of a regular file; None of a pipe, which tells no size."""
+    try:
+        status = os.fstat(file.fileno())
+    except (OSError, AttributeError):
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def load_sampler(values: dict[str, Any]) -> "tuple[Sampler, Prefix | None]":
@@ -269,6 +289,6 @@ class ProgressBar:
             self._bar.close()
 
 
-def reading_bar() -> ProgressBar:
-    """Shown while a long text is read."""
-    return ProgressBar("reading", "token", above=LONG_TEXT)
+def reading_bar(unit: str = "token") -> ProgressBar:
+    """A bar that is shown while a long text is read."""
+    return ProgressBar("reading", unit, above=LONG_TEXT)

@@ -9,10 +9,10 @@ from recurrentgemma.commands import UsageError, _shared
 
 USAGE = "[TEXT | - | --file PATH] --output PATH [FLAGS]"
 DETAILS = (
-    "Reads a text of any length and saves what is left of it, its prefix, for the "
-    "--prefix of sample, score and prefill and the --load of chat: it is not read "
-    "again. A file or standard input is read line by line, in memory that does not "
-    "depend on its length."
+    "Reads a text of any length and saves its prefix, from which --prefix of sample, "
+    "score and prefill and --load of chat continue without reading the text again. A "
+    "file or standard input is read line by line, in memory that does not depend on "
+    "its length."
 )
 
 
@@ -28,10 +28,13 @@ def run(values: dict[str, Any], arguments: list[str]) -> None:
     output = values["output"]
     if output is None:
         raise UsageError("--output is required: the file of the prefix")
-    text = _shared.find_text(values, arguments)
-    _shared.check_target("--output", output)
-    sampler, before = _shared.load_sampler(values)
-    with _shared.reading_bar() as progress:
+    # A text shows its tokens, a file its bytes, of which the number is known before.
+    is_file = not arguments or arguments[0] == _shared.STANDARD_INPUT
+    with _shared.reading_bar("B" if is_file else "token") as bar:
+        text = _shared.find_text(values, arguments, progress=bar)
+        _shared.check_target("--output", output)
+        sampler, before = _shared.load_sampler(values)
+        progress = None if is_file else bar
         prefix = sampler.prefill(text, prefix=before, progress=progress)
     with _shared.ctrl_c_raises():
         prefix.save(output)

@@ -18,12 +18,12 @@ DETAILS = (
 
 
 class _Totals(NamedTuple):
-    """Of a text so far."""
+    """Figures of a text so far."""
 
     tokens: int = 0
     bytes: int = 0
     log_prob: float = 0.0
-    """In nats."""
+    """Sum of the log-probabilities in nats."""
 
     @property
     def perplexity(self) -> float:
@@ -54,15 +54,21 @@ def define_flags(values: flags.FlagValues) -> None:
 def run(values: dict[str, Any], arguments: list[str]) -> None:
     import tqdm
 
-    text = _shared.find_text(values, arguments)
+    # None: where standard error is a terminal.
+    hidden = True if values["tokens"] else None
+    bar = tqdm.tqdm(unit="B", unit_scale=True, leave=False, disable=hidden)
+
+    def show(taken: int, size: int | None) -> None:
+        bar.total = size
+        bar.update(taken - bar.n)
+
+    text = _shared.find_text(values, arguments, progress=show)
     output = values["save-prefix"]
     if output is not None:
         _shared.check_target("--save-prefix", output)
     sampler, prefix = _shared.load_sampler(values)
     totals = _Totals()
-    # None: where standard error is a terminal.
-    hidden = True if values["tokens"] else None
-    with tqdm.tqdm(unit="token", unit_scale=True, leave=False, disable=hidden) as bar:
+    with bar:
         for score in sampler.score_stream(text, prefix=prefix):
             prefix = score.prefix
             totals = _Totals(
@@ -74,7 +80,6 @@ def run(values: dict[str, Any], arguments: list[str]) -> None:
                 _show_tokens(sampler.tokenizer, score)
             if totals.tokens:
                 bar.set_postfix_str(f"{totals.bits_per_byte:.4f} bits per byte")
-            bar.update(len(score.tokens))
     if not totals.tokens:
         raise ValueError("there is nothing to score: the text is empty")
     if output is not None:

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recurrentgemma.generation.prefill import Progress
+from recurrentgemma import _validation as check
+from recurrentgemma.generation.chunk_reader import Progress
 from recurrentgemma.generation.prefix import model_digest
 from recurrentgemma.generation.results import Sample
 from recurrentgemma.generation.sampler import Sampler
@@ -70,7 +71,7 @@ class BatchJob:
           target: the output, which may hold a part of the job.
           max_new_tokens: most tokens of a text.
           sampling: how tokens are chosen.
-          seed: line n has seed + n.
+          seed: line n has the seed `seed + n`.
           stop: strings that end a text.
 
         Raises:
@@ -83,7 +84,7 @@ class BatchJob:
         self.max_new_tokens = max_new_tokens
         self.sampling = sampling
         self.seed = check_seed(seed)
-        self.stop = tuple(stop)
+        self.stop = check.strings("stop", stop)
         self.num_prompts = sum(1 for _ in self._lines())
         """Lines of the input."""
         if self.num_prompts == 0:
@@ -116,21 +117,21 @@ class BatchJob:
         """
         digest_of = self._digests(sampler)
         finished = self._finished(digest_of)
+        numbers = [n for n in range(1, self.num_prompts + 1) if n not in finished]
         running: dict[int, Line] = {}
 
         def prompts():
-            waiting = (line for line in self._lines() if line.number not in finished)
-            for index, line in enumerate(waiting):
-                running[index] = line
-                yield line.fields["prompt"]
+            for line in self._lines():
+                if line.number not in finished:
+                    running[line.number] = line
+                    yield line.fields["prompt"]
 
-        numbers = range(1, self.num_prompts + 1)
         samples = sampler.iterate(
             prompts(),
             batch_size=batch_size,
             max_new_tokens=self.max_new_tokens,
             sampling=self.sampling,
-            seed=(self.seed + n for n in numbers if n not in finished),
+            seed=[self.seed + number for number in numbers],
             stop=self.stop,
         )
         progress = progress or (lambda done, total: None)
@@ -139,7 +140,7 @@ class BatchJob:
         self.target.parent.mkdir(parents=True, exist_ok=True)
         with self.target.open("ab") as file:
             for index, sample in samples:
-                line = running.pop(index)
+                line = running.pop(numbers[index])
                 file.write(_record(line, digest_of(line), sample))
                 file.flush()
                 written += 1
@@ -162,7 +163,7 @@ class BatchJob:
         """The digest of a line's text."""
         tokenizer = sampler.tokenizer
         if tokenizer is None:
-            raise ValueError("sampler: expected one with a tokenizer, for text")
+            raise ValueError("sampler: expected one with a tokenizer, got none")
         settings = [
             model_digest(sampler.model),
             hashlib.sha256(tokenizer.model_bytes).hexdigest(),

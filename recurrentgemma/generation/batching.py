@@ -7,9 +7,10 @@ so that this is one copy, and no row sees another.
 """
 
 import dataclasses
+import functools
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,26 +18,24 @@ import numpy as np
 
 from recurrentgemma import cache as cache_lib
 from recurrentgemma.cache import Cache
-from recurrentgemma.generation.prefill import (
+from recurrentgemma.generation.chunk_reader import (
+    ChunkReader,
     Progress,
-    capacity_for,
-    compile_chunks,
     make_room,
-    read_rows,
+    same_room,
 )
+from recurrentgemma.generation.history import History
 from recurrentgemma.generation.prefix import Prefix
 from recurrentgemma.generation.programs import (
     BLOCK_STEPS,
     BlockOutput,
     DecodeState,
     decode_block,
-    new_cache,
     place_row,
 )
 from recurrentgemma.generation.sampling import Sampling
 from recurrentgemma.generation.speculation import speculate_block
 from recurrentgemma.generation.stop_strings import TextUntilStop
-from recurrentgemma.griffin import Griffin
 from recurrentgemma.tokenizer import Tokenizer
 
 # Streaming: steps before the first text, and how often text should come after it.
@@ -50,42 +49,34 @@ _make_rewindable = jax.jit(cache_lib.make_rewindable, static_argnums=(1, 2))
 class Request:
     """A text to continue."""
 
-    tokens: list[int]
-    """To read first, after the prefix if there is one."""
+    index: int
+    """Place of its sample among the results."""
+    prompt_tokens: list[int]
+    """What comes after the prefix; at least one token without a prefix."""
     max_new_tokens: int
     seed: int
     prefix: Prefix | None = None
     """One row, already read."""
+    is_read: bool = False
+    """Whether the prefix holds the prompt already."""
 
-    @property
-    def fed(self) -> list[int]:
-        """All tokens that the cache of the prefix has not seen; at least one."""
-        held = [] if self.prefix is None else self.prefix.last_token.tolist()
-        return [*held, *self.tokens]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the prefix and the prompt."""
-        read = 0 if self.prefix is None else int(self.prefix.num_tokens[0])
-        return read + len(self.tokens)
-
-    def seen(self, vocab_size: int) -> np.ndarray:
-        """bool [1, V], which tokens the prefix and the prompt hold."""
-        seen = np.zeros((1, vocab_size), bool)
-        seen[0, self.tokens] = True
-        return seen if self.prefix is None else seen | self.prefix.seen
+    def read(self, vocab_size: int) -> tuple[list[int], History]:
+        """The tokens to read before the first draw, and the history after them."""
+        start = (
+            History.empty(vocab_size) if self.prefix is None else self.prefix.history
+        )
+        return start.read([] if self.is_read else self.prompt_tokens)
 
 
-_BLANK = Request([0], max_new_tokens=1, seed=0)
-"""Of a slot before its first request."""
+_BLANK = Request(0, [0], max_new_tokens=1, seed=0)
+"""The content of a slot before its first request."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
     """What a block gave to a row."""
 
-    index: int
-    """Of the request."""
+    request: Request
     text: str
     """Empty without a tokenizer; never splits a character, ends before a stop string."""
     tokens: list[int]
@@ -96,6 +87,7 @@ class Part:
     num_calls: int
     """Calls of the model that the tokens took; fewer than tokens with a draft."""
     is_last: bool
+    """Whether the row is finished."""
     ended: bool
     """Whether an end token or a stop string ended the row here."""
 
@@ -103,10 +95,8 @@ class Part:
 class _Row:
     """A request in a slot."""
 
-    def __init__(self, index: int, request: Request, settings: "Settings"):
-        self.index = index
-        self.request = request
-        self.is_stopped = False
+    def __init__(self, request: Request, settings: "Settings"):
+        self._request = request
         self._end_mask = settings.end_mask
         self._text = None
         if settings.tokenizer is not None:
@@ -122,13 +112,12 @@ class _Row:
             text = shown.text
             if shown.stopped_after is not None:
                 tokens, ended = tokens[: shown.stopped_after], True
-                self.is_stopped = True
             elif is_done:
                 text += self._text.flush()
         count = len(tokens)
         logits = output.logits
         return Part(
-            index=self.index,
+            request=self._request,
             text=text,
             tokens=tokens,
             log_probs=np.asarray(output.log_probs)[slot, :count],
@@ -141,7 +130,7 @@ class _Row:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What all rows of a run have in common."""
+    """What holds for all rows of a run."""
 
     tokenizer: Tokenizer | None
     sampling: Sampling
@@ -151,10 +140,8 @@ class Settings:
     keep_logits: bool = False
     streams: bool = False
     """Whether parts should come several times a second."""
-    draft: Griffin | None = None
-    """A smaller model of the same tokens that proposes them."""
     num_draft_tokens: int = 0
-    """How many it proposes at once."""
+    """How many tokens the draft model proposes at once; 0 without one."""
 
 
 class Generation:
@@ -162,103 +149,114 @@ class Generation:
 
     def __init__(
         self,
-        model: Griffin,
+        readers: Sequence[ChunkReader],
         settings: Settings,
         requests: Iterable[Request],
         batch_size: int,
         *,
-        compiled: set | None = None,
+        reads_together: bool = False,
         progress: Progress | None = None,
     ):
         """Reads nothing yet.
 
         Args:
-          model: the model.
+          readers: the model and, if there is one, the draft: a smaller model of the
+            same tokens that proposes them.
           settings: common to all rows.
-          requests: taken one by one, as slots become free.
+          requests: taken one by one, as slots become free. Where taking one fails, the
+            rows before it are finished first.
           batch_size: number of slots; fewer if there are fewer requests.
-          compiled: the (batch size, capacity) pairs whose chunk programs were compiled
-            ahead, which is kept up to date; None compiles them as they are needed.
+          reads_together: whether all requests, at most `batch_size`, are read as one
+            batch. Otherwise each is read alone: nothing is padded to the longest.
           progress: called while requests are read.
         """
-        self._model = model
+        self._readers = readers
+        self._models = tuple(reader.model for reader in readers)
         self._settings = settings
-        self._requests = enumerate(requests)
+        self._failure: Exception | None = None
+        self._waiting = self._until_failure(requests)
         self._batch_size = batch_size
-        self._compiled = compiled
+        self._reads_together = reads_together
         self._progress = progress
         self._state: DecodeState | None = None
         self._rows: list[_Row | None] = []
 
     def __iter__(self) -> Iterator[Part]:
-        first = list(itertools.islice(self._requests, self._batch_size))
-        if not first:
-            return
-        waiting = next(self._requests, None)
-        if waiting is None:
-            self._state = self._read([request for _, request in first])
-            self._rows = [_Row(i, request, self._settings) for i, request in first]
-        else:
-            # Every request is read alone, as those that come later are: nothing is
-            # padded to the longest of a batch.
+        first = list(itertools.islice(self._waiting, self._batch_size))
+        if first and self._reads_together:
+            self._state = self._read(first)
+            self._rows = [_Row(request, self._settings) for request in first]
+        elif first:
             self._state = self._read([_BLANK] * len(first))
             self._rows = [None] * len(first)
-            self._requests = itertools.chain(first[1:], [waiting], self._requests)
-            waiting = first[0]
+            self._waiting = itertools.chain(first, self._waiting)
         count = _FIRST_STEPS if self._settings.streams else BLOCK_STEPS
         while True:
             for slot, row in enumerate(self._rows):
-                if row is None and waiting is not None:
-                    self._place(slot, *waiting)
-                    waiting = next(self._requests, None)
+                if row is None and (request := next(self._waiting, None)):
+                    self._place(slot, request)
             idle = self._rows.count(None)
             if idle == len(self._rows):
-                return
+                break
             # A slot that becomes free is filled at once while there are requests.
-            stop_at = len(self._rows) if waiting is None else idle + 1
+            no_more = idle or self._reads_together
             start = time.perf_counter()
-            yield from self._decode(count, stop_at)
+            yield from self._decode(count, len(self._rows) if no_more else 1)
             if self._settings.streams:
                 rate = count / (time.perf_counter() - start)
                 count = max(1, min(BLOCK_STEPS, int(rate * _STREAM_INTERVAL_S)))
+            for reader in self._readers:
+                reader.compile_rest()
+        if self._failure is not None:
+            raise self._failure
 
-    def read_so_far(self, slot: int) -> tuple[Cache, np.ndarray]:
-        """A copy of a slot's cache, and its last token, int32 [1], not in the cache.
+    def close(self) -> None:
+        """Frees the memory of the rows; nothing more comes."""
+        self._state, self._rows, self._waiting = None, [], iter(())
+
+    def prefix(self, slot: int, model_digest: str) -> Prefix:
+        """A copy of what a slot has read and written so far.
 
         Raises:
-          ValueError: nothing was read yet.
+          ValueError: nothing was read yet, or the run was closed.
         """
         if self._state is None:
-            raise ValueError("Nothing was read yet: take the first text first.")
-        cache = cache_lib.take(self._state.cache, [slot])
-        if self._settings.draft is not None:
-            cache = _make_rewindable(cache, self._model.config, 0)
-        return cache, np.asarray(self._state.token)[slot : slot + 1]
+            raise ValueError(
+                "stream: expected one under way for its prefix, got one that is not "
+                "begun or is closed; take the first text first"
+            )
+        cache = cache_lib.take(self._state.caches[0], [slot])
+        if self._settings.num_draft_tokens:
+            cache = _make_rewindable(cache, self._models[0].config, 0)
+        rows = (np.array(leaf[slot : slot + 1]) for leaf in self._state.history)
+        return Prefix(cache, History(*rows), model_digest)
+
+    def _until_failure(self, requests: Iterable[Request]) -> Iterator[Request]:
+        try:
+            yield from requests
+        except Exception as error:  # noqa: BLE001  `__iter__` raises it at the end
+            self._failure = error
 
     def _decode(self, count: int, stop_at: int) -> list[Part]:
         """One block; the parts of all rows."""
         state, settings = self._state, self._settings
         assert state is not None
-        before = np.asarray(state.steps)
-        arguments = (
+        before = np.array(state.steps)
+        run: Callable = functools.partial(decode_block, self._models[0])
+        if settings.num_draft_tokens:
+            run = functools.partial(
+                speculate_block,
+                self._models,
+                num_draft_tokens=settings.num_draft_tokens,
+            )
+        state, output = run(
             state,
             settings.sampling,
             settings.end_mask,
             np.int32(count),
             np.int32(stop_at),
+            keep_logits=settings.keep_logits,
         )
-        if settings.draft is None:
-            state, output = decode_block(
-                self._model, *arguments, keep_logits=settings.keep_logits
-            )
-        else:
-            state, output = speculate_block(
-                self._model,
-                settings.draft,
-                *arguments,
-                num_draft_tokens=settings.num_draft_tokens,
-                keep_logits=settings.keep_logits,
-            )
         drawn, done = np.asarray(state.steps) - before, np.array(state.done)
         # The logits, which may be large, are taken row by row.
         output = output._replace(
@@ -278,102 +276,65 @@ class Generation:
         self._state = state._replace(done=jnp.asarray(done))
         return parts
 
-    def _place(self, slot: int, index: int, request: Request) -> None:
+    def _place(self, slot: int, request: Request) -> None:
         """Reads a request into a slot that is free."""
         state, row = self._state, self._read([request])
         assert state is not None
         # Global attention: the longer of the two sets the size.
-        draft = self._settings.draft
-        for name, model in (("cache", self._model), ("draft_cache", draft)):
-            if model is not None:
-                caches = getattr(state, name), getattr(row, name)
-                needed = max(map(_capacity, caches))
-                state, row = (
-                    old._replace(**{name: make_room(cache, model.config, needed)})
-                    for old, cache in zip((state, row), caches, strict=True)
-                )
-        self._state = place_row(state, row, np.int32(slot))
-        self._rows[slot] = _Row(index, request, self._settings)
+        pairs = [
+            same_room(pair, model.config)
+            for model, *pair in zip(self._models, state.caches, row.caches, strict=True)
+        ]
+        caches, new = zip(*pairs, strict=True)
+        self._state = place_row(
+            state._replace(caches=caches), row._replace(caches=new), np.int32(slot)
+        )
+        self._rows[slot] = _Row(request, self._settings)
 
     def _read(self, requests: list[Request]) -> DecodeState:
         """The state after all tokens of each request but the last."""
-        rows = [request.fed for request in requests]
-        unread = [row[:-1] for row in rows]
-        cache = self._starting_cache(requests)
-        pair = (len(rows), _capacity(cache))
-        known = self._compiled
-        if known is not None and requests[0] is not _BLANK and pair not in known:
-            compile_chunks(self._model, cache)
-            known.add(pair)
-        cache = read_rows(self._model, cache, unread, self._progress)
-        draft_cache = None
-        if self._settings.draft is not None:
-            cache, draft_cache = self._with_draft(cache, requests, unread)
-        seen = None
-        if self._settings.sampling.repetition_penalty is not None:
-            vocab_size = self._model.config.vocab_size
-            seen = np.concatenate([request.seen(vocab_size) for request in requests])
-        zeros = jnp.zeros(len(rows), jnp.int32)
+        vocab_size = self._models[0].config.vocab_size
+        num_draft_tokens = self._settings.num_draft_tokens
+        read = [request.read(vocab_size) for request in requests]
+        unread = [tokens for tokens, _ in read]
+        history = History.concatenate([after for _, after in read])
+        limits = np.array([request.max_new_tokens for request in requests], np.int32)
+        room = int(max(history.num_tokens + limits)) + num_draft_tokens
+        # The draft knows the prompt, but not the prefix: no text depends on it.
+        caches = [self._starting_cache(requests, room)]
+        caches += [
+            reader.new_cache(len(requests), room) for reader in self._readers[1:]
+        ]
+        for i, reader in enumerate(self._readers):
+            progress = self._progress if i == 0 else None
+            caches[i] = reader.read(caches[i], unread, progress)
+            if num_draft_tokens:
+                config = reader.model.config
+                caches[i] = _make_rewindable(caches[i], config, num_draft_tokens)
+        zeros = jnp.zeros(len(requests), jnp.int32)
         return DecodeState(
-            cache=cache,
-            token=jnp.array([row[-1] for row in rows], jnp.int32),
+            caches=tuple(caches),
+            history=jax.tree.map(jnp.asarray, history),
             seeds=jnp.array([request.seed for request in requests], jnp.uint32),
             steps=zeros,
-            limits=jnp.array([r.max_new_tokens for r in requests], jnp.int32),
+            limits=jnp.asarray(limits),
             done=zeros > 0,
-            seen=None if seen is None else jnp.asarray(seen),
-            draft_cache=draft_cache,
         )
 
-    def _with_draft(
-        self, cache: Cache, requests: list[Request], unread: list[list[int]]
-    ) -> tuple[Cache, Cache]:
-        """The cache, made rewindable, and the draft's.
-
-        The draft knows the prompt, but not the prefix: the text does not depend on it.
-        """
-        draft, count = self._settings.draft, self._settings.num_draft_tokens
-        assert draft is not None
-        draft_cache = new_cache(
-            draft,
-            batch_size=len(unread),
-            capacity=capacity_for(draft.config, self._most_tokens(requests)),
-        )
-        draft_cache = read_rows(draft, draft_cache, unread)
-        return (
-            _make_rewindable(cache, self._model.config, count),
-            _make_rewindable(draft_cache, draft.config, count),
-        )
-
-    def _most_tokens(self, requests: list[Request]) -> int:
-        """That a cache of these requests will ever hold."""
-        most = max(request.num_tokens + request.max_new_tokens for request in requests)
-        return most + self._settings.num_draft_tokens
-
-    def _starting_cache(self, requests: list[Request]) -> Cache:
-        """A cache of its own for each request: empty, or its prefix's."""
-        config = self._model.config
-        most = self._most_tokens(requests)
+    def _starting_cache(self, requests: list[Request], room: int) -> Cache:
+        """A new cache with the prefix of each request, and room for so many tokens."""
+        reader = self._readers[0]
         prefixes = [request.prefix for request in requests]
         if not any(prefixes):
-            return new_cache(
-                self._model,
-                batch_size=len(requests),
-                capacity=capacity_for(config, most),
-            )
+            return reader.new_cache(len(requests), room)
         caches = [
-            self._starting_cache([request])
-            if request.prefix is None
-            else make_room(request.prefix.cache, config, most)
-            for request in requests
+            reader.new_cache(1, room)
+            if prefix is None
+            else make_room(prefix.cache, reader.model.config, room)
+            for prefix in prefixes
         ]
         if all(prefix is prefixes[0] for prefix in prefixes) and len(prefixes) > 1:
             return cache_lib.repeat(caches[0], len(caches))
         if len(caches) > 1:
-            return cache_lib.concatenate(caches)
+            return cache_lib.concatenate(same_room(caches, reader.model.config))
         return jax.tree.map(jnp.copy, caches[0])
-
-
-def _capacity(cache: Cache) -> int:
-    """Slots of global attention; 0 without it."""
-    return cache.capacity or 0

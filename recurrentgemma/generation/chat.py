@@ -55,13 +55,13 @@ class Chat:
             put before the text of the first user turn.
           sampling: how tokens are chosen.
           max_new_tokens: most tokens of an answer.
-          seed: of the first turn; later ones count up.
+          seed: seed of the first turn; later ones count up.
 
         Raises:
           ValueError: the tokenizer is missing or has no turn markers.
         """
         if sampler.tokenizer is None:
-            raise ValueError("sampler: expected one with a tokenizer, to chat")
+            raise ValueError("sampler: expected one with a tokenizer, got none")
         self.sampler = sampler
         self.system = system
         self.sampling = sampling
@@ -71,7 +71,8 @@ class Chat:
         self._end_of_turn = self._tokenizer.special_id(END_OF_TURN)
         self._was_checked = False
         self._prefix: Prefix | None = None
-        self._earlier: collections.deque[Prefix | None] = collections.deque(
+        self._num_turns = 0
+        self._earlier: collections.deque[tuple[Prefix | None, int]] = collections.deque(
             maxlen=MAX_UNDO
         )
 
@@ -94,7 +95,8 @@ class Chat:
           text: what the user says.
 
         Raises:
-          ValueError: the text is empty or not valid UTF-8.
+          ValueError: the text is empty or not valid UTF-8; of the iterator: the
+            conversation has changed since this call, by another turn for example.
         """
         if not text.strip():
             raise ValueError("text: expected something to say, got nothing")
@@ -103,31 +105,33 @@ class Chat:
             self._turn(text),
             max_new_tokens=self.max_new_tokens,
             sampling=self.sampling,
-            seed=self.seed,
+            seed=self.seed + self._num_turns,
             prefix=self._prefix,
         )
+        before = self._prefix, self._num_turns
 
         def pieces():
-            yield from stream
-            self._earlier.append(self._prefix)
-            self._prefix = stream.prefix()
-            self.seed += 1
+            for piece in stream:
+                self._check_unchanged(before)
+                yield piece
+            self._check_unchanged(before)
+            self._go_on(stream.prefix(), self._num_turns + 1)
 
         return pieces()
 
     def undo(self) -> None:
-        """Takes the last turn back, text and answer.
+        """Takes the last turn back, text and answer; the next one gets its seed.
 
         Raises:
           ValueError: there is none, or it is too long ago.
         """
         if not self._earlier:
             raise ValueError("There is no turn to take back.")
-        self._prefix = self._earlier.pop()
+        self._prefix, self._num_turns = self._earlier.pop()
 
     def reset(self) -> None:
         """Forgets the conversation."""
-        self._prefix = None
+        self._prefix, self._num_turns = None, 0
         self._earlier.clear()
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -149,8 +153,18 @@ class Chat:
         prefix = Prefix.load(path, self.sampler.model)
         if prefix.batch_size != 1:
             raise ValueError(f"{path} holds {prefix.batch_size} texts; expected one.")
-        self._earlier.append(self._prefix)
-        self._prefix = prefix
+        self._go_on(prefix, self._num_turns)
+
+    def _go_on(self, prefix: Prefix, num_turns: int) -> None:
+        self._earlier.append((self._prefix, self._num_turns))
+        self._prefix, self._num_turns = prefix, num_turns
+
+    def _check_unchanged(self, before: tuple[Prefix | None, int]) -> None:
+        if self._prefix is not before[0] or self._num_turns != before[1]:
+            raise ValueError(
+                "stream: expected it to be read before the next turn, got a "
+                "conversation that has changed since; say it again"
+            )
 
     def _turn(self, text: str) -> list[int]:
         """The tokens of a turn, behind those of the conversation."""
@@ -159,7 +173,7 @@ class Chat:
                 f"{self.system}\n\n{text}" if self.system else text
             )
         # An answer that was cut off, or a text that is no conversation, ends here.
-        ended = self._prefix.last_token[0] == self._end_of_turn
+        ended = self._prefix.history.last_token[0] == self._end_of_turn
         return [
             *([] if ended else [self._end_of_turn]),
             *self._tokenizer.encode("\n", add_bos=False),

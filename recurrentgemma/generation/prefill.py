@@ -1,148 +1,124 @@
-"""Texts into caches: chunk by chunk, in programs that no new length compiles.
+"""Texts into prefixes and scores, a piece at a time.
 
-A batch of rows is read to its longest one, shorter rows padded. A single text, or a
-stream of lines that never ends, is read a piece at a time, so that the memory does not
-depend on its length.
+The memory does not depend on the length of a text, nor do the lines of a file have to
+end. Several texts are scored in batches.
 """
 
 import numbers
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from recurrentgemma import _validation as check
 from recurrentgemma import cache as cache_lib
-from recurrentgemma.cache import Cache
-from recurrentgemma.config import GriffinConfig
+from recurrentgemma.generation.chunk_reader import ChunkReader, Progress, make_room
+from recurrentgemma.generation.history import History
 from recurrentgemma.generation.prefix import Prefix
-from recurrentgemma.generation.programs import (
-    CHUNK_SIZES,
-    new_cache,
-    plan_chunks,
-    read_chunk,
-    score_chunk,
-)
-from recurrentgemma.griffin import Griffin
+from recurrentgemma.generation.programs import CHUNK_SIZES
 from recurrentgemma.tokenizer import Tokenizer
 
-MIN_CAPACITY = 128
-"""Least size of a global-attention cache; others are this times a power of two."""
 PIECE_TOKENS = CHUNK_SIZES[-1]
 """A stream is read as soon as this many tokens of it are there."""
 
-Progress = Callable[[int, int | None], None]
-"""Called while a text is read with the tokens read so far and in all (of the longest
-row); None in all if that is not known."""
-
-
-def read_rows(
-    model: Griffin,
-    cache: Cache,
-    rows: Sequence[Sequence[int]],
-    progress: Progress | None = None,
-) -> Cache:
-    """The cache after each row's tokens.
-
-    Args:
-      model: the model.
-      cache: of as many rows; donated. Global layers have room for the tokens.
-      rows: token ids; a row may be empty.
-      progress: called after each chunk.
-    """
-    lengths = np.array([len(row) for row in rows], np.int32)
-    longest = int(lengths.max())
-    start = 0
-    for size in plan_chunks(longest):
-        tokens = np.zeros((len(rows), size), np.int32)
-        for chunk, row in zip(tokens, rows, strict=True):
-            piece = row[start : start + size]
-            chunk[: len(piece)] = piece
-        read = np.clip(lengths - start, 0, size)
-        cache = read_chunk(model, cache, tokens, read)
-        start += size
-        if progress is not None:
-            jax.block_until_ready(cache.next_position)
-            progress(min(start, longest), longest)
-    return cache
-
-
-def compile_chunks(model: Griffin, cache: Cache) -> None:
-    """Compiles the programs of all chunk sizes for caches like this one."""
-    lengths = jax.ShapeDtypeStruct((cache.batch_size,), np.int32)
-    for size in CHUNK_SIZES:
-        tokens = jax.ShapeDtypeStruct((cache.batch_size, size), np.int32)
-        read_chunk.lower(model, cache, tokens, lengths).compile()
-
-
-def capacity_for(config: GriffinConfig, num_tokens: int) -> int | None:
-    """Slots of global attention for texts of so many tokens: few sizes, so few programs.
-
-    None for a model without global attention.
-    """
-    if not cache_lib.grows(config):
-        return None
-    capacity = MIN_CAPACITY
-    while capacity < num_tokens:
-        capacity *= 2
-    return capacity
-
-
-def make_room(cache: Cache, config: GriffinConfig, num_tokens: int) -> Cache:
-    """The cache, its global layers grown to hold so many tokens if they cannot yet."""
-    capacity = capacity_for(config, num_tokens)
-    if capacity is None or cache.capacity is None or capacity <= cache.capacity:
-        return cache
-    return cache_lib.grow(cache, config, capacity)
+Text = str | bytes | Iterable[str] | Iterable[int]
+"""A text (bytes are UTF-8); an open file or another iterator of lines; or token ids,
+the begin token first, usually."""
 
 
 class Piece(NamedTuple):
-    """A part of a text."""
+    """Consecutive tokens of a text."""
 
     tokens: list[int]
     num_bytes: int | None
-    """Bytes of its text; None if only its tokens are known."""
+    """Length of the text in bytes of UTF-8; None if only the tokens are known."""
+
+
+def token_ids(name: str, values, vocab_size: int) -> list[int]:
+    """Token ids, checked.
+
+    Args:
+      name: how an error calls them.
+      values: a sequence or an array of integers; it may be empty.
+      vocab_size: ids are below it.
+
+    Raises:
+      ValueError: `values` is anything else, or an id is not in the vocabulary.
+    """
+    if isinstance(values, np.ndarray | jax.Array):
+        values = np.asarray(values).tolist()
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+        check.refuse(name, "a text or a list of token ids", values)
+    for value in values:
+        is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if not is_integer or not 0 <= int(value) < vocab_size:
+            check.refuse(name, f"tokens in [0, {vocab_size})", value)
+    return [int(value) for value in values]
+
+
+def is_whole(text: Text) -> bool:
+    """Whether all of a text is there, rather than lines that are yet to come."""
+    return isinstance(text, str | bytes | Sequence | np.ndarray | jax.Array)
 
 
 def pieces_of(
-    text: str | Iterable[str] | Iterable[int],
-    tokenizer: Tokenizer | None,
-    vocab_size: int,
-    *,
-    begin: bool,
+    text: Text, tokenizer: Tokenizer | None, vocab_size: int, *, begin: bool
 ) -> Iterator[Piece]:
-    """A text as tokens, some lines at a time.
+    """A text as tokens: all of it, or some lines of an iterator at a time.
 
     Args:
-      text: a text, which is one piece; its lines (an open file, for example), each
-        tokenised by itself; or token ids.
+      text: see `Text`; each line of an iterator is tokenised by itself.
       tokenizer: needed for text.
       vocab_size: ids are below it.
       begin: whether the begin token comes first; not before token ids.
 
-    Yields:
-      Pieces of at least `PIECE_TOKENS` tokens, except the last.
+    Returns:
+      Pieces; of an iterator, pieces of at least `PIECE_TOKENS` tokens but for the last.
 
     Raises:
-      ValueError: an item is neither; an id is not in the vocabulary; there is no
-        tokenizer for text.
+      ValueError: the text is none of these; of an item when its turn comes.
     """
+    if isinstance(text, str | bytes):
+        return iter([_encode(text, tokenizer, begin)])
+    if not isinstance(text, Iterable):
+        check.refuse("text", "a text, an open file or token ids", text)
+    if not is_whole(text):
+        return _pieces_of_items(text, tokenizer, vocab_size, begin)
+    if any(isinstance(item, str | bytes) for item in text):
+        raise ValueError(
+            "text: expected one text, an open file or token ids, got a list with "
+            "texts; use score_many for several, or join them"
+        )
+    tokens = token_ids("text", text, vocab_size)
+    return iter([Piece(tokens, None)] if tokens else [])
+
+
+def _encode(text: str | bytes, tokenizer: Tokenizer | None, begin: bool) -> Piece:
+    if tokenizer is None:
+        raise ValueError("tokenizer: expected one to read text, got None")
+    tokens = tokenizer.encode(text, add_bos=begin)
+    return Piece(tokens, len(text if isinstance(text, bytes) else text.encode()))
+
+
+def _pieces_of_items(
+    items: Iterable, tokenizer: Tokenizer | None, vocab_size: int, begin: bool
+) -> Iterator[Piece]:
     tokens: list[int] = []
     num_bytes: int | None = None
-    for i, item in enumerate([text] if isinstance(text, str) else text):
-        if isinstance(item, str):
-            if tokenizer is None:
-                raise ValueError("tokenizer: expected one to read text, got None")
-            tokens += tokenizer.encode(item, add_bos=begin and i == 0)
-            num_bytes = (num_bytes or 0) + len(item.encode())
-        elif isinstance(item, numbers.Integral) and 0 <= item < vocab_size:
-            tokens.append(int(item))
+    was_text: bool | None = None
+    for item in items:
+        is_text = isinstance(item, str | bytes)
+        if was_text not in (None, is_text):
+            check.refuse("text", "lines alone or token ids alone", item)
+        if is_text:
+            line = _encode(item, tokenizer, begin and was_text is None)
+            tokens += line.tokens
+            num_bytes = (num_bytes or 0) + (line.num_bytes or 0)
         else:
-            raise ValueError(
-                "text: expected a text, its lines or token ids in "
-                f"[0, {vocab_size}), got {item!r:.40}"
-            )
+            tokens += token_ids("text", [item], vocab_size)
+        was_text = is_text
         if len(tokens) >= PIECE_TOKENS:
             yield Piece(tokens, num_bytes)
             tokens, num_bytes = [], None
@@ -151,97 +127,112 @@ def pieces_of(
 
 
 class RowReader:
-    """One text that is read on and on; at any time, what was read is a prefix.
+    """One text that is read on and on; at any time, the text so far is a prefix.
 
     The last token is always held back, so the first one of a text is only fed, never
     scored.
     """
 
-    def __init__(self, model: Griffin, model_digest: str, prefix: Prefix | None = None):
+    def __init__(
+        self, reader: ChunkReader, model_digest: str, prefix: Prefix | None = None
+    ):
         """Starts after `prefix`, which stays valid, or with nothing.
 
         Raises:
           ValueError: the prefix has more than one row or was made by another model.
         """
-        self._model = model
+        self._reader = reader
         self._digest = model_digest
-        vocab_size = model.config.vocab_size
         if prefix is None:
-            self._cache = new_cache(
-                model, batch_size=1, capacity=capacity_for(model.config, 1)
-            )
-            self._held: list[int] = []
-            self._num_tokens = 0
-            self._seen = np.zeros((1, vocab_size), bool)
+            self._cache = reader.new_cache(1, 1)
+            self._history = History.empty(reader.model.config.vocab_size)
         else:
             prefix.check_model(model_digest)
             if prefix.batch_size != 1:
                 raise ValueError(
                     f"prefix: expected one row, got {prefix.batch_size}; take one"
                 )
-            self._cache = prefix.cache
-            self._held = prefix.last_token.tolist()
-            self._num_tokens = int(prefix.num_tokens[0])
-            self._seen = prefix.seen.copy()
+            self._cache, self._history = prefix.cache, prefix.history
         # A cache that somebody else holds must not be donated.
         self._is_shared = prefix is not None
 
     def read(self, tokens: list[int], progress: Progress | None = None) -> None:
-        """Reads on; no tokens are nothing."""
+        """Reads on; `tokens` may be empty."""
         fed = self._feed(tokens)
+        if not fed:
+            return
         if self._is_shared:
             self._cache = jax.tree.map(jnp.copy, self._cache)
             self._is_shared = False
-        if fed:
-            self._cache = read_rows(self._model, self._cache, [fed], progress)
+        self._cache = self._reader.read(self._cache, [fed], progress)
 
     def score(self, tokens: list[int]) -> np.ndarray:
         """Reads on; the log-probabilities of the tokens, float32 [len(tokens)].
 
-        Of the first tokens ever there is one less.
+        There is one less for the first tokens of a text.
         """
-        held = self._held
         fed = self._feed(tokens)
-        targets = [*held, *tokens][1:]
-        log_probs, start = [np.zeros(0, np.float32)], 0
-        for size in plan_chunks(len(fed)):
-            part = fed[start : start + size]
-            rows = np.zeros((2, 1, size), np.int32)
-            rows[0, 0, : len(part)] = part
-            rows[1, 0, : len(part)] = targets[start : start + size]
-            lengths = np.array([len(part)], np.int32)
-            scores, self._cache = score_chunk(self._model, self._cache, *rows, lengths)
-            log_probs.append(np.asarray(scores)[0, : len(part)])
-            start += size
-        return np.concatenate(log_probs)
+        row = [*fed, *self._history.last_token.tolist()]
+        [scores], self._cache = self._reader.score(self._cache, [row])
+        return scores
 
     @property
     def num_tokens(self) -> int:
-        """Tokens read so far."""
-        return self._num_tokens
+        """Number of tokens read so far."""
+        return int(self._history.num_tokens[0])
 
     def prefix(self) -> Prefix:
-        """What was read so far.
+        """The text so far.
 
         Raises:
-          ValueError: nothing was.
+          ValueError: it has no tokens.
         """
-        if not self._held:
+        if self.num_tokens == 0:
             raise ValueError("text: expected at least one token, got none")
         self._is_shared = True
-        return Prefix(
-            cache=self._cache,
-            last_token=np.array(self._held, np.int32),
-            num_tokens=np.array([self._num_tokens], np.int64),
-            seen=self._seen.copy(),
-            model_digest=self._digest,
-        )
+        return Prefix(self._cache, self._history, self._digest)
 
     def _feed(self, tokens: list[int]) -> list[int]:
         """The tokens that the cache is to see now: all but the last."""
-        known = [*self._held, *tokens]
-        self._held = known[-1:]
-        self._num_tokens += len(tokens)
-        self._seen[0, tokens] = True
-        self._cache = make_room(self._cache, self._model.config, self._num_tokens)
-        return known[:-1]
+        fed, self._history = self._history.read(tokens)
+        config = self._reader.model.config
+        self._cache = make_room(self._cache, config, self.num_tokens)
+        return fed
+
+
+def score_rows(
+    reader: ChunkReader,
+    rows: Sequence[Sequence[int]],
+    batch_size: int,
+    prefix: Prefix | None,
+    progress: Progress | None = None,
+) -> list[np.ndarray]:
+    """The log-probabilities of each row's tokens after its first, a batch at a time.
+
+    Args:
+      reader: the model.
+      rows: token ids, at least one in each row.
+      batch_size: rows at a time; fewer if there are fewer.
+      prefix: what comes before each row, one row, but for its last token, with which
+        the rows begin.
+      progress: called after each batch with the rows scored so far, and all.
+    """
+    batch_size = min(batch_size, len(rows))
+    start = 0 if prefix is None else int(prefix.num_tokens[0])
+    # Rows of like lengths together, so that little is padded.
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    scores: dict[int, np.ndarray] = {}
+    while waiting := order[len(scores) : len(scores) + batch_size]:
+        room = start + len(rows[waiting[0]])
+        if prefix is None:
+            cache = reader.new_cache(batch_size, room)
+        else:
+            cache = make_room(prefix.cache, reader.model.config, room)
+            cache = cache_lib.repeat(cache, batch_size)
+        # The last batch is filled up: another size would be another program.
+        padding = [[0]] * (batch_size - len(waiting))
+        found, _ = reader.score(cache, [*(rows[i] for i in waiting), *padding])
+        scores |= zip(waiting, found, strict=False)
+        if progress is not None:
+            progress(len(scores), len(rows))
+    return [scores[i] for i in range(len(rows))]

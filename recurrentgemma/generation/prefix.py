@@ -1,10 +1,7 @@
-"""A text already read: what is left of it, to save, load, fork and continue.
+"""A text already read, to save, load, fork and continue: a cache and a history.
 
-    prefix = {cache, last token, tokens seen}
-
-The cache has seen every token of a row but the last, which is held back: whatever comes
-next feeds it first, so that sampling, scoring and chat continue alike. A Griffin model's
-prefix has one size, however long the text was; with global attention it grows with it.
+The prefix of a Griffin model has one size, however long the text was; with global
+attention it grows with the text.
 
 A file is one safetensors file: the arrays by path, and as metadata the format's version,
 the capacity of a cache that has one, and three digests: of the architecture, of weights
@@ -29,6 +26,7 @@ from recurrentgemma import cache as cache_lib
 from recurrentgemma._atomic import replace_file
 from recurrentgemma.cache import Cache
 from recurrentgemma.config import GriffinConfig
+from recurrentgemma.generation.history import History
 from recurrentgemma.griffin import Griffin
 
 FORMAT = "recurrentgemma-prefix"
@@ -40,10 +38,9 @@ _SHARED_POSITIONS = {
 """Names in version 1 of the positions that the layers of a kind shared."""
 
 _DIGESTED = ("scale", "a_param")
-_OWN_ARRAYS = ("last_token", "num_tokens", "seen")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Prefix:
     """What a model has read, row by row. Made by `Sampler.prefill`.
 
@@ -56,19 +53,26 @@ class Prefix:
 
     cache: Cache
     """The state of the model after all tokens of each row but the last."""
-    last_token: np.ndarray
-    """int32 [B], the last token of each row, which the cache has not seen."""
-    num_tokens: np.ndarray
-    """int64 [B], tokens of each row, the last one and the begin token included."""
-    seen: np.ndarray
-    """bool [B, V], which tokens each row holds, for repetition penalties."""
+    history: History
+    """The last token of each row, which the cache has not seen; number and set of its
+    tokens, the begin token included; NumPy arrays."""
     model_digest: str
     """`model_digest` of the model that read the text."""
+
+    def __repr__(self) -> str:
+        tokens = ", ".join(map(str, self.num_tokens))
+        size = f"{self.num_bytes / 1e6:.1f} MB"
+        return f"Prefix(rows={self.batch_size}, tokens={tokens}, {size})"
+
+    @property
+    def num_tokens(self) -> np.ndarray:
+        """Number of tokens of each row, int32 [B]."""
+        return self.history.num_tokens
 
     @property
     def batch_size(self) -> int:
         """Number of rows."""
-        return len(self.last_token)
+        return len(self.num_tokens)
 
     @property
     def num_bytes(self) -> int:
@@ -104,9 +108,8 @@ class Prefix:
           ValueError: it cannot be written; what was there is as it was.
         """
         arrays = {name: np.asarray(leaf) for name, leaf in _named(self.cache).items()}
-        arrays["last_token"] = self.last_token
-        arrays["num_tokens"] = self.num_tokens
-        arrays["seen"] = np.packbits(self.seen, axis=1)
+        arrays |= self.history._asdict()
+        arrays["seen"] = np.packbits(self.history.seen, axis=1)
         metadata = {
             "format": FORMAT,
             "version": str(VERSION),
@@ -154,15 +157,17 @@ class Prefix:
         vocab_size = model.config.vocab_size
         return cls(
             cache=jax.tree.unflatten(jax.tree.structure(like), leaves),
-            last_token=arrays["last_token"],
-            num_tokens=arrays["num_tokens"],
-            seen=np.unpackbits(arrays["seen"], axis=1, count=vocab_size).astype(bool),
+            history=History(
+                arrays["last_token"],
+                arrays["num_tokens"].astype(np.int32),
+                np.unpackbits(arrays["seen"], axis=1, count=vocab_size).astype(bool),
+            ),
             model_digest=metadata["model_digest"],
         )
 
     def _map(self, function, cache: Cache) -> "Prefix":
-        arrays = {name: function(getattr(self, name)) for name in _OWN_ARRAYS}
-        return dataclasses.replace(self, cache=cache, **arrays)
+        history = History(*map(function, self.history))
+        return dataclasses.replace(self, cache=cache, history=history)
 
 
 def concatenate(prefixes: Sequence[Prefix]) -> Prefix:
@@ -175,12 +180,11 @@ def concatenate(prefixes: Sequence[Prefix]) -> Prefix:
         raise ValueError("prefixes must hold at least one prefix.")
     for prefix in prefixes:
         prefix.check_model(prefixes[0].model_digest)
-    arrays: dict[str, Any] = {
-        name: np.concatenate([getattr(prefix, name) for prefix in prefixes])
-        for name in _OWN_ARRAYS
-    }
-    cache = cache_lib.concatenate([prefix.cache for prefix in prefixes])
-    return dataclasses.replace(prefixes[0], cache=cache, **arrays)
+    return dataclasses.replace(
+        prefixes[0],
+        cache=cache_lib.concatenate([prefix.cache for prefix in prefixes]),
+        history=History.concatenate([prefix.history for prefix in prefixes]),
+    )
 
 
 def model_digest(model: Griffin) -> str:

@@ -1,9 +1,9 @@
 """The device programs of generation: read a chunk, score a chunk, decode a block.
 
-    state = {cache, last token (held back), seed, steps, limit, done, seen} by row
+    state = {caches, history, seed, steps, limit, done} by row
 
-The cache has seen every token of a row but the last one, which the next decode step
-feeds: all steps are alike, and what a text leaves behind can be continued the same way.
+A decode step feeds the last token of a row's history, which the cache has not seen: all
+steps are alike, and any text that was read can be continued the same way.
 
 A chunk is padded at the end of each row (position -1). A block is a `lax.while_loop` of
 a given number of steps, which is not part of the program; it ends early when enough rows
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from recurrentgemma.cache import Cache
+from recurrentgemma.generation.history import History
 from recurrentgemma.generation.sampling import Sampling, log_prob, row_keys, sample
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.kernels import meshes
@@ -36,10 +37,10 @@ _SCORED_TOKENS = 128
 class DecodeState(NamedTuple):
     """What decoding carries from block to block; batch axis first in every leaf."""
 
-    cache: Cache
-    """The state of the model after all tokens of each row but the last."""
-    token: jax.Array
-    """int32 [B], the last token of each row, which the cache has not seen."""
+    caches: tuple[Cache, ...]
+    """The cache of the model and, if there is a draft model, the draft's: both have
+    seen all tokens of each row but the last."""
+    history: History
     seeds: jax.Array
     """uint32 [B]."""
     steps: jax.Array
@@ -48,27 +49,24 @@ class DecodeState(NamedTuple):
     """int32 [B], how many tokens each row may draw."""
     done: jax.Array
     """bool [B], whether the row draws no more."""
-    seen: jax.Array | None
-    """bool [B, V], the tokens of each row, if there is a repetition penalty."""
-    draft_cache: Cache | None = None
-    """The cache of the draft model after the same tokens, if there is one."""
 
 
 class BlockOutput(NamedTuple):
-    """What a block drew; of a row, its first entries: as many as its steps grew."""
+    """Tokens that a block drew: the first entries of each row, as many as its steps."""
 
     tokens: jax.Array
     """int32 [B, BLOCK_STEPS]."""
     log_probs: jax.Array
-    """float32 [B, BLOCK_STEPS], of the tokens under the unfiltered model."""
+    """Log-probabilities of the tokens under the unfiltered model, float32
+    [B, BLOCK_STEPS]."""
     logits: jax.Array | None
-    """float32 [B, BLOCK_STEPS, V], of the model before every token, if kept."""
+    """The model's logits before every token, float32 [B, BLOCK_STEPS, V], if kept."""
     calls: jax.Array
-    """int32 [B], calls of the model that it took."""
+    """Calls of the model for each row, int32 [B]."""
 
 
 def empty_output(batch_size: int, vocab_size: int | None) -> BlockOutput:
-    """For a block to fill; no logits if vocab_size is None."""
+    """An output for a block to fill; no logits if vocab_size is None."""
     shape = (batch_size, BLOCK_STEPS)
     return BlockOutput(
         jnp.zeros(shape, jnp.int32),
@@ -108,7 +106,7 @@ def read_chunk(
 
     Args:
       model: the model.
-      cache: of B rows; donated.
+      cache: B rows; donated.
       tokens: int32 [B, T].
       lengths: int32 [B], 0 to T.
     """
@@ -128,7 +126,7 @@ def score_chunk(
 
     Args:
       model: the model.
-      cache: of B rows; not donated, so that it stays a prefix.
+      cache: B rows; not donated, so that it stays a prefix.
       tokens: int32 [B, T], T at most 128 or a multiple of it.
       targets: int32 [B, T], the token after each of `tokens`.
       lengths: int32 [B], 0 to T.
@@ -179,7 +177,7 @@ def decode_block(
 
     Args:
       model: the model.
-      state: of B rows; donated.
+      state: B rows, one cache; donated.
       sampling: how tokens are chosen.
       end_mask: bool [V], true at the tokens that end a row.
       count: int32 scalar, 0 to BLOCK_STEPS.
@@ -187,7 +185,7 @@ def decode_block(
       keep_logits: whether the output holds logits (static).
     """
     vocab_size = model.config.vocab_size
-    output = empty_output(len(state.token), vocab_size if keep_logits else None)
+    output = empty_output(len(state.steps), vocab_size if keep_logits else None)
 
     def unfinished(carry):
         step, state, _ = carry
@@ -195,18 +193,20 @@ def decode_block(
 
     def draw(carry):
         step, state, output = carry
-        positions = jnp.where(state.done, -1, state.cache.next_position)
-        hidden, cache = model(state.token[:, None], positions[:, None], state.cache)
+        [cache] = state.caches
+        history = state.history
+        positions = jnp.where(state.done, -1, cache.next_position)
+        hidden, cache = model(history.last_token[:, None], positions[:, None], cache)
         logits = model.logits(hidden)[:, 0]
         keys = row_keys(state.seeds, state.steps)
-        token = sample(logits, keys, sampling, state.seen)
+        token = sample(logits, keys, sampling, history.seen)
         output = BlockOutput(
             output.tokens.at[:, step].set(token),
             output.log_probs.at[:, step].set(log_prob(logits, token)),
             output.logits.at[:, step].set(logits) if keep_logits else None,
             output.calls + jnp.where(state.done, 0, 1),
         )
-        return step + 1, advance(state, cache, token, end_mask), output
+        return step + 1, _advance(state, cache, token, end_mask), output
 
     with jax.named_scope("decode_block"):
         carry = (jnp.int32(0), state, output)
@@ -214,22 +214,14 @@ def decode_block(
     return state, output
 
 
-def advance(
+def _advance(
     state: DecodeState, cache: Cache, token: jax.Array, end_mask: jax.Array
 ) -> DecodeState:
     """The state after each row that was not done drew `token`, int32 [B]."""
-    token = jnp.where(state.done, state.token, token)
-    steps = state.steps + jnp.where(state.done, 0, 1)
-    seen = mark_seen(state.seen, token)
-    done = state.done | end_mask[token] | (steps >= state.limits)
-    return state._replace(cache=cache, token=token, steps=steps, done=done, seen=seen)
-
-
-def mark_seen(seen: jax.Array | None, token: jax.Array) -> jax.Array | None:
-    """`DecodeState.seen` with one more token of each row, int32 [B]."""
-    if seen is None:
-        return None
-    return seen.at[jnp.arange(len(token)), token].set(True)
+    history = state.history.append(token, ~state.done)
+    steps = state.steps + ~state.done
+    done = state.done | end_mask[history.last_token] | (steps >= state.limits)
+    return state._replace(caches=(cache,), history=history, steps=steps, done=done)
 
 
 def _positions(cache: Cache, tokens: jax.Array, lengths: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from recurrentgemma.generation.batching import Generation, Request
+from recurrentgemma.generation.batching import Generation
 from recurrentgemma.generation.prefix import Prefix
 
 
@@ -32,7 +32,7 @@ class Sample:
     for."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Score:
     """How probable a text is to the model, token by token."""
 
@@ -40,12 +40,18 @@ class Score:
     """The scored tokens. The first of a text that starts from no prefix (the begin
     token, usually) is not among them: nothing comes before it."""
     log_probs: np.ndarray
-    """Of each of `tokens` given all before it; float32 [len(tokens)], natural
-    logarithm."""
+    """Log-probability of each of `tokens` given all before it; float32 [len(tokens)],
+    natural logarithm."""
     num_bytes: int | None
-    """Bytes of the text in UTF-8; None if token ids were scored."""
-    prefix: Prefix
-    """Everything up to here, to continue from."""
+    """Length of the text in bytes of UTF-8; None if token ids were scored."""
+    prefix: Prefix | None = None
+    """Everything up to here, to continue from; None from `score_many`."""
+
+    def __repr__(self) -> str:
+        figures = f"perplexity={self.perplexity:.4f}"
+        if self.num_bytes:
+            figures += f", bits_per_byte={self.bits_per_byte:.4f}"
+        return f"Score(tokens={len(self.tokens)}, {figures})"
 
     @property
     def total_log_prob(self) -> float:
@@ -54,14 +60,15 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp of minus the mean log-probability of a token; nan of no tokens."""
+        """exp of minus the mean log-probability of a token; nan without tokens."""
         if not self.tokens:
             return float("nan")
         return float(np.exp(-self.total_log_prob / len(self.tokens)))
 
     @property
     def bits_per_byte(self) -> float:
-        """Minus the log-probability in bits for a byte of text; nan of no bytes."""
+        """Minus the log-probability in bits for a byte of text; nan for token ids, whose
+        bytes are not known, and for an empty text."""
         if not self.num_bytes:
             return float("nan")
         return -self.total_log_prob / np.log(2) / self.num_bytes
@@ -74,19 +81,9 @@ class TextStream(Iterator[str]):
     not grow with the text.
     """
 
-    def __init__(
-        self,
-        generation: Generation,
-        request: Request,
-        *,
-        vocab_size: int,
-        model_digest: str,
-        has_stop: bool,
-    ):
+    def __init__(self, generation: Generation, *, model_digest: str, has_stop: bool):
         self._generation = generation
         self._parts = iter(generation)
-        self._num_tokens = request.num_tokens
-        self._seen = request.seen(vocab_size)
         self._model_digest = model_digest
         self._has_stop = has_stop
         self.ended = False
@@ -95,29 +92,25 @@ class TextStream(Iterator[str]):
     def __next__(self) -> str:
         while True:
             part = next(self._parts)
-            self._num_tokens += len(part.tokens)
-            self._seen[0, part.tokens] = True
             self.ended = part.ended
             if part.text:
                 return part.text
+
+    def close(self) -> None:
+        """Frees the memory of the text; the stream ends, without a prefix."""
+        self._parts = iter(())
+        self._generation.close()
 
     def prefix(self) -> Prefix:
         """The prompt and what was written so far, to continue from.
 
         Raises:
-          ValueError: there are stop strings, past which the model has read already; or
-            nothing was taken from the stream yet.
+          ValueError: there are stop strings, past which the model has read already;
+            nothing was taken from the stream yet; or it was closed.
         """
         if self._has_stop:
             raise ValueError(
                 "stop: expected none for a prefix, as the model reads past a stop "
                 "string; continue from the text instead"
             )
-        cache, last_token = self._generation.read_so_far(0)
-        return Prefix(
-            cache=cache,
-            last_token=last_token,
-            num_tokens=np.array([self._num_tokens]),
-            seen=self._seen.copy(),
-            model_digest=self._model_digest,
-        )
+        return self._generation.prefix(0, self._model_digest)

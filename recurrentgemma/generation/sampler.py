@@ -1,32 +1,43 @@
 """Text in, text out: continue, stream, read ahead and score with one model.
 
 Prompts are read in chunks of three sizes, so that a new prompt length compiles nothing,
-and continued in blocks of decode steps (see `recurrentgemma.generation.batching`). What a text
-leaves behind is a `Prefix`, of one size for a Griffin model, which everything here can
-start from. Neither the cache nor the programs grow with the text.
+and continued in blocks of decode steps (see `recurrentgemma.generation.batching`). A
+text that was read is a `Prefix`, of one size for a Griffin model, which everything here
+can start from. Neither the cache nor the programs grow with the text.
 """
 
 import dataclasses
 import functools
 import itertools
-import numbers
 from collections.abc import Iterable, Iterator, Sequence
 
+import jax
 import numpy as np
 
+from recurrentgemma import _validation as check
 from recurrentgemma.generation.batching import Generation, Part, Request, Settings
-from recurrentgemma.generation.prefill import Progress, RowReader, pieces_of
+from recurrentgemma.generation.chunk_reader import ChunkReader, Progress
+from recurrentgemma.generation.prefill import (
+    RowReader,
+    Text,
+    is_whole,
+    pieces_of,
+    score_rows,
+    token_ids,
+)
 from recurrentgemma.generation.prefix import Prefix, model_digest
 from recurrentgemma.generation.results import Sample, Score, TextStream
 from recurrentgemma.generation.sampling import Sampling, check_seed
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.tokenizer import END_OF_TURN, Tokenizer
 
-Prompt = str | Sequence[int]
-"""A text, or token ids (the begin token first, usually)."""
+Prompt = str | bytes | Sequence[int]
+"""A text (bytes are UTF-8), or token ids (the begin token first, usually)."""
 
 MAX_DRAFT_TOKENS = 32
 """Most tokens that a draft may propose at a time."""
+MAX_COUNT = 2**31 - 1
+"""Largest number of tokens, samples or rows."""
 
 
 class Sampler:
@@ -63,24 +74,24 @@ class Sampler:
             proposes tokens, which the model checks several at a time. The text is the
             same, and sooner there if the draft guesses well.
           num_draft_tokens: how many it proposes at a time, 1 to 32.
-          compile_ahead: the first call with a batch size compiles the programs of all
-            chunk sizes at once, so that no later prompt length compiles anything.
-            False compiles each when it is needed first: for a single prompt.
+          compile_ahead: once the first text of a batch size is under way, a thread
+            compiles the programs of all chunk sizes, so that no later prompt length
+            compiles anything. False compiles each when it is needed first: for a
+            single prompt.
+
+        Programs stay in memory for each batch size that was used (tens of MB for a
+        small model); `jax.clear_caches()` frees them.
 
         Raises:
           ValueError: the tokenizer has more pieces than the model has embeddings; the
             draft has another vocabulary; num_draft_tokens is out of its range.
         """
+        check.instance("model", model, Griffin, "a Griffin model")
         vocab_size = model.config.vocab_size
         if draft is not None and draft.config.vocab_size != vocab_size:
             raise ValueError(
                 f"draft: expected a model of the same {vocab_size} tokens, got one of "
                 f"{draft.config.vocab_size}"
-            )
-        if _check_count("num_draft_tokens", num_draft_tokens) > MAX_DRAFT_TOKENS:
-            raise ValueError(
-                f"num_draft_tokens: expected at most {MAX_DRAFT_TOKENS}, got "
-                f"{num_draft_tokens}"
             )
         if tokenizer is not None and tokenizer.vocab_size > vocab_size:
             raise ValueError(
@@ -91,8 +102,23 @@ class Sampler:
         self.model = model
         self.tokenizer = tokenizer
         self.draft = draft
-        self.num_draft_tokens = num_draft_tokens
-        self._compiled: set | None = set() if compile_ahead else None
+        self.num_draft_tokens = check.integer(
+            "num_draft_tokens", num_draft_tokens, least=1, most=MAX_DRAFT_TOKENS
+        )
+        models = [model] if draft is None else [model, draft]
+        self._readers = [ChunkReader(m, compile_ahead=compile_ahead) for m in models]
+
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves(self.model)
+        parameters = f"{sum(leaf.size for leaf in leaves) / 1e6:.1f}M parameters"
+        draft = "" if self.draft is None else f", {self.num_draft_tokens} draft tokens"
+        text = "text" if self.tokenizer is not None else "token ids alone"
+        return f"Sampler({parameters}, {text}{draft})"
+
+    def wait_until_compiled(self) -> None:
+        """Returns when no thread compiles any more: before a time is measured."""
+        for reader in self._readers:
+            reader.wait()
 
     def __call__(
         self,
@@ -137,43 +163,40 @@ class Sampler:
             that is not in the vocabulary, the prefix was made by another model, or
             there is no tokenizer for text.
         """
-        if isinstance(prompts, str) or len(prompts) == 0:
-            got = repr(prompts)[:40] if isinstance(prompts, str) else "none"
-            raise ValueError(f"prompts: expected a list of at least one, got {got}")
+        if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+            check.refuse("prompts", "a list of at least one", prompts)
+        prompts = list(prompts)
+        if not prompts:
+            raise ValueError("prompts: expected a list of at least one, got none")
+        num_samples = _count("num_samples", num_samples)
         count = len(prompts)
-        rows = count * _check_count("num_samples", num_samples)
-        limits = _each("max_new_tokens", max_new_tokens, count, _check_count)
-        if isinstance(seed, numbers.Integral):
+        rows = count * num_samples
+        limits = _each("max_new_tokens", max_new_tokens, count, _count)
+        if not isinstance(seed, Sequence | np.ndarray):
             seed = [check_seed(seed) + i for i in range(rows)]
         seeds = _each("seed", seed, rows, lambda _, one: check_seed(one))
         prefixes = self._prefix_rows(prefix, count)
-        # The longest first, so that none begins when the others are done.
-        order = sorted(range(count), key=lambda i: -limits[i])
-        asked = [
-            Request(
-                self._encode(f"prompts[{i}]", prompts[i], prefixes[i]),
-                limits[i],
-                seeds[i * num_samples],
-                prefixes[i],
-            )
-            for i in order
+        requests = [
+            [
+                Request(i * num_samples + copy, tokens, limits[i], one, prefixes[i])
+                for copy, one in enumerate(seeds[i * num_samples :][:num_samples])
+            ]
+            for i, prompt in enumerate(prompts)
+            for tokens in [self._encode(f"prompts[{i}]", prompt, prefixes[i])]
         ]
-        of_prompt = [seeds[i * num_samples : (i + 1) * num_samples] for i in order]
+        # The longest first, so that none begins when the others are done.
+        requests.sort(key=lambda copies: -copies[0].max_new_tokens)
+        slots = rows if batch_size is None else _count("batch_size", batch_size)
         generation = Generation(
-            self.model,
-            self._settings(sampling, end_tokens, stop, return_logits),
-            asked if num_samples == 1 else self._forked(asked, of_prompt),
-            rows if batch_size is None else _check_count("batch_size", batch_size),
-            compiled=self._compiled,
+            self._readers,
+            self._settings(sampling, end_tokens, stop, keep_logits=return_logits),
+            itertools.chain(*requests) if num_samples == 1 else self._forked(requests),
+            slots,
+            reads_together=rows <= slots,
             progress=progress,
         )
-        samples: list[Sample | None] = [None] * rows
-        for index, sample in _collect(
-            generation, [request.tokens for request in asked], num_samples
-        ):
-            place, copy = divmod(index, num_samples)
-            samples[order[place] * num_samples + copy] = sample
-        return [sample for sample in samples if sample is not None]
+        samples = dict(_samples(generation))
+        return [samples[i] for i in range(rows)]
 
     def stream(
         self,
@@ -197,28 +220,24 @@ class Sampler:
         self._require_tokenizer()
         [row] = self._prefix_rows(prefix, 1)
         request = Request(
+            0,
             self._encode("prompt", prompt, row),
-            _check_count("max_new_tokens", max_new_tokens),
+            _count("max_new_tokens", max_new_tokens),
             check_seed(seed),
             row,
         )
-        settings = dataclasses.replace(
-            self._settings(sampling, end_tokens, stop), streams=True
-        )
-        generation = Generation(
-            self.model,
-            settings,
-            [request],
-            1,
-            compiled=self._compiled,
-            progress=progress,
-        )
+        settings = self._settings(sampling, end_tokens, stop, streams=True)
         return TextStream(
-            generation,
-            request,
-            vocab_size=self.model.config.vocab_size,
+            Generation(
+                self._readers,
+                settings,
+                [request],
+                1,
+                reads_together=True,
+                progress=progress,
+            ),
             model_digest=self._model_digest,
-            has_stop=bool(stop),
+            has_stop=bool(settings.stop),
         )
 
     def iterate(
@@ -243,36 +262,34 @@ class Sampler:
           The index of a prompt and its sample, in the order in which they finish.
 
         Raises:
-          ValueError: as for a call; of a prompt when its turn comes.
+          ValueError: as for a call, at once; for a prompt or its seed, or where there
+            is no seed for a prompt, when all prompts before it have their samples.
         """
-        limit = _check_count("max_new_tokens", max_new_tokens)
-        if isinstance(seed, int | np.integer):
+        if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+            check.refuse("prompts", "an iterable of prompts", prompts)
+        limit = _count("max_new_tokens", max_new_tokens)
+        if not isinstance(seed, Iterable):
             seed = itertools.count(check_seed(seed))
-        read: dict[int, list[int]] = {}
+        seeds = iter(seed)
 
         def requests():
-            for i, (prompt, one) in enumerate(zip(prompts, seed, strict=False)):
-                read[i] = self._encode(f"prompts[{i}]", prompt, None)
-                yield Request(read[i], limit, check_seed(one))
+            for i, prompt in enumerate(prompts):
+                tokens = self._encode(f"prompts[{i}]", prompt, None)
+                one = next(seeds, None)
+                if one is None:
+                    raise ValueError(
+                        f"seed: expected one for each prompt, got {i}; give more, or "
+                        "an integer"
+                    )
+                yield Request(i, tokens, limit, check_seed(one))
 
-        generation = Generation(
-            self.model,
-            self._settings(sampling, end_tokens, stop),
-            requests(),
-            _check_count("batch_size", batch_size),
-            compiled=self._compiled,
-        )
-
-        def samples():
-            for index, sample in _collect(generation, read):
-                del read[index]
-                yield index, sample
-
-        return samples()
+        settings = self._settings(sampling, end_tokens, stop)
+        slots = _count("batch_size", batch_size)
+        return _samples(Generation(self._readers, settings, requests(), slots))
 
     def prefill(
         self,
-        text: str | Iterable[str] | Iterable[int],
+        text: Text,
         *,
         prefix: Prefix | None = None,
         progress: Progress | None = None,
@@ -280,44 +297,38 @@ class Sampler:
         """Reads a text of any length, in memory that does not depend on it.
 
         Args:
-          text: a text; its lines, each tokenised by itself (an open file, for
-            example); or token ids, the begin token first, usually.
+          text: one text; an open file or another iterator of lines, each tokenised by
+            itself; or token ids, the begin token first, usually.
           prefix: one row to continue; None begins with the begin token.
           progress: called while the text is read.
 
         Returns:
-          What was read, one row. `Prefix.repeat` and `prefix.concatenate` make more.
+          The prefix, one row. `Prefix.repeat` and `prefix.concatenate` make more.
 
         Raises:
           ValueError: the text or the prefix is not as described; there is no tokenizer
-            for text, or nothing at all was read.
+            for text, or the text is empty.
         """
         reader, pieces = self._open(text, prefix)
-        total = None
         for piece in pieces:
-            if isinstance(text, str):
-                total = len(piece.tokens)
             before = reader.num_tokens
+            total = len(piece.tokens) if is_whole(text) else None
 
             def show(read, _, before=before, total=total):
                 if progress is not None:
-                    progress(before + read, total)
+                    progress(before + read if total is None else read, total)
 
             reader.read(piece.tokens, show)
         return reader.prefix()
 
-    def score(
-        self,
-        text: str | Iterable[str] | Iterable[int],
-        *,
-        prefix: Prefix | None = None,
-    ) -> Score:
-        """The log-probability of every token of a text.
+    def score(self, text: Text, *, prefix: Prefix | None = None) -> Score:
+        """The log-probability of every token of one text.
 
         Args: as for `prefill`.
 
         Returns:
-          The scores of the whole text; `score_stream` gives them piece by piece.
+          The scores of the whole text; `score_stream` gives them piece by piece, and
+          `score_many` those of several texts.
 
         Raises:
           ValueError: as for `prefill`.
@@ -333,31 +344,65 @@ class Sampler:
             prefix=scores[-1].prefix,
         )
 
-    def score_stream(
+    def score_many(
         self,
-        text: str | Iterable[str] | Iterable[int],
+        texts: Iterable[Prompt],
         *,
+        batch_size: int = 16,
         prefix: Prefix | None = None,
+        progress: Progress | None = None,
+    ) -> list[Score]:
+        """The scores of several texts, a batch at a time, without their prefixes.
+
+        Args:
+          texts: texts or lists of token ids, each at least one unless there is a prefix.
+          batch_size: texts at a time; changes no score but for rounding.
+          prefix: what comes before each text, one row.
+          progress: called after each batch with the texts scored so far, and all.
+
+        Returns:
+          The score of each text, as `score` gives it, in the order of `texts`.
+
+        Raises:
+          ValueError: as for a call; nothing is scored then.
+        """
+        if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+            check.refuse("texts", "a list of texts", texts)
+        slots = _count("batch_size", batch_size)
+        [before] = self._prefix_rows(prefix, 1)
+        held = [] if before is None else before.history.last_token.tolist()
+        rows, num_bytes = [], []
+        for i, text in enumerate(texts):
+            rows.append([*held, *self._encode(f"texts[{i}]", text, before)])
+            data = text.encode() if isinstance(text, str) else text
+            num_bytes.append(len(data) if isinstance(data, bytes) else None)
+        scores = score_rows(self._readers[0], rows, slots, before, progress)
+        return [
+            Score(list(row[1:]), log_probs, size)
+            for row, log_probs, size in zip(rows, scores, num_bytes, strict=True)
+        ]
+
+    def score_stream(
+        self, text: Text, *, prefix: Prefix | None = None
     ) -> Iterator[Score]:
         """Scores a text that may never end, in memory that does not grow.
 
         Args: as for `prefill`.
 
         Yields:
-          The scores of about a thousand tokens, whole lines, and where they end.
+          The scores of about a thousand tokens, whole lines, and where they end; of a
+          text or a list of tokens, all scores at once.
 
         Raises:
           ValueError: as for `prefill`; of a line when its turn comes.
         """
         reader, pieces = self._open(text, prefix)
-        skip = prefix is None
 
         def scores():
-            nonlocal skip
             for piece in pieces:
                 log_probs = reader.score(piece.tokens)
-                tokens = piece.tokens[1:] if skip else piece.tokens
-                skip = False
+                # Nothing comes before the first token of all.
+                tokens = piece.tokens[len(piece.tokens) - len(log_probs) :]
                 yield Score(tokens, log_probs, piece.num_bytes, reader.prefix())
 
         return scores()
@@ -368,68 +413,62 @@ class Sampler:
 
     def _open(self, text, prefix):
         """A reader after the prefix, and the pieces of the text."""
-        reader = RowReader(self.model, self._model_digest, prefix)
+        self._check_prefix(prefix)
+        reader = RowReader(self._readers[0], self._model_digest, prefix)
         vocab_size = self.model.config.vocab_size
         return reader, pieces_of(text, self.tokenizer, vocab_size, begin=prefix is None)
 
-    def _forked(
-        self, requests: list[Request], seeds: list[list[int]]
-    ) -> Iterator[Request]:
-        """Each request once for each of its seeds, its prompt read only once: when the
-        first is taken."""
-        for request, seeds_of_request in zip(requests, seeds, strict=True):
-            reader = RowReader(self.model, self._model_digest, request.prefix)
-            reader.read(request.tokens)
+    def _forked(self, requests: list[list[Request]]) -> Iterator[Request]:
+        """All copies of each request, whose prompt is read once: before the first."""
+        for copies in requests:
+            first = copies[0]
+            reader = RowReader(self._readers[0], self._model_digest, first.prefix)
+            reader.read(first.prompt_tokens)
             prefix = reader.prefix()
-            for seed in seeds_of_request:
-                yield Request([], request.max_new_tokens, seed, prefix)
+            for request in copies:
+                yield dataclasses.replace(request, prefix=prefix, is_read=True)
 
-    def _settings(self, sampling, end_tokens, stop, keep_logits=False) -> Settings:
-        if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
-            raise ValueError(
-                f"stop: expected a list of strings, none of them empty, got {stop!r}"
-            )
+    def _settings(self, sampling, end_tokens, stop, **others) -> Settings:
+        stop = check.strings("stop", stop)
         if stop:
             self._require_tokenizer()
         return Settings(
             tokenizer=self.tokenizer,
-            sampling=sampling,
+            sampling=check.instance("sampling", sampling, Sampling, "a Sampling"),
             end_mask=self._end_mask(end_tokens),
-            stop=tuple(stop),
-            keep_logits=keep_logits,
-            draft=self.draft,
+            stop=stop,
             num_draft_tokens=0 if self.draft is None else self.num_draft_tokens,
+            **others,
         )
+
+    def _check_prefix(self, prefix: Prefix | None) -> None:
+        if prefix is not None:
+            check.instance("prefix", prefix, Prefix, "a Prefix or None")
+            prefix.check_model(self._model_digest)
 
     def _prefix_rows(self, prefix: Prefix | None, count: int) -> list[Prefix | None]:
         """The row that each of `count` prompts continues."""
         if prefix is None:
             return [None] * count
-        prefix.check_model(self._model_digest)
+        self._check_prefix(prefix)
         if prefix.batch_size == 1:
             return [prefix] * count
         if prefix.batch_size != count:
             raise ValueError(
-                f"prefix: expected 1 or {count} rows, as there are {count} prompts, "
-                f"got {prefix.batch_size}"
+                f"prefix: expected one row{f' or {count}' if count > 1 else ''}, for "
+                f"as many texts, got {prefix.batch_size}"
             )
         return [prefix.take([i]) for i in range(count)]
 
     def _encode(self, name: str, prompt: Prompt, prefix: Prefix | None) -> list[int]:
         """The tokens of a prompt, checked."""
-        if isinstance(prompt, str):
+        if isinstance(prompt, str | bytes):
             return self._require_tokenizer().encode(prompt, add_bos=prefix is None)
-        tokens = [int(token) for token in prompt]
+        tokens = token_ids(name, prompt, self.model.config.vocab_size)
         if not tokens and prefix is None:
             raise ValueError(
                 f"{name}: expected at least one token, got none; start from the begin "
                 "token"
-            )
-        vocab_size = self.model.config.vocab_size
-        wrong = next((t for t in tokens if not 0 <= t < vocab_size), None)
-        if wrong is not None:
-            raise ValueError(
-                f"{name}: expected tokens in [0, {vocab_size}), got {wrong}"
             )
         return tokens
 
@@ -457,52 +496,42 @@ class Sampler:
             except ValueError:
                 pass  # A tokenizer without turns.
         mask = np.zeros(vocab_size, bool)
-        for token in end_tokens:
-            if not 0 <= token < vocab_size:
-                raise ValueError(
-                    f"end_tokens: expected ids in [0, {vocab_size}), got {token}"
-                )
-            mask[token] = True
+        mask[token_ids("end_tokens", end_tokens, vocab_size)] = True
         return mask
 
 
-def _collect(
-    generation: Generation, prompts, num_samples: int = 1
-) -> Iterator[tuple[int, Sample]]:
-    """Whole samples from the parts of a run, as they finish."""
+def _samples(generation: Generation) -> Iterator[tuple[int, Sample]]:
+    """The sample of each request, by its index, as they finish."""
     parts: dict[int, list[Part]] = {}
     for part in generation:
-        parts.setdefault(part.index, []).append(part)
+        index = part.request.index
+        parts.setdefault(index, []).append(part)
         if not part.is_last:
             continue
-        row = parts.pop(part.index)
+        row = parts.pop(index)
         kept = [one.logits for one in row if one.logits is not None]
-        yield (
-            part.index,
-            Sample(
-                text="".join(one.text for one in row),
-                prompt_tokens=prompts[part.index // num_samples],
-                tokens=[token for one in row for token in one.tokens],
-                log_probs=np.concatenate([one.log_probs for one in row]),
-                ended=part.ended,
-                num_calls=sum(one.num_calls for one in row),
-                logits=np.concatenate(kept) if kept else None,
-            ),
+        sample = Sample(
+            text="".join(one.text for one in row),
+            prompt_tokens=part.request.prompt_tokens,
+            tokens=[token for one in row for token in one.tokens],
+            log_probs=np.concatenate([one.log_probs for one in row]),
+            ended=part.ended,
+            num_calls=sum(one.num_calls for one in row),
+            logits=np.concatenate(kept) if kept else None,
         )
+        yield index, sample
 
 
-def _check_count(name: str, value) -> int:
-    if not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
-    return int(value)
+def _count(name: str, value) -> int:
+    return check.integer(name, value, least=1, most=MAX_COUNT)
 
 
-def _each(name: str, values, count: int, check) -> list[int]:
+def _each(name: str, values, count: int, check_one) -> list[int]:
     """One checked value for each of `count`; a single one holds for all."""
-    if isinstance(values, Sequence | np.ndarray):
+    if isinstance(values, Sequence | np.ndarray) and not isinstance(values, str):
         if len(values) != count:
             raise ValueError(
                 f"{name}: expected one for each of the {count} rows, got {len(values)}"
             )
-        return [check(name, value) for value in values]
-    return [check(name, values)] * count
+        return [check_one(name, value) for value in values]
+    return [check_one(name, values)] * count

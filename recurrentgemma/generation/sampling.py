@@ -16,14 +16,17 @@ section 4.1.
 """
 
 import dataclasses
-import numbers
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from recurrentgemma import _validation as check
 
 _FLOAT32_BITS = 32
 _SIGN_BIT = 1 << 31
 _MAX_SEED = 2**32 - 1
+_MAX_TOP_K = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,49 +60,33 @@ class Sampling:
     repetition_penalty: float | None = None
 
     def __post_init__(self):
-        if not _is_number(self.temperature) or not 0 <= self.temperature < float("inf"):
-            raise ValueError(
-                "temperature: expected a finite number of at least 0 "
-                f"(0 is greedy), got {self.temperature!r}"
-            )
-        if self.top_k is not None and (
-            not isinstance(self.top_k, numbers.Integral)
-            or isinstance(self.top_k, bool)
-            or not 1 <= self.top_k < 2**31
-        ):
-            raise ValueError(
-                f"top_k: expected an integer of at least 1 or None, got {self.top_k!r}"
-            )
-        if self.top_p is not None and (
-            not _is_number(self.top_p) or not 0 < self.top_p <= 1
-        ):
-            raise ValueError(
-                f"top_p: expected a number in (0, 1] or None, got {self.top_p!r}"
-            )
-        if self.min_p is not None and (
-            not _is_number(self.min_p) or not 0 <= self.min_p <= 1
-        ):
-            raise ValueError(
-                f"min_p: expected a number in [0, 1] or None, got {self.min_p!r}"
-            )
-        penalty = self.repetition_penalty
-        if penalty is not None and (
-            not _is_number(penalty) or not 0 < penalty < float("inf")
-        ):
-            raise ValueError(
-                "repetition_penalty: expected a finite number above 0 or None, got "
-                f"{penalty!r}"
-            )
-        # One Python type each: 1 and 1.0 would be two programs under jax.jit.
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is not None:
-                kind = int if field.name == "top_k" else float
-                object.__setattr__(self, field.name, kind(value))
+        # Each number is checked as the device sees it: rounded to float32, where the
+        # smallest numbers are zero. One Python type each, as 1 and 1.0 would be two
+        # programs under jax.jit.
+        limits = {
+            "temperature": {"least": 0},
+            "top_p": {"above": 0, "most": 1},
+            "min_p": {"least": 0, "most": 1},
+            "repetition_penalty": {"above": 0},
+        }
+        for name, limit in limits.items():
+            value = getattr(self, name)
+            if value is None and name != "temperature":
+                continue
+            value = check.number(name, value, **limit)
+            if check.number(name, _on_device(value), **limit) == 0:
+                value = 0.0
+            object.__setattr__(self, name, value)
+        if self.top_k is not None:
+            top_k = check.integer("top_k", self.top_k, least=1, most=_MAX_TOP_K)
+            object.__setattr__(self, "top_k", top_k)
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+def _on_device(value: float) -> float:
+    """The number in float32, without the denormal numbers that devices treat as 0."""
+    with np.errstate(over="ignore"):
+        rounded = np.float32(value)
+    return 0.0 if abs(rounded) < np.finfo(np.float32).tiny else float(rounded)
 
 
 def _flatten(sampling):
@@ -120,10 +107,7 @@ jax.tree_util.register_pytree_node(Sampling, _flatten, _unflatten)
 
 def check_seed(seed) -> int:
     """Returns `seed` as an int; ValueError unless it is an integer in [0, 2**32)."""
-    is_integer = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
-    if not is_integer or not 0 <= int(seed) <= _MAX_SEED:
-        raise ValueError(f"seed: expected an integer in [0, 2**32), got {seed!r}")
-    return int(seed)
+    return check.integer("seed", seed, least=0, most=_MAX_SEED)
 
 
 def row_keys(seeds: jax.Array, steps: jax.Array) -> jax.Array:
@@ -184,10 +168,12 @@ def penalize(
       penalty: greater than 0.
 
     Returns:
-      [B, V] float32: where seen, a positive logit divided, a negative one multiplied.
+      [B, V] float32, finite: where seen, a positive logit divided, a negative one
+      multiplied.
     """
     penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
-    return jnp.where(seen, penalized, logits)
+    largest = jnp.finfo(logits.dtype).max
+    return jnp.where(seen, jnp.clip(penalized, -largest, largest), logits)
 
 
 def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
@@ -213,8 +199,8 @@ def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
 def _keep_top(logits, weights, target):
     """-inf below the largest threshold that leaves at least `target` of `weights`.
 
-    Where all the weights do not reach the target (k above V, or p = 1 after rounding)
-    everything is kept.
+    Everything is kept where all weights together do not reach the target (k above V, or
+    p = 1 after rounding), and the largest logit is always kept.
     """
     sign = jnp.uint32(_SIGN_BIT)
     bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
@@ -228,6 +214,7 @@ def _keep_top(logits, weights, target):
 
     threshold = jnp.zeros((*logits.shape[:-1], 1), jnp.uint32)
     threshold = jax.lax.fori_loop(0, _FLOAT32_BITS, try_bit, threshold)
+    threshold = jnp.minimum(threshold, jnp.max(order, axis=-1, keepdims=True))
     return jnp.where(order >= threshold, logits, -jnp.inf)
 
 

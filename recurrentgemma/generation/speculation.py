@@ -6,7 +6,7 @@ call and makes its own choice at each place, with the key that this place has an
 choices; the first that is not is replaced by it. So a round gives 1 to K + 1 tokens, and
 the text is that of plain decoding to rounding: greedy or sampled, whatever the draft.
 
-Both caches are rewindable: rejected tokens are taken back exactly.
+Both caches are rewindable, so that rejected tokens are taken back exactly.
 
 Sources: speculative decoding is arXiv 2211.17192; sharing the noise instead of resampling
 from a residual is arXiv 2408.07978, section 3 (accepted a little less often, but the text
@@ -24,7 +24,6 @@ from recurrentgemma.generation.programs import (
     BlockOutput,
     DecodeState,
     empty_output,
-    mark_seen,
 )
 from recurrentgemma.generation.sampling import Sampling, log_prob, row_keys, sample
 from recurrentgemma.griffin import Griffin
@@ -32,12 +31,13 @@ from recurrentgemma.kernels import meshes
 
 
 @functools.partial(
-    jax.jit, static_argnames=("num_draft_tokens", "keep_logits"), donate_argnums=(2,)
+    jax.jit,
+    static_argnames=("num_draft_tokens", "keep_logits"),
+    donate_argnames=("state",),
 )
 @meshes.as_program
 def speculate_block(
-    model: Griffin,
-    draft: Griffin,
+    models: tuple[Griffin, Griffin],
     state: DecodeState,
     sampling: Sampling,
     end_mask: jax.Array,
@@ -49,12 +49,13 @@ def speculate_block(
 ) -> tuple[DecodeState, BlockOutput]:
     """`decode_block` in rounds, until a row has `count` tokens or no room for a round.
 
-    Args: as there, and
-      draft: a model of the same tokens; `state.draft_cache` is its cache. Both caches
-        can be rewound by `num_draft_tokens`.
+    Args: as there, but
+      models: the model, and the draft, a model of the same tokens.
+      state: `caches` are theirs, and can be rewound by `num_draft_tokens`.
       num_draft_tokens: K, at least 1 and less than BLOCK_STEPS (static).
     """
-    batch_size = len(state.token)
+    model, draft = models
+    batch_size = len(state.steps)
     vocab_size = model.config.vocab_size
     output = empty_output(batch_size, vocab_size if keep_logits else None)
     before = state.steps
@@ -68,12 +69,14 @@ def speculate_block(
 
     def run(carry):
         state, output = carry
+        cache, draft_cache = state.caches
         proposed, draft_cache = _propose(draft, state, sampling, num_draft_tokens)
-        fed = jnp.concatenate([state.token[:, None], proposed], axis=1)
+        last_token = state.history.last_token[:, None]
+        fed = jnp.concatenate([last_token, proposed], axis=1)
         steps = jnp.arange(fed.shape[1], dtype=jnp.int32)[None]
-        positions = state.cache.next_position[:, None] + steps
+        positions = cache.next_position[:, None] + steps
         positions = jnp.where(state.done[:, None], -1, positions)
-        hidden, cache = model(fed, positions, state.cache)
+        hidden, cache = model(fed, positions, cache)
         logits = model.logits(hidden)
         chosen = _choose(logits, proposed, state, sampling)
 
@@ -98,11 +101,11 @@ def speculate_block(
             output.calls + jnp.where(state.done, 0, 1),
         )
         rejected = jnp.where(state.done, 0, fed.shape[1] - counts)
-        state = _advance(state, chosen, counts, end_mask)._replace(
-            cache=rewind(cache, model.config, rejected),
-            draft_cache=rewind(draft_cache, draft.config, rejected),
+        caches = (
+            rewind(cache, model.config, rejected),
+            rewind(draft_cache, draft.config, rejected),
         )
-        return state, output
+        return _advance(state, caches, chosen, counts, end_mask), output
 
     with jax.named_scope("speculate_block"):
         return jax.lax.while_loop(unfinished, run, (state, output))
@@ -112,41 +115,37 @@ def _propose(draft, state, sampling, count):
     """`count` tokens of the draft, [B, count]; its cache has read all of them."""
 
     def step(carry, index):
-        cache, token, seen = carry
+        cache, history = carry
         positions = jnp.where(state.done, -1, cache.next_position)
-        hidden, cache = draft(token[:, None], positions[:, None], cache)
+        hidden, cache = draft(history.last_token[:, None], positions[:, None], cache)
         logits = draft.logits(hidden)[:, 0]
-        token = sample(
-            logits, row_keys(state.seeds, state.steps + index), sampling, seen
-        )
-        return (cache, token, mark_seen(seen, token)), token
+        keys = row_keys(state.seeds, state.steps + index)
+        token = sample(logits, keys, sampling, history.seen)
+        return (cache, history.append(token, True)), token
 
-    carry = (state.draft_cache, state.token, state.seen)
     # One step more than tokens, which reads the last of them.
     steps = jnp.arange(count + 1, dtype=jnp.int32)
-    (cache, *_), tokens = jax.lax.scan(step, carry, steps)
+    carry = (state.caches[1], state.history)
+    (cache, _), tokens = jax.lax.scan(step, carry, steps)
     return tokens[:-1].T, cache
 
 
 def _choose(logits, proposed, state, sampling):
     """The model's own token at every place, [B, K + 1], given the proposals before."""
-    seen, chosen = state.seen, []
+    history, chosen = state.history, []
     for place in range(logits.shape[1]):
         keys = row_keys(state.seeds, state.steps + place)
-        chosen.append(sample(logits[:, place], keys, sampling, seen))
+        chosen.append(sample(logits[:, place], keys, sampling, history.seen))
         if place < proposed.shape[1]:
-            seen = mark_seen(seen, proposed[:, place])
+            history = history.append(proposed[:, place], True)
     return jnp.stack(chosen, axis=1)
 
 
-def _advance(state, chosen, counts, end_mask):
-    """The state after `counts` of the chosen tokens, without its caches."""
-    last = jnp.maximum(counts - 1, 0)[:, None]
-    token = jnp.take_along_axis(chosen, last, axis=1)[:, 0]
-    token = jnp.where(counts > 0, token, state.token)
-    steps = state.steps + counts
-    seen = state.seen
+def _advance(state, caches, chosen, counts, end_mask):
+    """The state after the first `counts` of the chosen tokens, int32 [B, K + 1]."""
+    history = state.history
     for place in range(chosen.shape[1]):
-        seen = mark_seen(seen, jnp.where(place < counts, chosen[:, place], token))
-    done = state.done | end_mask[token] | (steps >= state.limits)
-    return state._replace(token=token, steps=steps, done=done, seen=seen)
+        history = history.append(chosen[:, place], place < counts)
+    steps = state.steps + counts
+    done = state.done | end_mask[history.last_token] | (steps >= state.limits)
+    return state._replace(caches=caches, history=history, steps=steps, done=done)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from recurrentgemma.generation import prefill as reading
+from recurrentgemma.generation import chunk_reader
 from recurrentgemma.generation.chat import Chat
 from recurrentgemma.generation.sampler import Sampler
 from recurrentgemma.generation.sampling import Sampling
@@ -49,9 +49,9 @@ def test_a_turn_reads_only_what_is_new(sampler, monkeypatch):
     chat = _chat(sampler)
     chat.send("A long text. " * 20)
     before, read = chat.num_tokens, []
-    read_chunk = reading.read_chunk
+    read_chunk = chunk_reader.read_chunk
     monkeypatch.setattr(
-        reading,
+        chunk_reader,
         "read_chunk",
         lambda *args: read.append(int(args[3][0])) or read_chunk(*args),
     )
@@ -94,6 +94,36 @@ def test_a_saved_conversation_goes_on(sampler, tmp_path):
     with pytest.raises(ValueError, match="There is no prefix"):
         later.load(tmp_path / "missing")
     assert later.num_tokens == chat.num_tokens
+
+
+@pytest.mark.filterwarnings(WARNING)
+def test_a_turn_that_is_read_late_erases_nothing(sampler):
+    chat = _chat(sampler)
+    late = chat.stream("One")
+    chat.send("Two")
+    length = chat.num_tokens
+    with pytest.raises(ValueError, match="stream: expected it to be read before"):
+        list(late)
+    assert chat.num_tokens == length
+    begun = chat.stream("Three")
+    next(begun)
+    chat.undo()
+    with pytest.raises(ValueError, match="stream: expected it to be read before"):
+        list(begun)
+    assert chat.num_tokens == 0
+
+
+@pytest.mark.filterwarnings(WARNING)
+def test_undo_takes_the_seed_back_too(sampler):
+    chat = Chat(sampler, sampling=Sampling(1.5), max_new_tokens=12, seed=3)
+    first = chat.send("One")
+    chat.undo()
+    assert chat.send("One") == first
+    second = chat.send("Two")
+    chat.undo()
+    assert chat.send("Two") == second
+    chat.reset()
+    assert chat.send("One") == first
 
 
 def test_only_a_model_that_does_not_end_its_turns_warns(sampler, recwarn):

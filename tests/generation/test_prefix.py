@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from recurrentgemma import Runtime
+from recurrentgemma.generation import chunk_reader
 from recurrentgemma.generation import prefill as reading
 from recurrentgemma.generation import prefix as prefix_lib
 from recurrentgemma.generation.prefix import Prefix
@@ -32,7 +33,7 @@ OLD_FILE = Path(__file__).parents[1] / "golden" / "prefixes" / "version_1.prefix
 def _one_capacity():
     """Programs of one size of global cache, except where growth is the point."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "MIN_CAPACITY", 512)
+        patch.setattr(chunk_reader, "MIN_CAPACITY", 512)
         yield
 
 
@@ -74,8 +75,8 @@ def test_extending_reads_on(sampler):
     parts = None
     for start, stop in itertools.pairwise((0, 1, 2, 40, 299, 300)):
         parts = sampler.prefill(tokens[start:stop], prefix=parts)
-    assert parts.num_tokens.tolist() == [300] and parts.last_token == tokens[-1]
-    np.testing.assert_array_equal(parts.seen, once.seen)
+    assert parts.num_tokens.tolist() == [300] and parts.history.last_token == tokens[-1]
+    np.testing.assert_array_equal(parts.history.seen, once.history.seen)
     request = {"max_new_tokens": 10, "sampling": SETTINGS[1], "end_tokens": []}
     [a], [b] = (sampler([[]], prefix=p, **request) for p in (once, parts))
     assert a.tokens == b.tokens
@@ -153,9 +154,9 @@ def test_a_saved_prefix_continues_like_the_one_in_memory(sampler, tmp_path):
         jax.tree.leaves(prefix.cache), jax.tree.leaves(loaded.cache), strict=True
     ):
         np.testing.assert_array_equal(a, b)
-    for name in ("last_token", "num_tokens", "seen"):
-        np.testing.assert_array_equal(getattr(prefix, name), getattr(loaded, name))
-        assert getattr(prefix, name).dtype == getattr(loaded, name).dtype
+    for before, after in zip(prefix.history, loaded.history, strict=True):
+        np.testing.assert_array_equal(before, after)
+        assert before.dtype == after.dtype
     with safe_open(path, framework="numpy") as file:
         assert file.metadata()["version"] == "2"
 
@@ -179,7 +180,7 @@ def test_a_bfloat16_prefix_survives_its_file(tmp_path):
 @pytest.mark.parametrize("pattern", [PATTERN[:2], PATTERN[2:]], ids="-".join)
 def test_a_prefix_has_one_size_unless_attention_is_global(pattern, monkeypatch):
     """A global cache grows while a text is read, and nothing of it is lost."""
-    monkeypatch.setattr(reading, "MIN_CAPACITY", 16)
+    monkeypatch.setattr(chunk_reader, "MIN_CAPACITY", 16)
     config = tiny_config(block_pattern=pattern, num_layers=2, vocab_size=VOCAB)
     sampler = Sampler(random_model(config), compile_ahead=False)
     tokens = _tokens(300)
@@ -342,6 +343,58 @@ def test_an_endless_stream_is_scored_as_it_comes(text_sampler, monkeypatch):
     assert all(len(score.tokens) < 150 for score in scores)
 
 
+def test_many_texts_are_scored_as_each_alone(sampler, text_sampler):
+    """Ragged, padded and after a prefix; the global cache grows for the longest."""
+    prefix = sampler.prefill(_tokens(20, seed=9))
+    calls = []
+    progress = lambda done, total: calls.append((done, total))
+    for before in (None, prefix):
+        texts = [_tokens(n, seed=n) for n in (3, 70, 1, 150, 20)]
+        scores = sampler.score_many(
+            iter(texts), batch_size=3, prefix=before, progress=progress
+        )
+        for text, score in zip(texts, scores, strict=True):
+            alone = sampler.score(text, prefix=before)
+            assert score.tokens == alone.tokens and score.prefix is None
+            assert_close(score.log_probs, alone.log_probs, "logits")
+    assert calls == [(3, 5), (5, 5)] * 2
+    texts = ["A ferry –", "Rain"]
+    for text, score in zip(texts, text_sampler.score_many(texts), strict=True):
+        assert score.bits_per_byte == pytest.approx(
+            text_sampler.score(text).bits_per_byte, rel=1e-5
+        )
+    assert sampler.score_many([]) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (["a", "b"], "text: expected one text, .* got a list with texts; use score_m"),
+        (["abc", 5], "text: expected one text"),
+        (iter(["abc", 5]), "text: expected lines alone or token ids alone, got 5"),
+        (iter([5, "abc"]), "text: expected lines alone or token ids alone, got 'abc'"),
+        (5, "text: expected a text, an open file or token ids, got 5"),
+        ([True], "text: expected tokens in .* got True"),
+    ],
+)
+def test_one_text_is_scored_or_read(text_sampler, text, match):
+    with pytest.raises(ValueError, match=match):
+        text_sampler.score(text)
+
+
+@pytest.mark.parametrize(
+    ("texts", "match"),
+    [
+        ("ab", "texts: expected a list of texts, got 'ab'"),
+        ([[1], []], r"texts\[1\]: expected at least one token"),
+        ([1, 2], r"texts\[0\]: expected a text or a list of token ids, got 1"),
+    ],
+)
+def test_bad_texts_are_named(text_sampler, texts, match):
+    with pytest.raises(ValueError, match=match):
+        text_sampler.score_many(texts)
+
+
 @pytest.mark.parametrize("empty", ["", [], iter(())])
 def test_nothing_to_read_is_an_error_except_after_the_begin_token(text_sampler, empty):
     if empty == "":
@@ -355,11 +408,14 @@ def test_nothing_to_read_is_an_error_except_after_the_begin_token(text_sampler, 
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda s, p: s.prefill([1, 999]), "token ids in"),
-        (lambda s, p: s.prefill([1.5]), "token ids in"),
+        (
+            lambda s, p: s.prefill([1, 999]),
+            r"text: expected tokens in \[0, 61\), got 999",
+        ),
+        (lambda s, p: s.prefill([1.5]), "text: expected tokens in .* got 1.5"),
         (lambda s, p: s.prefill("text"), "tokenizer: expected one"),
         (lambda s, p: s.prefill([1], prefix=p), "expected one row, got 2"),
-        (lambda s, p: s([[1]] * 3, prefix=p, end_tokens=[]), "expected 1 or 3 rows"),
+        (lambda s, p: s([[1]] * 3, prefix=p, end_tokens=[]), "expected one row or 3"),
         (lambda s, p: p.take([2]), "rows must be"),
         (lambda s, p: p.repeat(0), "at least 1"),
         (lambda s, p: prefix_lib.concatenate([]), "at least one"),

@@ -1,6 +1,9 @@
 import itertools
 import json
 import pathlib
+import subprocess
+import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +12,10 @@ import pytest
 from flax import nnx
 
 from recurrentgemma.config import GriffinConfig
-from recurrentgemma.generation import prefill as reading
+from recurrentgemma.generation import chunk_reader
 from recurrentgemma.generation import programs as decoding
 from recurrentgemma.generation import sampling as sampling_lib
+from recurrentgemma.generation.history import History
 from recurrentgemma.generation.sampler import Sampler
 from recurrentgemma.generation.sampling import Sampling, row_keys
 from recurrentgemma.griffin import Griffin
@@ -238,7 +242,7 @@ def test_samples_of_one_prompt_read_it_once(tiny, monkeypatch):
     calls = []
     read_chunk = decoding.read_chunk
     monkeypatch.setattr(
-        reading,
+        chunk_reader,
         "read_chunk",
         lambda *args: calls.append(args[2].shape) or read_chunk(*args),
     )
@@ -350,6 +354,7 @@ def test_a_new_prompt_length_compiles_nothing():
         sampler([prompt], max_new_tokens=2, end_tokens=[length % 60], **settings)
 
     generate(3, sampling=GREEDY)
+    sampler.wait_until_compiled()
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *_, **__: compiled.append(event) if "compile" in event else None
@@ -405,13 +410,12 @@ def test_a_decode_step_copies_no_weights_and_no_cache():
     cache = decoding.new_cache(model, batch_size=2, capacity=None)
     zeros = jnp.zeros(2, jnp.int32)
     state = decoding.DecodeState(
-        cache=cache,
-        token=zeros,
+        caches=(cache,),
+        history=History(zeros, zeros, jnp.zeros((2, 3000), bool)),
         seeds=zeros.astype(jnp.uint32),
         steps=zeros,
         limits=zeros,
         done=zeros > 0,
-        seen=None,
     )
     program = decoding.decode_block.lower(
         model,
@@ -423,7 +427,8 @@ def test_a_decode_step_copies_no_weights_and_no_cache():
         keep_logits=False,
     ).compile()
     copies = [line for line in program.as_text().splitlines() if " copy(" in line]
-    large = [line for line in copies if "3000,16" in line or "2,2000,1,8]" in line]
+    sizes = ("3000,16", "2,2000,1,8]", "pred[2,3000]")
+    large = [line for line in copies if any(size in line for size in sizes)]
     assert large == []
 
 
@@ -447,18 +452,40 @@ def test_progress_counts_the_prompt(tiny):
         ({"prompts": [[2], []]}, r"prompts\[1\]: expected at least one token"),
         ({"prompts": [[2, 60]]}, r"prompts\[0\]: expected tokens in \[0, 60\), got 60"),
         ({"prompts": [[-1]]}, "got -1"),
-        ({"max_new_tokens": 0}, "max_new_tokens: expected .* at least 1, got 0"),
+        (
+            {"max_new_tokens": 0},
+            r"max_new_tokens: expected an integer in \[1, .* got 0",
+        ),
         ({"max_new_tokens": -3}, "max_new_tokens: .*got -3"),
         ({"max_new_tokens": 1.5}, "max_new_tokens: .*got 1.5"),
         ({"max_new_tokens": [1, 2]}, "max_new_tokens: expected one for each of the 1"),
         ({"seed": [1, 2]}, "seed: expected one for each of the 1 rows, got 2"),
         ({"seed": -1}, "seed: expected"),
-        ({"end_tokens": [60]}, "end_tokens: expected ids"),
-        ({"end_tokens": None}, "end_tokens: expected a list"),
-        ({"num_samples": 0}, "num_samples: expected .* at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size: expected .* at least 1, got 0"),
+        ({"end_tokens": [60]}, "end_tokens: expected tokens in"),
+        ({"end_tokens": None}, "end_tokens: expected a list of ids"),
+        ({"num_samples": 0}, r"num_samples: expected an integer in \[1, .* got 0"),
+        ({"batch_size": 0}, r"batch_size: expected an integer in \[1, .* got 0"),
         ({"stop": [""]}, "stop: expected a list of strings, none of them empty"),
         ({"stop": "x"}, "stop: expected a list of strings"),
+        ({"stop": None}, "stop: expected a list of strings"),
+        ({"stop": (x for x in [5])}, "stop: expected a list of strings"),
+        ({"stop": (x for x in ["x"])}, "tokenizer: expected one"),
+        ({"prompts": [1, 2]}, r"prompts\[0\]: expected a text or a list .*, got 1"),
+        ({"prompts": 5}, "prompts: expected a list of at least one, got 5"),
+        ({"prompts": b"ab"}, "prompts: expected a list of at least one, got b'ab'"),
+        ({"prompts": [[2.9, 17.5]]}, r"prompts\[0\]: expected tokens in .* got 2.9"),
+        ({"prompts": [np.array([2.0])]}, "expected tokens in .* got 2.0"),
+        ({"prompts": [np.array([[2]])]}, r"expected tokens in .* got \[2\]"),
+        ({"prompts": [["1"]]}, "expected tokens in .* got '1'"),
+        ({"prompts": [[True]]}, "expected tokens in .* got True"),
+        ({"prompts": [b"ab"]}, "tokenizer: expected one"),
+        ({"end_tokens": [True]}, "end_tokens: expected tokens in .* got True"),
+        ({"end_tokens": 5}, "end_tokens: expected .* got 5"),
+        ({"sampling": None}, "sampling: expected a Sampling, got None"),
+        ({"prefix": "p"}, "prefix: expected a Prefix or None, got 'p'"),
+        ({"max_new_tokens": 2**31}, "max_new_tokens: expected .* got 2147483648"),
+        ({"max_new_tokens": True}, "max_new_tokens: expected .* got True"),
+        ({"seed": "1"}, "seed: expected an integer"),
         ({"stop": ["x"]}, "tokenizer: expected one"),
     ],
 )
@@ -479,3 +506,116 @@ def test_text_needs_a_tokenizer_that_fits(tiny, sampler):
         sampler("text")
     with pytest.raises(ValueError, match="max_new_tokens"):
         sampler.stream("text", max_new_tokens=0)
+
+
+def test_bytes_are_text(sampler):
+    request = {"max_new_tokens": 5, "sampling": GREEDY}
+    from_bytes, from_text = sampler([b"The ferry", "The ferry"], **request)
+    assert from_bytes.prompt_tokens == from_text.prompt_tokens
+    assert sampler.score(b"The ferry").tokens == sampler.score("The ferry").tokens
+
+
+def test_stop_strings_may_come_from_a_generator(sampler):
+    request = {"max_new_tokens": 60, "sampling": STOP, "end_tokens": []}
+    [free] = sampler(["The ferry"], **request)
+    stop = free.text[8:10]
+    [listed] = sampler(["The ferry"], stop=[stop], **request)
+    [generated] = sampler(["The ferry"], stop=(s for s in [stop]), **request)
+    assert listed.ended and generated.text == listed.text
+
+
+def test_iterate_loses_nothing_before_a_bad_prompt(tiny):
+    """The results of the prompts before it come first."""
+    request = {"max_new_tokens": 4, "end_tokens": [], "sampling": PLAIN}
+    results = tiny.iterate([[2], [3, 4], [99], [5]], batch_size=2, **request)
+    expected = tiny([[2], [3, 4]], **request)
+    found = dict(itertools.islice(results, 2))
+    assert [found[i].tokens for i in (0, 1)] == [one.tokens for one in expected]
+    with pytest.raises(ValueError, match=r"prompts\[2\]: expected tokens .* got 99"):
+        next(results)
+    results = tiny.iterate([[2], [3, 4]], batch_size=1, seed=[0], **request)
+    assert next(results)[1].tokens == expected[0].tokens
+    with pytest.raises(ValueError, match="seed: expected one for each prompt, got 1"):
+        next(results)
+
+
+def test_iterate_gives_a_result_before_it_takes_another_prompt(tiny):
+    taken = []
+    prompts = (taken.append(i) or [2, i] for i in itertools.count())
+    request = {"max_new_tokens": 4, "end_tokens": [], "sampling": PLAIN}
+    results = tiny.iterate(prompts, batch_size=3, **request)
+    next(results)
+    assert taken == [0, 1, 2]
+
+
+@pytest.mark.parametrize("prompts", ["abc", b"abc", 5, None])
+def test_iterate_refuses_one_text(tiny, prompts):
+    with pytest.raises(ValueError, match="prompts: expected an iterable of prompts"):
+        tiny.iterate(prompts, batch_size=2, end_tokens=[])
+
+
+def test_a_closed_stream_frees_its_memory_and_ends(sampler):
+    before = len(jax.live_arrays())
+    stream = sampler.stream("The", max_new_tokens=1000, sampling=PLAIN)
+    next(stream)
+    stream.close()
+    assert len(jax.live_arrays()) == before
+    assert list(stream) == []
+    stream.close()
+    with pytest.raises(ValueError, match="stream: expected one under way"):
+        stream.prefix()
+
+
+def test_a_sampler_and_its_scores_are_one_short_line(sampler):
+    score = sampler.score([2, 10, 11, 12])
+    assert repr(sampler) == "Sampler(0.1M parameters, text)"
+    assert repr(score.prefix) == "Prefix(rows=1, tokens=4, 0.0 MB)"
+    assert repr(score).startswith("Score(tokens=3, perplexity=")
+
+
+def test_other_chunk_sizes_are_compiled_beside_the_text(sampler, monkeypatch):
+    """After its first piece, in a thread; a failure there harms nothing."""
+    compiled = []
+
+    def compile_chunk(model, cache, size):
+        compiled.append((cache.batch_size, size))
+        assert threading.current_thread() is not threading.main_thread()
+        if size == 128:
+            raise RuntimeError("no such program")
+
+    monkeypatch.setattr(chunk_reader, "_compile_chunk", compile_chunk)
+    ahead = Sampler(sampler.model, sampler.tokenizer)
+    request = {"max_new_tokens": 90, "sampling": GREEDY, "end_tokens": []}
+    stream = ahead.stream("The ferry", **request)
+    first = next(stream)
+    assert compiled == []
+    text = first + "".join(stream)
+    ahead.wait_until_compiled()
+    assert compiled == [(1, 16), (1, 128)]
+    assert text == "".join(sampler.stream("The ferry", **request))
+    ahead(["The ferry", "A"], **request)
+    ahead.wait_until_compiled()
+    assert compiled[2:] == [(2, 16), (2, 128)]
+
+
+ENDING = """
+import atexit, time
+from recurrentgemma.generation.compile_ahead import BackgroundCompiler
+done = []
+compiler = BackgroundCompiler()
+programs = {i: lambda i=i: time.sleep(0.2) or done.append(i) for i in range(50)}
+compiler.start(programs)
+compiler.wait(0)
+atexit.register(lambda: print(done))
+"""
+
+
+def test_an_interpreter_that_ends_waits_for_one_program():
+    process = subprocess.run(
+        [sys.executable, "-c", ENDING],
+        cwd=pathlib.Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (process.stdout, process.stderr) == ("[0, 1]\n", "")

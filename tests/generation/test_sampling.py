@@ -87,6 +87,37 @@ def test_top_p_counts_what_top_k_left():
     )
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Sampling(top_p=1.2e-38),
+        Sampling(top_k=1),
+        Sampling(min_p=1),
+        Sampling(1e-45, top_p=0.5),
+        Sampling(top_k=1, repetition_penalty=1.2e-38),
+        Sampling(top_k=1, repetition_penalty=3e38),
+    ],
+    ids=str,
+)
+def test_the_most_probable_token_always_stays(settings):
+    """At the smallest and largest numbers that float32 holds."""
+    logits = jnp.abs(_logits())
+    seen = np.zeros((4, VOCAB), bool)
+    tokens = np.argmax(logits, -1)
+    np.testing.assert_array_equal(sample(logits, _keys(4), settings, seen), tokens)
+    seen[:] = True
+    drawn = sample(logits, _keys(4), settings, seen)
+    assert np.all(np.isfinite(np.take_along_axis(logits, drawn[:, None], 1)))
+
+
+def test_the_threshold_never_cuts_the_largest_logit():
+    """Also where rounding leaves no probability to reach."""
+    settings = jax.tree.map(lambda leaf: 0.0, Sampling(top_p=0.5))
+    kept = np.isfinite(sampling_lib.filter_logits(_logits(), settings))
+    np.testing.assert_array_equal(kept.argmax(-1), np.argmax(_logits(), -1))
+    assert np.all(kept.sum(-1) == 1)
+
+
 def test_ties_with_the_last_one_kept_are_kept():
     logits = jnp.array([[1.0, 0.0, 0.0, -1.0, -2.0]])
     np.testing.assert_array_equal(_kept(logits, top_k=2), [[1, 1, 1, 0, 0]])
@@ -178,6 +209,13 @@ def test_log_prob_is_the_log_softmax():
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"repetition_penalty": float("inf")}, "repetition_penalty"),
         ({"repetition_penalty": True}, "repetition_penalty"),
+        # Zero or infinite in float32.
+        ({"top_p": 1e-40}, "top_p"),
+        ({"repetition_penalty": 1e-46}, "repetition_penalty"),
+        ({"repetition_penalty": 1e39}, "repetition_penalty"),
+        ({"temperature": 1e39}, "temperature"),
+        ({"temperature": None}, "temperature"),
+        ({"top_k": 2**31}, "top_k"),
     ],
 )
 def test_a_bad_number_is_named(kwargs, name):

@@ -97,8 +97,11 @@ def test_prefixes_before_and_after():
     ("changes", "match"),
     [
         ({"draft": 60}, "draft: expected a model of the same 40 tokens, got one of 60"),
-        ({"num_draft_tokens": 0}, "num_draft_tokens: expected .* at least 1"),
-        ({"num_draft_tokens": 33}, "num_draft_tokens: expected at most 32"),
+        ({"num_draft_tokens": 0}, r"num_draft_tokens: expected .* in \[1, 32\], got 0"),
+        (
+            {"num_draft_tokens": 33},
+            r"num_draft_tokens: expected .* in \[1, 32\], got 33",
+        ),
     ],
 )
 def test_a_draft_that_does_not_fit_is_refused(changes, match):

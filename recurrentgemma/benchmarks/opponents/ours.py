@@ -50,6 +50,7 @@ class Opponent:
 
     def generate(self, batch: int, prompt: int, new_tokens: int) -> dict:
         rows = [[BOS, *row] for row in self.tokens[:batch, 1:prompt].tolist()]
+        self.sampler.wait_until_compiled()
         start = time.perf_counter()
         samples = self.sampler(
             rows,
