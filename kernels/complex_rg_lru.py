@@ -18,7 +18,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels.linear_scan import linear_scan
+from recurrentgemma.kernels.checks import check_arrays
+from recurrentgemma.kernels.dispatch import EVERYWHERE, Implementation, Op, call
+from recurrentgemma.kernels.linear_scan import LINEAR_SCAN, linear_scan
 from recurrentgemma.kernels.rg_lru.reference import (
     DECAY_SCALE,
     sqrt_bounded_derivative,
@@ -52,7 +54,7 @@ def complex_rg_lru(
       a_imag_param: the phase of the decay at an open gate, in radians [E / 2], float32.
       positions: int32 [B, T]; 0 starts a document, a negative one holds the state.
       h0: state before the first step [B, E], float32; None is zero.
-      implementation: a name of `linear_scan.IMPLEMENTATIONS`; None picks by platform.
+      implementation: name of `linear_scan.IMPLEMENTATIONS`; None is the best.
 
     Returns:
       y: [B, T, E] in x's dtype.
@@ -60,23 +62,21 @@ def complex_rg_lru(
 
     Raises:
       ValueError: shapes or dtypes do not fit.
-      NotImplementedError: there is no such implementation.
+      NotImplementedError: the named implementation does not exist or cannot run.
 
     Source: Griffin, arXiv 2402.19427, appendix B.
     """
     _check_width(x)
     half = (*x.shape[:2], x.shape[2] // 2)
-    for name, array, shape in (
-        ("recurrence_logits", recurrence_logits, half),
-        ("input_logits", input_logits, half),
-        ("a_param", a_param, half[2:]),
-        ("a_imag_param", a_imag_param, half[2:]),
-        ("positions", positions, half[:2]),
-    ):
-        if array.shape != shape:
-            raise ValueError(
-                f"{name} must have shape {shape} beside x {x.shape}; got {array.shape}."
-            )
+    check_arrays(
+        {
+            "recurrence_logits": (recurrence_logits, half, jnp.floating),
+            "input_logits": (input_logits, half, jnp.floating),
+            "a_param": (a_param, half[2:], jnp.floating),
+            "a_imag_param": (a_imag_param, half[2:], jnp.floating),
+            "positions": (positions, half[:2], jnp.integer),
+        }
+    )
     recurrence_gate = jax.nn.sigmoid(recurrence_logits.astype(jnp.float32))
     input_gate = jax.nn.sigmoid(input_logits.astype(jnp.float32))
     starts = (positions == 0)[..., None]
@@ -114,7 +114,7 @@ def complex_linear_scan(
       a: decays [B, T, D], likewise.
       h0: state before the first step [B, D], float32, likewise; None is zero.
       reverse: run from the last step to the first.
-      implementation: a name of `linear_scan.IMPLEMENTATIONS`; None picks by platform.
+      implementation: name of `linear_scan.IMPLEMENTATIONS`; None is the best.
 
     Returns:
       y: every state [B, T, D], in x's dtype.
@@ -122,17 +122,21 @@ def complex_linear_scan(
 
     Raises:
       ValueError: shapes or dtypes do not fit, or D is odd.
-      NotImplementedError: there is no such implementation.
+      NotImplementedError: the named implementation does not exist or cannot run.
     """
     _check_width(x)
-    if a.shape != x.shape:
-        raise ValueError(f"a must have the shape of x, {x.shape}; got {a.shape}.")
     if h0 is None:
         h0 = jnp.zeros((x.shape[0], x.shape[2]), jnp.float32)
-    return _scan(x, a, h0, reverse, implementation)
+    check_arrays(
+        {
+            "a": (a, x.shape, jnp.floating),
+            "h0": (h0, (x.shape[0], x.shape[2]), jnp.float32),
+        }
+    )
+    return call(COMPLEX_SCAN, None, x, a, h0, reverse=reverse, scan=implementation)
 
 
-def _run(x, a, h0, reverse, implementation) -> tuple[jax.Array, jax.Array]:
+def _in_turning_frame(x, a, h0, *, reverse, scan) -> tuple[jax.Array, jax.Array]:
     real, imaginary = jnp.split(a.astype(jnp.float32), 2, axis=-1)
     radius = jnp.hypot(real, imaginary)
     # Rounded to pairs of units, because half a turn of single ones overflows an int32.
@@ -145,24 +149,15 @@ def _run(x, a, h0, reverse, implementation) -> tuple[jax.Array, jax.Array]:
         _join(radius, radius),
         h0,
         reverse=reverse,
-        implementation=implementation,
+        implementation=scan,
     )
     last_turn = turn[:, 0 if reverse else -1]
     return _multiply(turn, y).astype(x.dtype), _multiply(last_turn, h_last)
 
 
-_scan = jax.custom_vjp(_run, nondiff_argnums=(3, 4))
-
-
-def _scan_forward(x, a, h0, reverse, implementation):
-    y, h_last = _scan(x, a, h0, reverse, implementation)
-    return (y, h_last), (a, h0, y)
-
-
-def _scan_backward(reverse, implementation, residuals, cotangents):
+def _gradients(arguments, results, upstream, *, reverse, scan):
     """As the real one's, with conjugates: the gradient of a product u v is conj(u)."""
-    a, h0, y = residuals
-    y_cotangent, last_cotangent = cotangents
+    (_, a, h0), (y, _), (y_cotangent, last_cotangent) = arguments, results, upstream
     decay = _conjugate(a)
     one = jnp.ones_like(a[:, :1, : a.shape[2] // 2])
     one = _join(one, jnp.zeros_like(one))
@@ -173,8 +168,8 @@ def _scan_backward(reverse, implementation, residuals, cotangents):
     else:
         decay = jnp.concatenate([decay[:, 1:], one], axis=1)
         previous = jnp.concatenate([previous, y[:, :-1]], axis=1)
-    grad_x, grad_first = _scan(
-        y_cotangent, decay, last_cotangent, not reverse, implementation
+    grad_x, grad_first = complex_linear_scan(
+        y_cotangent, decay, last_cotangent, reverse=not reverse, implementation=scan
     )
     grad_a = _multiply(
         _conjugate(previous.astype(jnp.float32)), grad_x.astype(jnp.float32)
@@ -183,14 +178,19 @@ def _scan_backward(reverse, implementation, residuals, cotangents):
     return grad_x, grad_a.astype(a.dtype), _multiply(first, grad_first)
 
 
-_scan.defvjp(_scan_forward, _scan_backward)
+COMPLEX_SCAN = Op(
+    "complex_linear_scan",
+    LINEAR_SCAN.dims,
+    {"turning": Implementation(_in_turning_frame, _gradients, default_on=EVERYWHERE)},
+    keep=LINEAR_SCAN.keep,
+)
 
 
 def _check_width(x):
     if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] % 2:
         raise ValueError(
-            "x must have shape [B, T, E] with T >= 1 and an even E, real parts first; "
-            f"got {x.shape}."
+            "x: expected shape [B, T, E] with T >= 1 and an even E, got "
+            f"{x.shape}; real parts come first, as many imaginary ones follow."
         )
 
 

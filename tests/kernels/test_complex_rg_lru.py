@@ -162,9 +162,12 @@ def test_errors():
     x, r, i, a_param, a_imag_param, positions, h0 = random_inputs(7)
     for arguments, message in [
         ((x[..., 1:], r, i, a_param, a_imag_param, positions), "an even E"),
-        ((x, x, i, a_param, a_imag_param, positions), r"recurrence_logits must have"),
-        ((x, r, i, a_param, a_imag_param[1:], positions), r"a_imag_param .* \(3,\)"),
-        ((x, r, i, a_param, a_imag_param, positions, h0[:1]), r"h0 .* \(2, 6\)"),
+        ((x, x, i, a_param, a_imag_param, positions), r"recurrence_logits: expected"),
+        ((x, r, i, a_param, a_imag_param[1:], positions), r"a_imag_param: .* \(3,\)"),
+        (
+            (x, r, i, a_param, a_imag_param, positions, h0[:1]),
+            r"h0: expected float32 \(2, 6\)",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             complex_rg_lru(*map(jnp.asarray, arguments))
