@@ -437,3 +437,27 @@ def _check_inputs(config, tokens, positions, cache):
             f"cache: expected {config.num_layers} layers, got {len(cache.layers)}; it "
             "belongs to another model"
         )
+    for i, (kind, state) in enumerate(
+        zip(config.block_types, cache.layers, strict=True)
+    ):
+        expected, found = _own_state_form(config, kind), _state_form(state)
+        if found != expected:
+            raise ValueError(
+                f"cache: expected in layer {i} the state of a {kind} layer of sizes "
+                f"{expected[1]}, got a {type(state).__name__} of sizes {found[1]}; it "
+                "belongs to another model"
+            )
+
+
+@functools.lru_cache
+def _own_state_form(config, kind):
+    mixer = TEMPORAL_MIXERS[kind].shapes(config)
+    return _state_form(jax.eval_shape(lambda: mixer.init_state(1, 1)))
+
+
+def _state_form(state):
+    """What tells the states of models apart; slots and tokens kept do not count."""
+    leaves, structure = jax.tree.flatten(state)
+    floating = (x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating))
+    # [B, S, K, H] of a ring, [..., E] of a recurrent state.
+    return structure, [x.shape[2:] if x.ndim == 4 else x.shape[-1:] for x in floating]

@@ -388,6 +388,12 @@ def test_batch_of_tokens_and_cache_must_agree():
         model(random_tokens((2, 3)), cache=model.init_cache(3))
     with pytest.raises(ValueError, match="belongs to another model"):
         model(random_tokens((2, 3)), cache=_model("recurrent").init_cache(2))
+    for fields in ({"lru_width": 36}, {"head_dim": 4}, {"block_pattern": ["min_gru"]}):
+        other = random_model(tiny_config(**fields)).init_cache(2)
+        with pytest.raises(
+            ValueError, match="layer [02] the state of .* another model"
+        ):
+            model(random_tokens((2, 3)), cache=other)
 
 
 def test_global_attention_needs_a_capacity():
