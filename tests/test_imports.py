@@ -19,6 +19,7 @@ LAYERS = [
     {"layers", "rotary"},
     {"blocks"},
     {"griffin"},
+    {"environment"},
     {"inspect", "cost"},
     {"tokenizer"},
     {"generation"},

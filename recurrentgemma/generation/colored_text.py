@@ -81,9 +81,7 @@ def _pieces(
 
 def _span(text: str, log_prob: float) -> str:
     darkness = min(1.0, log_prob / math.log(_DARKEST_PROBABILITY))
-    color = ",".join(
-        str(round(_WHITE + darkness * (end - _WHITE))) for end in _DARKEST
-    )
+    color = ",".join(str(round(_WHITE + darkness * (end - _WHITE))) for end in _DARKEST)
     return (
         f'<span title="{math.exp(log_prob):.2g}" '
         f'style="background:rgb({color})">{html.escape(text)}</span>'
