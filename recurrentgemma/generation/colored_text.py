@@ -26,12 +26,12 @@ _STYLE = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ColoredText:
     """A text with a colour for each token; a notebook shows it as HTML.
 
-    Pointing at a token shows its probability. Outside a notebook, `str` is the plain
-    text.
+    Pointing at a token shows its probability. Outside a notebook, it is shown as the
+    plain text.
     """
 
     pieces: list[tuple[str, float]]
@@ -40,6 +40,8 @@ class ColoredText:
 
     def __str__(self) -> str:
         return "".join(text for text, _ in self.pieces)
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         legend = "".join(
