@@ -10,6 +10,7 @@ outputs whose digest does not fit are not those of the present source.
 
 import argparse
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ _BADGE = (
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
     "(https://colab.research.google.com/github/{repository}/blob/main/colabs/{name})"
 )
-_FIRST_CELL = '''\
+_FIRST_CELL = """\
 REPOSITORY = "{repository}"  # where git finds the project
 ACCELERATOR = "any"  # "cpu", "gpu" or "tpu": stop here if it is missing
 
@@ -48,7 +49,7 @@ except ImportError:
         raise SystemExit(f"REPOSITORY: git cannot clone {{REPOSITORY}}") from None
     runpy.run_path(str(script), run_name="install")
     from recurrentgemma import environment
-print(environment.check(ACCELERATOR, needs={needs}))'''
+print(environment.check(ACCELERATOR, needs={needs}))"""
 _NEEDS = ("matplotlib",)
 """Modules that a notebook may import and that the package does not depend on."""
 
@@ -72,7 +73,7 @@ def common_cells(notebook: nbformat.NotebookNode, name: str) -> tuple[str, str]:
         ),
         _FIRST_CELL.format(
             repository=REPOSITORY,
-            needs=[module for module in _NEEDS if f"import {module}" in later],
+            needs=json.dumps([name for name in _NEEDS if f"import {name}" in later]),
         ),
     )
 

@@ -1,10 +1,9 @@
 """What a model costs as its text grows: prefill and decode speed, bytes of the cache.
 
-A model with random weights reads random tokens. At each length of a doubling series it
-has read all but the last few tokens, which it then writes; the next length reads on
-from there. Decode is the difference between writing all of these tokens and writing
-one: whatever a call costs once cancels. Each figure is the best of some rounds, which
-other work on the machine disturbs least.
+A model with random weights reads random tokens. Before each length it stops: it reads
+one more chunk, which is timed, and writes the last tokens. Decode is the difference
+between writing all of these tokens and writing one: whatever a call costs once cancels.
+Each figure is the best of some rounds, which other work on the machine disturbs least.
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ from recurrentgemma.griffin import Griffin
 WRITTEN_TOKENS = 65
 """Tokens written at each length; the last 64 are timed."""
 CHUNK_TOKENS = 1024
-"""Tokens of the largest chunk that prefill reads at once."""
+"""Tokens that are read while prefill is timed: one program runs once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Point:
     tokens: int
     """Tokens consumed at the end: read and written."""
     prefill_tokens_per_s: float
-    """Speed of reading the tokens since the previous length."""
+    """Speed of reading the last 1024 tokens before those that are written."""
     decode_tokens_per_s: float
     """Speed of writing the last tokens, at batch 1."""
     cache_bytes: int
@@ -74,54 +73,54 @@ def card(model: Griffin, tokens: int) -> dict[str, str]:
     }
 
 
-def curve(model: Griffin, lengths: Sequence[int], *, rounds: int = 3) -> list[Point]:
+def curve(model: Griffin, lengths: Sequence[int], *, rounds: int = 5) -> list[Point]:
     """Prefill and decode speed and the cache's size at each length.
 
     Args:
       model: the model; what it writes does not matter.
-      lengths: tokens consumed at each point: 1024, then each twice the one before, so
-        that the cache of global attention is full at each.
+      lengths: tokens consumed at each point, each at least 1024 more than the one
+        before. The cache of global attention holds a power of two of tokens: it is full
+        at these lengths.
       rounds: how often each figure is taken.
 
     Raises:
-      ValueError: the lengths are other ones.
+      ValueError: the lengths are too close to each other or to 0.
     """
-    expected = [CHUNK_TOKENS << i for i in range(len(lengths))]
-    if not lengths or list(lengths) != expected:
+    steps = np.diff([0, *lengths])
+    if len(steps) == 0 or min(steps) < CHUNK_TOKENS:
         raise ValueError(
-            f"lengths: expected {CHUNK_TOKENS}, then each twice the one before, got "
-            f"{list(lengths)}"
+            f"lengths: expected at least one, each at least {CHUNK_TOKENS} more than "
+            f"the one before, got {list(lengths)}"
         )
     sampler = Sampler(model, compile_ahead=False)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, model.config.vocab_size, lengths[-1]).tolist()
     points, prefix, read = [], None, 0
     for length in lengths:
-        text, read = tokens[read : length - WRITTEN_TOKENS], length - WRITTEN_TOKENS
-        prefix, seconds = _read(sampler, text, prefix, rounds)
+        end = length - WRITTEN_TOKENS
+        start = max(end - CHUNK_TOKENS, 0)
+        if start > read:
+            prefix = sampler.prefill(tokens[read:start], prefix=prefix)
+        prefix, prefill = _read(sampler, tokens[start:end], prefix, rounds)
+        read = end
         decode = _decode_tokens_per_s(sampler, prefix, rounds)
-        points.append(Point(length, len(text) / seconds, decode, prefix.num_bytes))
+        points.append(Point(length, prefill, decode, prefix.num_bytes))
     return points
 
 
 def _read(
-    sampler: Sampler, text: list[int], prefix: Prefix | None, rounds: int
+    sampler: Sampler, chunk: list[int], before: Prefix | None, rounds: int
 ) -> tuple[Prefix, float]:
-    """The prefix after a text, and the seconds that reading it took."""
+    """The prefix after a chunk, and the tokens/s of reading it."""
 
-    def read(text: list[int]) -> Prefix:
-        result = sampler.prefill(text, prefix=prefix)
-        jax.block_until_ready(result.cache)
-        return result
-
-    # The first chunk compiles all that the text needs: the cache grows there.
-    result = read(text[:CHUNK_TOKENS])
-    seconds = []
-    for _ in range(rounds):
+    def read() -> tuple[Prefix, float]:
         start = time.perf_counter()
-        result = read(text)
-        seconds.append(time.perf_counter() - start)
-    return result, min(seconds)
+        prefix = sampler.prefill(chunk, prefix=before)
+        jax.block_until_ready(prefix.cache)
+        return prefix, time.perf_counter() - start
+
+    prefix, _ = read()  # compiles
+    return prefix, len(chunk) / min(read()[1] for _ in range(rounds))
 
 
 def _decode_tokens_per_s(sampler: Sampler, prefix: Prefix, rounds: int) -> float:

@@ -43,20 +43,22 @@ def test_curve(name, monkeypatch):
         assert point.cache_bytes == expected
     grows = points[1].cache_bytes > points[0].cache_bytes
     assert grows == ("global_attention" in config.block_pattern)
-    # Programs before and after each run that the clock was looked at for: the reads,
-    # a decode that compiles and does not count, and decodes of two lengths.
+    # Programs before and after each timed run: at each length a read and a decode that
+    # compile and do not count, and rounds of one read and two decodes.
     runs = list(zip(compiled[::2], compiled[1::2], strict=True))
-    at_each_length = ROUNDS + 1 + 2 * ROUNDS
+    first_decode = 1 + ROUNDS
+    at_each_length = first_decode + 1 + 2 * ROUNDS
     assert len(runs) == len(LENGTHS) * at_each_length
-    assert runs[ROUNDS][0] < runs[ROUNDS][1]
-    counted = [run for i, run in enumerate(runs) if i % at_each_length != ROUNDS]
-    assert all(before == after for before, after in counted)
+    assert runs[0][0] < runs[0][1] and runs[first_decode][0] < runs[first_decode][1]
+    for i, (before, after) in enumerate(runs):
+        counts = i % at_each_length not in (0, first_decode)
+        assert not counts or before == after
 
 
-@pytest.mark.parametrize("lengths", [[], [1000], [1024, 4096], [2048]])
+@pytest.mark.parametrize("lengths", [[], [1000], [1024, 2000], [2048, 1024]])
 def test_other_lengths(lengths):
     model = long_context.random_model(CONFIGS["griffin"])
-    with pytest.raises(ValueError, match="^lengths: expected 1024, then each twice"):
+    with pytest.raises(ValueError, match="^lengths: expected at least one, each"):
         long_context.curve(model, lengths)
 
 

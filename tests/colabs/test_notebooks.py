@@ -161,23 +161,27 @@ print(len(jax.devices()), os.environ.get("RECURRENTGEMMA_FAST"))
     assert shown.text.endswith("1 1\n")
 
 
+OLD_JAX = """
+import importlib.metadata
+real = importlib.metadata.version
+importlib.metadata.version = lambda name: "0.4.38" if name == "jax" else real(name)
+"""
+NO_PLOTS = """
+import sys
+sys.modules["matplotlib"] = None
+"""
+
+
 @pytest.mark.parametrize(
     "accelerator, before, sentence",
     [
-        ("gpu", "", "accelerator: expected a GPU, got only a CPU; choose one in a"),
+        ("gpu", "", "accelerator: expected a GPU, got only a CPU; choose one in a Col"),
         (
             "any",
-            "import importlib.metadata as m; real = m.version\n"
-            "m.version = lambda name: '0.4.38' if name == 'jax' else real(name)\n",
-            "jax: expected 0.7.2 or newer, got 0.4.38; choose a newer runtime version",
+            OLD_JAX,
+            "jax: expected 0.7.2 or newer, got 0.4.38; choose a newer run",
         ),
-        (
-            "any",
-            "import sys; sys.path = [p for p in sys.path if 'site-packages' not in p]\n"
-            "sys.meta_path.insert(0, type('NoPlots', (), {'find_spec': staticmethod("
-            "lambda name, *_: None)}))\n",
-            "matplotlib: expected it to be installed, as this notebook uses it, got",
-        ),
+        ("any", NO_PLOTS, "matplotlib: expected it to be installed, as this notebook"),
     ],
     ids=["no accelerator", "old runtime", "missing package"],
 )
