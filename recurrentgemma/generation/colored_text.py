@@ -21,8 +21,8 @@ _DARKEST = (232, 122, 65)
 """Its background, red, green and blue; black text on it stays readable."""
 _WHITE = 255
 _STYLE = (
-    "white-space:pre-wrap;overflow-wrap:anywhere;background:white;color:black;"
-    "padding:0.5em"
+    "font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere;"
+    "background:white;color:black;margin:0;padding:0.5em"
 )
 
 
@@ -49,7 +49,10 @@ class ColoredText:
             for probability in (1, 0.1, 0.01, _DARKEST_PROBABILITY)
         )
         text = "".join(_span(*piece) for piece in self.pieces)
-        return f'<pre style="{_STYLE}">{text}\n\nprobability {legend}</pre>'
+        return "".join(
+            f'<pre style="{_STYLE}">{lines}</pre>'
+            for lines in (text, f"probability {legend}")
+        )
 
 
 class HasLogProbs:

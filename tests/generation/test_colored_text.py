@@ -54,7 +54,7 @@ def test_html_is_escaped_and_darker_where_less_probable():
     log_probs = np.log([1.0, 0.1, 0.01, 1e-3, 1e-9])
     texts = ["<a>", "&", '"', "d", "e"]
     colored = ColoredText(list(zip(texts, log_probs, strict=True)))
-    text, legend = colored._repr_html_().split("\n\n")
+    text, legend, _ = colored._repr_html_().split("</pre>")
     shown = re.findall(r'title="(.+?)" style="background:rgb\((.+?)\)">(.*?)<', text)
     assert [piece for *_, piece in shown] == ["&lt;a&gt;", "&amp;", "&quot;", "d", "e"]
     assert [title for title, *_ in shown] == ["1", "0.1", "0.01", "0.001", "1e-09"]
