@@ -15,6 +15,7 @@ VERSION = re.search(
 ).group(1)
 
 KERNEL_PACKAGES = ["linear_scan", "rg_lru", "recurrent_step", "local_attention"]
+NOTEBOOKS = ["nbclient>=0.10", "ipykernel", "matplotlib"]
 
 setup(
     name="recurrentgemma",
@@ -64,8 +65,15 @@ setup(
         "tpu-plan": ["libtpu"],
         "cuda12": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
-        "notebooks": ["nbclient", "ipykernel"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "basedpyright"],
+        "notebooks": NOTEBOOKS,
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "basedpyright",
+            *NOTEBOOKS,
+        ],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -19,7 +19,8 @@ LAYERS = [
     {"layers", "rotary"},
     {"blocks"},
     {"griffin"},
-    {"cost"},
+    {"environment"},
+    {"inspect", "cost"},
     {"tokenizer"},
     {"generation"},
     {"checkpoints"},
@@ -28,7 +29,7 @@ LAYERS = [
     {"benchmarks"},
     {"commands"},
     {"cli"},
-    {"__init__"},
+    {"__init__", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from recurrentgemma.generation.batching import Generation
+from recurrentgemma.generation.colored_text import HasLogProbs
 from recurrentgemma.generation.prefix import Prefix
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
+class Sample(HasLogProbs):
     """What was generated for one prompt."""
 
     text: str
@@ -33,7 +34,7 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Score:
+class Score(HasLogProbs):
     """How probable a text is to the model, token by token."""
 
     tokens: list[int]

@@ -1,0 +1,84 @@
+"""Cost against length: the sizes are the model's, and nothing compiles while timed."""
+
+import time
+import types
+
+import pytest
+
+from recurrentgemma import Runtime, cost
+from recurrentgemma.benchmarks import long_context
+from recurrentgemma.checkpoints import named_parameters
+from recurrentgemma.generation import programs
+from tests.models import tiny_config
+
+LENGTHS = [1024, 2048]
+ROUNDS = 2
+CONFIGS = {
+    "griffin": tiny_config(
+        block_pattern=("recurrent", "local_attention"), num_layers=2
+    ),
+    "transformer": tiny_config(block_pattern=("global_attention",), num_layers=1),
+}
+
+
+def compiled_programs() -> int:
+    return programs.read_chunk._cache_size() + programs.decode_block._cache_size()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_curve(name, monkeypatch):
+    config, compiled = CONFIGS[name], []
+    model = long_context.random_model(config)
+
+    def clock():
+        compiled.append(compiled_programs())
+        return time.perf_counter()
+
+    monkeypatch.setattr(long_context, "time", types.SimpleNamespace(perf_counter=clock))
+    points = long_context.curve(model, LENGTHS, rounds=ROUNDS)
+    assert [point.tokens for point in points] == LENGTHS
+    for point in points:
+        assert point.prefill_tokens_per_s > 0 and point.decode_tokens_per_s > 0
+        expected = cost.cache_bytes(config, dtype="float32", capacity=point.tokens)
+        assert point.cache_bytes == expected
+    grows = points[1].cache_bytes > points[0].cache_bytes
+    assert grows == ("global_attention" in config.block_pattern)
+    # Programs before and after each timed run: at each length a read and a decode that
+    # compile and do not count, and rounds of one read and two decodes.
+    runs = list(zip(compiled[::2], compiled[1::2], strict=True))
+    first_decode = 1 + ROUNDS
+    at_each_length = first_decode + 1 + 2 * ROUNDS
+    assert len(runs) == len(LENGTHS) * at_each_length
+    assert runs[0][0] < runs[0][1] and runs[first_decode][0] < runs[first_decode][1]
+    for i, (before, after) in enumerate(runs):
+        counts = i % at_each_length not in (0, first_decode)
+        assert not counts or before == after
+
+
+@pytest.mark.parametrize("lengths", [[], [1000], [1024, 2000], [2048, 1024]])
+def test_other_lengths(lengths):
+    model = long_context.random_model(CONFIGS["griffin"])
+    with pytest.raises(ValueError, match="^lengths: expected at least one, each"):
+        long_context.curve(model, lengths)
+
+
+def test_random_model_has_the_dtypes_of_inference():
+    runtime = Runtime(compute_dtype="bfloat16")
+    model = long_context.random_model(CONFIGS["griffin"], runtime)
+    dtypes = {name: leaf.dtype for name, leaf in named_parameters(model).items()}
+    assert dtypes["embedder.embedding"] == "bfloat16"
+    assert dtypes["final_norm.scale"] == "float32"
+    assert sum(leaf.nbytes for leaf in named_parameters(model).values()) == (
+        cost.parameter_bytes(model.config, "bfloat16")
+    )
+
+
+def test_card():
+    model = long_context.random_model(CONFIGS["transformer"])
+    small, large = (long_context.card(model, tokens) for tokens in (1024, 2048))
+    assert small["parameters"] == f"{cost.num_parameters(model.config):,}"
+    sizes = cost.cache_bytes(model.config, dtype="float32", capacity=2048)
+    assert large["cache bytes at 2,048 tokens"] == f"{sizes:,}"
+    assert small["dtype"] == "float32" and small["device"].startswith("cpu: ")
+    read = "bytes that a decode step must read"
+    assert small[read] != large[read]
