@@ -12,9 +12,10 @@ ROW_CHANNELS = 4096
 dependent steps to hide their latency, few enough to stay in registers."""
 VMEM_BUDGET_BYTES = 10 * 2**20
 """For the double buffers of all blocked arrays. All kernels keep to 16 MiB, which is what
-TPU v2 to v4 have: nothing tells a kernel which generation it is compiled for."""
+TPU v4 has: nothing tells a kernel for which generation it is compiled."""
 GATES_BUDGET_BYTES = 14 * 2**20
-"""For all arrays of a kernel with gate products; the compiler's own copies take the rest."""
+"""For all arrays of a kernel with gate products; spilled registers take the rest. On TPU v2
+and v3, which spill several MiB, the gradient's kernel does not fit at the 2B model's size."""
 FORWARD_ARRAYS, GRADIENT_ARRAYS = (2, 2), (4, 6)
 """Sequences that these kernels read or write, and float32 arrays as large as a block."""
 MAX_STEPS = 512

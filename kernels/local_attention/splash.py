@@ -40,7 +40,7 @@ BACKWARD_OPTIONS = (
     "residual_checkpoint_name",
     "mask_function",
 )
-"""Those of the kernel that its gradient takes, in this order."""
+"""Options of the kernel that its gradient takes, in this order."""
 DTYPES = (jnp.float32, jnp.bfloat16)
 EMPTY = -1
 """Segment of a slot that holds no token; the documents of a chunk count from 0."""
@@ -127,7 +127,7 @@ def gradients(
     arrays, pull_back = jax.vjp(arrange, q, k, v, keys, values)
     tables = _prepare(layout)
     ids = _segments(positions, held, layout)
-    # What stands in the queries behind the last one does not matter: their gradient is 0.
+    # The queries appended at the end have an output gradient of 0: they add nothing.
     results = (
         jnp.swapaxes(_extend(array, layout.num_queries), 1, 2)
         for array in (out, log_total, out_gradient)

@@ -192,7 +192,7 @@ def _gates(values, weights, g: int, log_decays, at):
     r_kernel, r_bias, i_kernel, i_bias = weights
     i, _, channels = at
     r_logits, i_logits = (
-        (_dot(values, kernel[g], 1, 0) + bias[g].astype(jnp.float32))
+        _dot(values, kernel[g], 1, 0) + bias[g].astype(jnp.float32)
         for kernel, bias in ((r_kernel, r_bias), (i_kernel, i_bias))
     )
     r_logits, i_logits = r_logits.astype(values.dtype), i_logits.astype(values.dtype)
@@ -214,7 +214,7 @@ def _sum_of_tiles(term: jax.Array) -> jax.Array:
 def _block_sizes(x, kernel, *, gradient: bool) -> BlockSizes:
     width, itemsize = kernel.shape[1], x.dtype.itemsize
     sizes = gate_block_sizes(x.shape, width, itemsize, gradient=gradient)
-    assert sizes is not None, "rg_lru offers such shapes to other implementations"
+    assert sizes is not None, f"{kernel.shape} fits no block: see `supports`"
     return sizes
 
 
@@ -308,7 +308,7 @@ def gradients(
     kernel = pl.BlockSpec(
         (sizes.rows, sizes.width // width, width, width),
         lambda c, b, t: (b, c, 0, 0),
-        pipeline_mode=pl.Buffered(1),  # Written once for each row, too.
+        pipeline_mode=pl.Buffered(1),  # Written once for each row and channel.
     )
     per_row = jax.ShapeDtypeStruct((x.shape[0], groups, width, width), jnp.float32)
     state_shape = linear_scan.like(h0)
