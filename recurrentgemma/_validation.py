@@ -62,7 +62,7 @@ def number(
     least: float | None = None,
     most: float | None = None,
 ) -> float:
-    """A finite number within bounds, rounded to no other type than float.
+    """A finite number within bounds, as a float.
 
     Args:
       name: of the argument.

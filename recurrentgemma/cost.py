@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from recurrentgemma._validation import positive_integer
 from recurrentgemma.blocks import TEMPORAL_MIXERS
+from recurrentgemma.cache import grows
 from recurrentgemma.config import GriffinConfig
 
 _FLOAT32_BYTES = 4
@@ -83,7 +84,7 @@ def cache_bytes(
     Raises:
       ValueError: the model has global attention and no capacity is given.
     """
-    if cache_grows(config) and capacity is None:
+    if grows(config) and capacity is None:
         raise ValueError(
             "capacity: expected how many tokens the cache of global attention holds, "
             "got None"
@@ -91,11 +92,6 @@ def cache_bytes(
     name = jnp.dtype(dtype).name
     row = sum(_state_bytes(m, config, name, capacity) for m in _mixers(config))
     return batch_size * (row + _INT32_BYTES)  # and the position of the next token
-
-
-def cache_grows(config: GriffinConfig) -> bool:
-    """Whether the cache must grow with the text, because a mixer needs a capacity."""
-    return any(mixer.needs_capacity for mixer in _mixers(config))
 
 
 def forward_flops_per_token(config: GriffinConfig, length: int) -> float:

@@ -22,7 +22,8 @@ from collections.abc import Callable, Sequence
 import jax
 
 from recurrentgemma.cache import Cache, Observer
-from recurrentgemma.griffin import Griffin, prepare, unstack_layers
+from recurrentgemma.griffin import Griffin, unstack_layers
+from recurrentgemma.inputs import prepare
 
 Captured = tuple[jax.Array, Cache, dict[str, jax.Array]]
 
@@ -69,7 +70,7 @@ def capture(model: Griffin, patterns: str | Sequence[str]) -> Callable[..., Capt
         positions: jax.Array | None = None,
         cache: Cache | None = None,
     ) -> Captured:
-        cache = prepare(model, tokens, positions, cache)
+        cache = prepare(model.config, tokens, positions, cache)
         return _captured(model, chosen, tokens, positions, cache)
 
     return call

@@ -16,7 +16,7 @@ LAYERS = [
     {"_compat", "_atomic", "_validation", "mixers"},
     {"config"},
     {"cache"},
-    {"layers", "rotary"},
+    {"layers", "rotary", "inputs"},
     {"blocks"},
     {"griffin"},
     {"environment"},

@@ -6,6 +6,7 @@ from typing import Any
 from absl import flags
 
 from recurrentgemma import cost
+from recurrentgemma.cache import grows
 from recurrentgemma.commands import UsageError
 from recurrentgemma.config import PRESETS, GriffinConfig
 
@@ -101,7 +102,7 @@ def _about_cache(config: GriffinConfig, batch_size: int, context: int) -> list[s
         sizes = (cost.cache_bytes(config, dtype=d, capacity=tokens) for d in DTYPES)
         return list(sizes)
 
-    if not cost.cache_grows(config):
+    if not grows(config):
         both = " or ".join(_megabytes(size) for size in one_text(1))
         return [
             f"The cache is for {texts}, however long.",
