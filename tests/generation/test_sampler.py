@@ -561,6 +561,7 @@ def test_iterate_refuses_one_text(tiny, prompts):
 
 
 def test_a_closed_stream_frees_its_memory_and_ends(sampler):
+    gc.collect()
     before = len(jax.live_arrays())
     stream = sampler.stream("The", max_new_tokens=1000, sampling=PLAIN)
     next(stream)
