@@ -173,8 +173,8 @@ class Generation:
         self._readers = readers
         self._models = tuple(reader.model for reader in readers)
         self._settings = settings
-        self._failure: Exception | None = None
-        self._waiting = self._until_failure(requests)
+        self._failures: list[Exception] = []
+        self._waiting = _until_failure(requests, self._failures)
         self._batch_size = batch_size
         self._reads_together = reads_together
         self._progress = progress
@@ -207,8 +207,8 @@ class Generation:
                 count = max(1, min(BLOCK_STEPS, int(rate * _STREAM_INTERVAL_S)))
             for reader in self._readers:
                 reader.compile_rest()
-        if self._failure is not None:
-            raise self._failure
+        if self._failures:
+            raise self._failures[0]
 
     def close(self) -> None:
         """Frees the memory of the rows; nothing more comes."""
@@ -230,12 +230,6 @@ class Generation:
             cache = _make_rewindable(cache, self._models[0].config, 0)
         rows = (np.array(leaf[slot : slot + 1]) for leaf in self._state.history)
         return Prefix(cache, History(*rows), model_digest)
-
-    def _until_failure(self, requests: Iterable[Request]) -> Iterator[Request]:
-        try:
-            yield from requests
-        except Exception as error:  # noqa: BLE001  `__iter__` raises it at the end
-            self._failure = error
 
     def _decode(self, count: int, stop_at: int) -> list[Part]:
         """One block; the parts of all rows."""
@@ -338,3 +332,13 @@ class Generation:
         if len(caches) > 1:
             return cache_lib.concatenate(same_room(caches, reader.model.config))
         return jax.tree.map(jnp.copy, caches[0])
+
+
+def _until_failure(
+    requests: Iterable[Request], failures: list[Exception]
+) -> Iterator[Request]:
+    # No method: a run that refers to itself would keep its memory when it is abandoned.
+    try:
+        yield from requests
+    except Exception as error:  # noqa: BLE001  the run raises it at its end
+        failures.append(error)

@@ -93,7 +93,7 @@ def plan_chunks(length: int) -> list[int]:
 @functools.partial(jax.jit, static_argnames=("batch_size", "capacity"))
 @meshes.as_program
 def new_cache(model: Griffin, *, batch_size: int, capacity: int | None) -> Cache:
-    """`model.init_cache` as one program, in buffers of its own."""
+    """`model.init_cache` as one program, in buffers that may be donated."""
     return model.init_cache(batch_size, capacity=capacity)
 
 
