@@ -171,5 +171,5 @@ def test_errors():
     ]:
         with pytest.raises(ValueError, match=message):
             complex_rg_lru(*map(jnp.asarray, arguments))
-    with pytest.raises(ValueError, match="a must have the shape of x"):
+    with pytest.raises(ValueError, match=r"a: expected floating \(2, 7, 6"):
         complex_linear_scan(jnp.asarray(x), jnp.asarray(r))
