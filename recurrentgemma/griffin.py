@@ -25,8 +25,8 @@ from recurrentgemma.blocks import TEMPORAL_MIXERS
 from recurrentgemma.blocks.residual import ResidualBlock
 from recurrentgemma.cache import Cache, Chunk, Observer, reorder
 from recurrentgemma.config import GriffinConfig, Runtime
-from recurrentgemma.kernels import meshes
 from recurrentgemma.inputs import is_traced, kind_of, prepare
+from recurrentgemma.kernels import meshes
 from recurrentgemma.layers import Embedder, RMSNorm, soft_cap
 from recurrentgemma.rotary import rotary_tables
 
