@@ -10,14 +10,13 @@ makes both (three matrix products of that size, where recomputing takes four):
     d hidden = dl E              d E = dl^T hidden
 """
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
 from recurrentgemma.griffin import Griffin
+from recurrentgemma.kernels.precision import custom_vjp
 from recurrentgemma.layers import einsum, soft_cap
 
 # Logits held at once, counted in tokens. Large enough for full-speed matrix products.
@@ -52,11 +51,11 @@ def cross_entropy(
     block = min(length, max(1, block_tokens // batch_size))
     blocks = tuple(_split(x, block) for x in (hidden, targets, mask))
     cap = model.config.logits_soft_cap
-    return _sum_of_nats(cap, model.embedder.embedding[...], *blocks)
+    with jax.default_matmul_precision(model.runtime.matmul_precision):
+        return _sum_of_nats(cap, model.embedder.embedding[...], *blocks)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sum_of_nats(cap, embedding, hidden, targets, mask):
+def _run(cap, embedding, hidden, targets, mask):
     def add_block(total, xs):
         _, nats, _ = _block(cap, embedding, *xs)
         return total + nats, None
@@ -93,7 +92,7 @@ def _backward(cap, gradients, cotangent):
     return d_embedding, d_hidden, None, None
 
 
-_sum_of_nats.defvjp(_forward, _backward)
+_sum_of_nats = custom_vjp(_run, _forward, _backward, static=(0,))
 
 
 def _block(cap, embedding, hidden, targets, mask):
