@@ -21,6 +21,7 @@ BENCHMARKS = (
     "scan",
     "scan_estimates",
     "nano_card",
+    "pictures",
 )
 
 
