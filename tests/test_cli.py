@@ -395,7 +395,11 @@ def test_batch_continues_every_prompt_once(run, checkpoint, sampler, tmp_path):
         (["sample", "a", "--repetition-penalty=0"], 1, "repetition_penalty: expected"),
         (["sample", "a", "--prefix=/nowhere"], 1, "--prefix: there is no file"),
         (["sample", "a", f"--prefix={__file__}"], 1, "is no prefix"),
-        (["sample", "a", "--top-p=1.5"], 1, r"top_p: expected .* \(0, 1\]"),
+        (
+            ["sample", "a", "--top-p=1.5"],
+            1,
+            r"top_p: expected .* above 0 and at most 1",
+        ),
         (["sample", "a", "--top-k=0"], 1, "top_k: expected"),
         (["sample", "a", "--temperature=-1"], 1, "temperature: expected"),
         (["sample", "a", "--seed=-1"], 1, "seed: expected"),
@@ -675,7 +679,7 @@ def test_compiled_programs_are_kept_for_the_next_command(checkpoint, tmp_path):
     assert any("decode_block" in entry.name for entry in entries)
     second = run("-c", COUNTED)
     hits = re.fullmatch(r"(\d+) hits, 0 misses\n", second.stderr)
-    assert hits and int(hits[1]) >= 3
+    assert hits and int(hits[1]) >= 2
     for entry in entries:
         entry.write_bytes(b"damaged" + entry.read_bytes()[7:100])
     damaged = run("-m", "recurrentgemma")

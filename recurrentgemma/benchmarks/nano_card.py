@@ -33,7 +33,7 @@ from recurrentgemma.training.corpus import (
     split_held_out,
 )
 from recurrentgemma.training.data import PackedTokens, encode_document
-from recurrentgemma.training.step import make_evaluation_step
+from recurrentgemma.training.step import TOKENS, make_evaluation_step
 
 ROW_TOKENS = (512, 4096)
 TOKENS_PER_BATCH = 4096
@@ -63,8 +63,8 @@ def held_out_loss(
     step, params = make_evaluation_step(model), named_parameters(model)
     total = count = 0.0
     for batch in tqdm.tqdm(packed.batches(batch_size), desc=f"rows of {row_tokens}"):
-        nats, counted = step(params, batch)
-        total, count = total + float(nats), count + float(counted)
+        sums = step(params, batch)
+        total, count = total + float(sums["loss"]), count + float(sums[TOKENS])
     bits = total / math.log(2)
     return {"loss": total / count, "bits_per_byte": bits / size_in_bytes(documents)}
 

@@ -24,7 +24,7 @@ SEQUENCE, STATE = 2 * 1000 * 256, 2 * 256 * 4
         ("linear_scan: pallas_tpu", 3, 2),
         ("linear_scan gradient: pallas_tpu", 5, 3),
         ("rg_lru: composed", 4, 2),
-        ("rg_lru gradient: composed", 8, 5),
+        ("rg_lru gradient: composed", 8, 3),
     ],
 )
 def test_least_bytes(program, sequences, states):
@@ -35,7 +35,7 @@ def test_least_bytes(program, sequences, states):
         expected = sequences * SEQUENCE * itemsize + states * STATE
         if program.startswith("rg_lru"):
             expected += 2 * 1000 * 4  # positions
-            expected += 0 if "gradient" in program else 256 * 4  # one a_param
+            expected += (2 if "gradient" in program else 1) * 256 * 4  # a_param
         assert least == expected
 
 

@@ -232,7 +232,7 @@ def test_config_json_of_released_checkpoints():
         ("gemma2", {"rope_scaling": {"factor": 2}}, "only None is supported"),
         ("gemma2", {"use_bidirectional_attention": True}, "only False is supported"),
         ("gemma2", {"sliding_window": None}, "sliding_window is None; expected a pos"),
-        ("gemma2", {"layer_types": ["sliding_attention", "x"]}, "block_pattern .*'x'"),
+        ("gemma2", {"layer_types": ["sliding_attention", "x"]}, "block_pattern.*'x'"),
         ("gemma1_like_2b_mqa", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ("gemma1_like_2b_mqa", {"tie_word_embeddings": False}, "tie_word_embeddings"),
     ],

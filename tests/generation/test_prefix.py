@@ -262,7 +262,7 @@ def test_files_of_version_1_are_read():
     texts = [[2, 5, 7, 11, 13, 17, 19, 23, 29, 31], [3, 1, 4, 1, 5]]
     prefix = Prefix.load(OLD_FILE, model)
     assert prefix.num_tokens.tolist() == [len(text) for text in texts]
-    assert prefix.last_token.tolist() == [text[-1] for text in texts]
+    assert prefix.history.last_token.tolist() == [text[-1] for text in texts]
     assert prefix.cache.capacity == 128
     for row, text in enumerate(texts):
         _, cache = forward(

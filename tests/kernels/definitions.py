@@ -153,10 +153,10 @@ def attention(q, k, v, positions, window, scale, soft_cap, out_cotangent):
     length, per_group = q.shape[1], q.shape[2] // k.shape[2]
     index = np.arange(length)
     document = np.maximum.accumulate(np.where(positions == 0, index, 0), axis=1)
-    seen = (index <= index[:, None]) & (index >= document[..., None])
+    seen = (index <= index[:, None])[None] & (index >= document[..., None])
     seen = seen & (positions >= 0)[..., None]
     if window is not None:
-        seen = seen & (index >= index[:, None] - window)
+        seen = seen & (index >= index[:, None] - window)[None]
     seen = seen[:, None]  # [B, 1, queries, keys]
 
     # Sequences as [B, heads, T, H]; the key of each query head stands beside it.

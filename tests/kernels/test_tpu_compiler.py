@@ -190,7 +190,7 @@ def model_2b():
     runtime = Runtime(compute_dtype="bfloat16")
     model = describe(PRESETS["recurrentgemma-2b"], runtime)
     leaves = [
-        jax.ShapeDtypeStruct(leaf.shape, parameter_dtype(name, runtime))
+        jax.ShapeDtypeStruct(leaf.shape, parameter_dtype(name, model.config, runtime))
         for name, leaf in named_parameters(model).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(model), leaves)
