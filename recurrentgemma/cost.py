@@ -70,7 +70,7 @@ def cache_bytes(
     """Bytes of the generation cache.
 
     A recurrent layer keeps its float32 state and the last conv_width - 1 inputs of its
-    convolution (a minGRU its state alone), a local-attention layer the keys and values
+    convolution, a local-attention layer the keys and values
     of W tokens and their positions, whatever the length of the text: 17.3 MB for
     recurrentgemma-2b in bfloat16. A global-attention layer keeps those of `capacity`
     tokens.

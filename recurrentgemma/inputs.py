@@ -110,7 +110,8 @@ def _check_inputs(config, tokens, positions, cache):
     for i, (kind, state) in enumerate(
         zip(config.block_types, cache.layers, strict=True)
     ):
-        expected, found = _own_state_form(config, kind), _state_form(state)
+        mixer = TEMPORAL_MIXERS[kind]
+        expected, found = _own_state_form(config, mixer), _state_form(mixer, state)
         if found != expected:
             raise ValueError(
                 f"cache: expected in layer {i} the state of a {kind} layer of sizes "
@@ -120,14 +121,20 @@ def _check_inputs(config, tokens, positions, cache):
 
 
 @functools.lru_cache
-def _own_state_form(config, kind):
-    mixer = TEMPORAL_MIXERS[kind].shapes(config)
-    return _state_form(jax.eval_shape(lambda: mixer.init_state(1, 1)))
+def _own_state_form(config, mixer):
+    module = mixer.shapes(config)
+    return _state_form(mixer, jax.eval_shape(lambda: module.init_state(1, 1)))
 
 
-def _state_form(state):
-    """What tells the states of models apart; slots and tokens kept do not count."""
+def _state_form(mixer, state):
+    """What tells the states of models apart; rows, slots and tokens kept do not count."""
     leaves, structure = jax.tree.flatten(state)
-    floating = (x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating))
-    # [B, S, K, H] of a ring, [..., E] of a recurrent state.
-    return structure, [x.shape[2:] if x.ndim == 4 else x.shape[-1:] for x in floating]
+
+    def sizes(leaf):
+        if leaf.ndim == 4:  # a ring [B, S, K, H]
+            return leaf.shape[2:]
+        # A recurrent state [B, ..., E]; the slots of one value each [B, capacity].
+        return () if mixer.needs_capacity else leaf.shape[1:][-1:]
+
+    floating = (leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
+    return structure, [sizes(leaf) for leaf in floating]

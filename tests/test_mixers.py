@@ -78,6 +78,28 @@ def test_it_is_sampled_and_cannot_be_rewound(config):
         cache_lib.make_rewindable(cache, config, 2)
 
 
+class WithScalar(own_mixer.MovingAverage):
+    """Its state has one number a row besides."""
+
+    def __call__(self, x, chunk, state):
+        h, count = (None, 0.0) if state is None else state
+        y, h = super().__call__(x, chunk, h)
+        return y, (h, count + chunk.lengths.astype(jnp.float32))
+
+    def init_state(self, batch_size, capacity=None):
+        return super().init_state(batch_size), jnp.zeros((batch_size,), jnp.float32)
+
+
+def test_a_class_may_be_registered_again_with_another_state(config, monkeypatch):
+    tokens = random_tokens((2, 5), vocab_size=config.vocab_size)
+    for mixer in (own_mixer.MovingAverage, WithScalar):
+        monkeypatch.setitem(TEMPORAL_MIXERS, own_mixer.NAME, mixer)
+        model = random_model(config)
+        _, cache = model(tokens)
+        _, cache = model(tokens, cache=cache)
+    np.testing.assert_array_equal(cache.layers[0][1], [10.0, 10.0])
+
+
 def test_its_costs_and_parameters_are_known(config):
     names = {"linear_in.kernel": True, "linear_in.bias": False, "decay_logits": False}
     runtime = Runtime(compute_dtype="bfloat16")

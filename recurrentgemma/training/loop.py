@@ -43,7 +43,7 @@ from recurrentgemma.training.optimizer import (
     learning_rate_schedule,
     make_optimizer,
 )
-from recurrentgemma.training.options import option
+from recurrentgemma.training.options import nested_config, option
 from recurrentgemma.training.state import (
     Checkpoints,
     TrainState,
@@ -266,7 +266,7 @@ def _claim(output: Path, config: TrainConfig) -> None:
         output.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         return
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = _with_defaults(json.loads(path.read_text(encoding="utf-8")), TrainConfig)
     differing = sorted(
         f"{name} is {stored.get(name)!r}, not {fields.get(name)!r}"
         for name in stored.keys() | fields.keys()
@@ -277,6 +277,17 @@ def _claim(output: Path, config: TrainConfig) -> None:
             f"output: {output} holds a run of another config ({'; '.join(differing)}); "
             "choose another directory, or the same config to resume"
         )
+
+
+def _with_defaults(stored: dict[str, Any], kind: type) -> dict[str, Any]:
+    """A recorded config, with the default of each field that was not there yet."""
+    fields = dict(stored)
+    for field in dataclasses.fields(kind):
+        if nested := nested_config(field):
+            fields[field.name] = _with_defaults(stored.get(field.name, {}), nested)
+        elif field.default is not dataclasses.MISSING:
+            fields.setdefault(field.name, field.default)
+    return fields
 
 
 @contextmanager
