@@ -24,7 +24,7 @@ import numpy as np
 
 from recurrentgemma import _validation as check
 from recurrentgemma.generation.chunk_reader import Progress
-from recurrentgemma.generation.prefix import model_digest
+from recurrentgemma.generation.model_digest import model_digest
 from recurrentgemma.generation.results import Sample
 from recurrentgemma.generation.sampler import Sampler
 from recurrentgemma.generation.sampling import Sampling, check_seed

@@ -7,7 +7,6 @@ can start from. Neither the cache nor the programs grow with the text.
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -17,6 +16,7 @@ import numpy as np
 from recurrentgemma import _validation as check
 from recurrentgemma.generation.batching import Generation, Part, Request, Settings
 from recurrentgemma.generation.chunk_reader import ChunkReader, Progress
+from recurrentgemma.generation.model_digest import ModelDigest
 from recurrentgemma.generation.prefill import (
     RowReader,
     Text,
@@ -25,7 +25,7 @@ from recurrentgemma.generation.prefill import (
     score_rows,
     token_ids,
 )
-from recurrentgemma.generation.prefix import Prefix, model_digest
+from recurrentgemma.generation.prefix import Prefix
 from recurrentgemma.generation.results import Sample, Score, TextStream
 from recurrentgemma.generation.sampling import Sampling, check_seed
 from recurrentgemma.griffin import Griffin
@@ -102,6 +102,7 @@ class Sampler:
         self.model = model
         self.tokenizer = tokenizer
         self.draft = draft
+        self._digest_of_model = ModelDigest(model)
         self.num_draft_tokens = check.integer(
             "num_draft_tokens", num_draft_tokens, least=1, most=MAX_DRAFT_TOKENS
         )
@@ -407,9 +408,9 @@ class Sampler:
 
         return scores()
 
-    @functools.cached_property
+    @property
     def _model_digest(self) -> str:
-        return model_digest(self.model)
+        return self._digest_of_model()
 
     def _open(self, text, prefix):
         """A reader after the prefix, and the pieces of the text."""
