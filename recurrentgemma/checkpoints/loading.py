@@ -195,7 +195,7 @@ def find_checkpoint(path_or_preset: str | os.PathLike[str]) -> Path:
     downloaded = download(name)
     if downloaded is not None:
         return downloaded
-    close = difflib.get_close_matches(name, [*bundled, *PRESETS])
+    close = difflib.get_close_matches(name, {*bundled, *PRESETS})
     hint = f" Did you mean {', '.join(close)}?" if close else ""
     raise ValueError(f"There is no directory and no preset {name!r}.{hint}")
 

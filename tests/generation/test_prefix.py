@@ -450,6 +450,7 @@ def test_scores_are_the_plain_forwards(sampler):
     assert_close(np.concatenate(parts), expected, "logits")
     assert whole.perplexity == pytest.approx(np.exp(-np.mean(expected)), rel=1e-4)
     assert np.isnan(whole.bits_per_byte)
+    assert repr(whole).endswith("bits_per_byte=nan for token ids)")
 
 
 def test_text_is_scored_in_bits_per_byte(text_sampler):
