@@ -8,11 +8,10 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 MAX_COUNT = 2**31 - 1
 """Largest number of tokens; positions are int32."""
-MAX_NUMBER = float(np.finfo(np.float32).max)
+MAX_NUMBER = float(jnp.finfo(jnp.float32).max)
 _SHOWN = 60
 """Most characters of a value in an error."""
 
@@ -31,22 +30,23 @@ def check_kind(name: str, value: Any, kind: type) -> None:
 
 def check_switch(name: str, value: Any) -> None:
     """Raises a ValueError unless the value is a boolean."""
-    if not isinstance(value, bool | np.bool_):
+    if not isinstance(value, bool):
         _refuse(name, "True or False", value, "nothing else stands for one.")
 
 
-def check_number(name: str, value: Any, *, above: float = -math.inf) -> None:
-    """Raises a ValueError unless the value is a finite number above a bound."""
+def check_number(name: str, value: Any, *, above: float = -math.inf) -> float:
+    """The value; a ValueError unless it is a finite number above a bound."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not above < value <= MAX_NUMBER or value < -MAX_NUMBER:
         bound = "" if above == -math.inf else f" above {above:g}"
         _refuse(name, f"a finite float32 number{bound}", value, "give one.")
+    return float(value)
 
 
 def check_count(name: str, value: Any, advice: str) -> None:
     """Raises a ValueError unless the value is an integer of at least 1."""
     try:
-        count = 0 if isinstance(value, bool | np.bool_) else operator.index(value)
+        count = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         count = 0
     if not 1 <= count <= MAX_COUNT:

@@ -74,9 +74,9 @@ def local_attention(
     Source: Griffin, arXiv 2402.19427, section 2.3.
     """
     _validate(q, k, v, positions, cache, window)
-    check_number("scale", scale)
+    scale = check_number("scale", scale)
     if soft_cap is not None:
-        check_number("soft_cap", soft_cap, above=0)
+        soft_cap = check_number("soft_cap", soft_cap, above=0)
     options = {"window": window, "scale": scale, "soft_cap": soft_cap}
 
     def attend_and_write(q, k, v, positions, cache):
@@ -158,11 +158,11 @@ def _validate(q, k, v, positions, cache, window):
     if cache is not None:
         check_kind("cache", cache, KVCache)
         check_array("cache.positions", cache.positions)
-        slots = cache.positions.shape[-1]
+        slots = cache.positions.shape[-1] if cache.positions.ndim else 0
         if window is not None and slots < window:
             raise ValueError(
-                f"cache: expected at least {window} slots, one for each past key that "
-                f"a query sees, got {slots}; make the cache for this window."
+                f"cache.positions: expected at least {window} slots, one for each past "
+                f"key that a query sees, got {slots}; make the cache for this window."
             )
         shape = (batch, slots, *shape[2:])
         expected |= {

@@ -8,13 +8,13 @@ import dataclasses
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from recurrentgemma import _validation as check
 from recurrentgemma import cache as cache_lib
 from recurrentgemma.cache import Cache
 from recurrentgemma.generation import prefix_file
@@ -82,6 +82,7 @@ class Prefix:
 
     def check_model(self, model_digest: str) -> None:
         """Raises ValueError unless the digest is that of the model that read this."""
+        check.string("model_digest", model_digest)
         _check_digest("The prefix", self.model_digest, model_digest)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -90,10 +91,11 @@ class Prefix:
         Raises:
           ValueError: it cannot be written; what was there is as it was.
         """
+        path = check.path("path", path)
         arrays = {name: np.asarray(leaf) for name, leaf in _named(self.cache).items()}
         arrays |= self.history._asdict()
         arrays["seen"] = np.packbits(self.history.seen, axis=1)
-        prefix_file.write(Path(path), arrays, self.model_digest, self.cache.capacity)
+        prefix_file.write(path, arrays, self.model_digest, self.cache.capacity)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Griffin) -> Self:
@@ -107,7 +109,9 @@ class Prefix:
           ValueError: the file is missing, damaged, no prefix, of a newer format, or of
             another architecture or a fine-tuned sibling; the message says which.
         """
-        stored = prefix_file.read(Path(path))
+        path = check.path("path", path)
+        check.instance("model", model, Griffin, "a Griffin model")
+        stored = prefix_file.read(path)
         digest = model_digest(model)
         now = digest if stored.version >= 3 else digest_of_norms(model)
         _check_digest(str(path), stored.model_digest, now)
@@ -120,7 +124,7 @@ class Prefix:
         shapes = {name: leaf.shape for name, leaf in _named(like).items()}
         shapes |= {"last_token": (rows,), "num_tokens": (rows,)}
         shapes["seen"] = (rows, math.ceil(vocab_size / 8))
-        prefix_file.check_arrays(Path(path), stored, shapes, vocab_size)
+        prefix_file.check_arrays(path, stored, shapes, vocab_size)
         arrays = stored.arrays
         leaves = [
             jnp.asarray(arrays[name], leaf.dtype) for name, leaf in _named(like).items()
@@ -146,9 +150,12 @@ def concatenate(prefixes: Sequence[Prefix]) -> Prefix:
     Raises:
       ValueError: there are none, or they are of different models or capacities.
     """
+    expected = "a list of at least one Prefix"
+    check.instance("prefixes", prefixes, Sequence, expected)
     if not prefixes:
-        raise ValueError("prefixes must hold at least one prefix.")
-    for prefix in prefixes:
+        check.refuse("prefixes", expected, prefixes)
+    for i, prefix in enumerate(prefixes):
+        check.instance(f"prefixes[{i}]", prefix, Prefix, "a Prefix")
         prefix.check_model(prefixes[0].model_digest)
     return dataclasses.replace(
         prefixes[0],
