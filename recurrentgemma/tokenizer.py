@@ -178,7 +178,7 @@ class Tokenizer:
         Raises:
           ValueError: there is no such piece.
         """
-        check.integer("token", token, least=0, most=self.vocab_size - 1)
+        token = check.integer("token", token, least=0, most=self.vocab_size - 1)
         return self._processor.id_to_piece(token)
 
     def byte_of(self, token: int) -> int | None:
@@ -187,7 +187,7 @@ class Tokenizer:
         Raises:
           ValueError: there is no such piece.
         """
-        check.integer("token", token, least=0, most=self.vocab_size - 1)
+        token = check.integer("token", token, least=0, most=self.vocab_size - 1)
         if not self._processor.is_byte(token):
             return None
         return int(self._processor.id_to_piece(token)[1:-1], 16)
