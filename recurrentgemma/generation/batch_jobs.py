@@ -26,7 +26,6 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -89,11 +88,11 @@ class BatchJob:
             names it); the output is a directory; a seed is out of its range.
           OSError: the input cannot be read.
         """
-        self.source = Path(source)
-        self.target = Path(target)
+        self.source = check.path("source", source)
+        self.target = check.path("target", target)
         self._copy = self._copy_of_stream()
-        self.max_new_tokens = max_new_tokens
-        self.sampling = sampling
+        self.max_new_tokens = check.positive_integer("max_new_tokens", max_new_tokens)
+        self.sampling = check.instance("sampling", sampling, Sampling, "a Sampling")
         self.seed = check_seed(seed)
         self.stop = check.strings("stop", stop)
         self.num_prompts = sum(1 for _ in self._lines())

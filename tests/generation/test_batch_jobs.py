@@ -219,6 +219,10 @@ def test_other_mistakes_are_told(paths, model, quick, tmp_path):
         BatchJob(source, tmp_path)
     with pytest.raises(ValueError, match="seed: expected"):
         BatchJob(source, target, seed=2**32 - COUNT)
+    for name in ("source", "target", "max_new_tokens", "sampling", "stop"):
+        arguments = {"source": source, "target": target, name: None}
+        with pytest.raises(ValueError, match=f"^{name}: expected .* got None"):
+            BatchJob(**arguments)
     with pytest.raises(ValueError, match="expected one with a tokenizer"):
         BatchJob(source, target).run(Sampler(model))
     latin = tmp_path / "latin.jsonl"
