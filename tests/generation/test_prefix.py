@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -264,6 +265,18 @@ def test_every_row_and_column_of_a_large_parameter_enters_the_digest():
         changes[-1][place] = 0.1
     digests = {digest(embedding), *(digest(embedding + change) for change in changes)}
     assert len(digests) == 1 + len(changes)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_the_digest_does_not_depend_on_devices(kind):
+    model = random_model(tiny_config(vocab_size=MIN_SAMPLES // 8))
+    mesh = jax.make_mesh((2,), ("data",), (kind,), devices=jax.devices()[:2])
+
+    def place(leaf):
+        cut = PartitionSpec("data") if leaf.shape[0] % 2 == 0 else PartitionSpec()
+        return jax.device_put(leaf, NamedSharding(mesh, cut))
+
+    assert model_digest(jax.tree.map(place, model)) == model_digest(model)
 
 
 def test_an_edit_in_place_is_noticed():
