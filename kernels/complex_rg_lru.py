@@ -18,7 +18,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels.checks import check_arrays
+from recurrentgemma.kernels.checks import check_array, check_arrays, check_switch
 from recurrentgemma.kernels.dispatch import EVERYWHERE, Implementation, Op, call
 from recurrentgemma.kernels.linear_scan import LINEAR_SCAN, linear_scan
 from recurrentgemma.kernels.rg_lru.reference import (
@@ -125,6 +125,7 @@ def complex_linear_scan(
       NotImplementedError: the named implementation does not exist or cannot run.
     """
     _check_width(x)
+    check_switch("reverse", reverse)
     if h0 is None:
         h0 = jnp.zeros((x.shape[0], x.shape[2]), jnp.float32)
     check_arrays(
@@ -187,6 +188,7 @@ COMPLEX_SCAN = Op(
 
 
 def _check_width(x):
+    check_array("x", x)
     if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] % 2:
         raise ValueError(
             "x: expected shape [B, T, E] with T >= 1 and an even E, got "

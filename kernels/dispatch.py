@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from recurrentgemma.kernels import meshes, precision
+from recurrentgemma.kernels.checks import check_implementation
 
 einsum_float32 = precision.einsum_float32
 
@@ -147,11 +148,7 @@ def gradient(
 
 def _choose(op, implementation, arguments, options) -> Choice:
     if implementation is not None:
-        if implementation not in op.table:
-            raise NotImplementedError(
-                f"implementation: expected one of {', '.join(sorted(op.table))} for "
-                f"{op.name}, got {implementation!r}."
-            )
+        check_implementation("implementation", implementation, op.table)
         reason = _reason_against(op, implementation, arguments, options)
         if reason:
             raise NotImplementedError(

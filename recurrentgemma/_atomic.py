@@ -126,6 +126,28 @@ def _siblings(path: Path, kind: str) -> list[Path]:
     ]
 
 
+class LockedError(Exception):
+    """Somebody else has the lock."""
+
+
+def lock(descriptor: int) -> None:
+    """Locks an open file until it is closed, which the end of the process does too.
+
+    Nothing is locked where the system or the file system has no locks.
+
+    Raises:
+      LockedError: somebody else has the lock.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise LockedError from error
+    except OSError:
+        pass
+
+
 @contextlib.contextmanager
 def _locked(directory: Path, *, wait: bool = True) -> Iterator[None]:
     """Holds the lock of a directory, which ends with its process too.

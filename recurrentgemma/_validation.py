@@ -7,12 +7,17 @@ the code behind it counts on. All raise ValueError.
 import math
 import numbers
 import operator
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax.numpy as jnp
 import numpy as np
 
+MAX_COUNT = 2**31 - 1
+"""Largest number of rows, tokens or channels."""
+_LARGEST = float(np.finfo(np.float32).max)
 _SHOWN = 60
 """Most characters of a value in an error."""
 
@@ -50,8 +55,9 @@ def integer(
 
 
 def positive_integer(name: str, value: Any) -> int:
-    """An integer of at least 1."""
-    return integer(name, value, least=1)
+    """An integer of at least 1, and at most what int32 holds."""
+    found = integer(name, value, least=1)
+    return integer(name, found, most=MAX_COUNT)
 
 
 def number(
@@ -62,7 +68,7 @@ def number(
     least: float | None = None,
     most: float | None = None,
 ) -> float:
-    """A finite number within bounds, as a float.
+    """A number within bounds, as a float; finite, in float32 too.
 
     Args:
       name: of the argument.
@@ -78,11 +84,13 @@ def number(
     ]
     expected = " ".join(["a finite number", " and ".join(bounds)]).rstrip()
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):
-        refuse(name, expected, value)
-    found = float(value)
+    try:
+        found = float(value) if is_number else math.nan
+    except OverflowError:
+        found = math.inf
     if (
-        (above is not None and not found > above)
+        not -_LARGEST <= found <= _LARGEST
+        or (above is not None and not found > above)
         or (least is not None and found < least)
         or (most is not None and found > most)
     ):
@@ -115,12 +123,30 @@ def choice(name: str, value: Any, choices: Iterable[str], advice: str = "") -> s
 def token_ids(name: str, value: Any, vocab_size: int) -> list[int]:
     """A sequence of token ids below vocab_size: a list, a tuple or a NumPy array."""
     expected = f"token ids from 0 to {vocab_size - 1}"
-    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
-        refuse(name, expected, value)
+    series(name, value, expected)
     ids = []
     for i, item in enumerate(value):
         ids.append(integer(f"{name}[{i}]", item, least=0, most=vocab_size - 1))
     return ids
+
+
+def array(name: str, value: Any, expected: str) -> np.ndarray:
+    """The value as a NumPy array, which a ragged list has none of."""
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError):
+        refuse(name, expected, value)
+
+
+def indices(name: str, value: Any, count: int) -> np.ndarray:
+    """A list or an array of at least one integer from 0 to count - 1."""
+    expected = f"a list of at least one index from 0 to {count - 1}"
+    found = array(name, value, expected)
+    if found.ndim != 1 or not found.size or found.dtype.kind not in "iu":
+        refuse(name, expected, value)
+    if np.any((found < 0) | (found >= count)):
+        refuse(name, expected, value)
+    return found.astype(np.int32)
 
 
 def floating_dtype(name: str, value: Any) -> np.dtype:
@@ -135,6 +161,41 @@ def floating_dtype(name: str, value: Any) -> np.dtype:
     return dtype
 
 
+def is_series(value: Any) -> bool:
+    """Whether the items of a value can be taken; those of a text never are."""
+    return (
+        isinstance(value, Iterable)
+        and not isinstance(value, str | bytes)
+        and getattr(value, "ndim", 1) > 0
+    )
+
+
+def series(name: str, value: Any, expected: str) -> Iterable[Any]:
+    """A list, an array with a dimension, or anything else whose items can be taken."""
+    if not is_series(value):
+        refuse(name, expected, value)
+    return value
+
+
+def path(name: str, value: Any) -> Path:
+    """A path: a text that is not empty, or an `os.PathLike` of one."""
+    expected = "a path"
+    try:
+        text = os.fspath(value)
+    except TypeError:
+        refuse(name, expected, value)
+    if not isinstance(text, str) or not text:
+        refuse(name, expected, value)
+    return Path(text)
+
+
+def function(name: str, value: Any) -> Any:
+    """Something to be called, or None."""
+    if value is not None and not callable(value):
+        refuse(name, "a function or None", value)
+    return value
+
+
 def instance(name: str, value: Any, kind: type, expected: str) -> Any:
     """A value of a class."""
     if not isinstance(value, kind):
@@ -145,9 +206,7 @@ def instance(name: str, value: Any, kind: type, expected: str) -> Any:
 def strings(name: str, values: Any) -> tuple[str, ...]:
     """Any iterable of strings, none of them empty; read once."""
     expected = "a list of strings, none of them empty"
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        refuse(name, expected, values)
-    values = tuple(values)
+    values = tuple(series(name, values, expected))
     for value in values:
         if not isinstance(value, str) or not value:
             refuse(name, expected, values)

@@ -21,6 +21,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from recurrentgemma import _validation as check
 from recurrentgemma.config import GriffinConfig
 from recurrentgemma.mixers import TEMPORAL_MIXERS
 
@@ -154,7 +155,7 @@ def take(cache: Cache, rows: Sequence[int] | jax.Array) -> Cache:
 
     Args:
       cache: any cache.
-      rows: int [R], row indices; a row may be taken more than once.
+      rows: int [R], row indices, at least one; a row may be taken more than once.
 
     Returns:
       A cache of R rows.
@@ -162,14 +163,10 @@ def take(cache: Cache, rows: Sequence[int] | jax.Array) -> Cache:
     Raises:
       ValueError: a row does not exist. (Traced indices are not checked.)
     """
-    if not isinstance(rows, jax.core.Tracer):
-        known = np.asarray(rows)
-        if known.ndim != 1 or np.any((known < 0) | (known >= cache.batch_size)):
-            raise ValueError(
-                f"rows must be a list of indices from 0 to {cache.batch_size - 1}, "
-                f"got {known.tolist()}."
-            )
-    index = jnp.asarray(rows, jnp.int32)
+    _check_cache("cache", cache)
+    traced = isinstance(rows, jax.core.Tracer)
+    known = rows if traced else check.indices("rows", rows, cache.batch_size)
+    index = jnp.asarray(known, jnp.int32)
     return jax.tree.map(lambda leaf: leaf[index], cache)
 
 
@@ -179,8 +176,8 @@ def repeat(cache: Cache, count: int) -> Cache:
     Raises:
       ValueError: count is less than 1.
     """
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}.")
+    _check_cache("cache", cache)
+    count = check.positive_integer("count", count)
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), cache)
 
 
@@ -190,15 +187,26 @@ def concatenate(caches: Sequence[Cache]) -> Cache:
     Raises:
       ValueError: no caches were given, or their structure or row shapes differ.
     """
+    expected = "a list of at least one Cache"
+    check.instance("caches", caches, Sequence, expected)
     if not caches:
-        raise ValueError("caches must hold at least one cache.")
+        check.refuse("caches", expected, caches)
     for i, cache in enumerate(caches):
+        _check_cache(f"caches[{i}]", cache)
         if _row_shapes(cache) != _row_shapes(caches[0]):
             raise ValueError(
-                f"caches[{i}] does not fit caches[0]: they come from different models, "
-                "compute dtypes or capacities."
+                f"caches[{i}]: expected one that fits caches[0], got one of another "
+                "model, compute dtype or capacity; join those of one model alone"
             )
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *caches)
+
+
+def _check_cache(name: str, cache: Any) -> None:
+    check.instance(name, cache, Cache, "a Cache, as a call of the model returns it")
+
+
+def _check_config(config: Any) -> None:
+    check.instance("config", config, GriffinConfig, "the GriffinConfig of the model")
 
 
 def _row_shapes(cache: Cache):
@@ -218,6 +226,9 @@ def grow(cache: Cache, config: GriffinConfig, capacity: int) -> Cache:
     Raises:
       ValueError: a row holds more tokens. (Traced rows are not checked.)
     """
+    _check_cache("cache", cache)
+    _check_config(config)
+    capacity = check.positive_integer("capacity", capacity)
     if cache.capacity is None:
         return cache
     held = max_tokens_held(cache)
@@ -242,6 +253,9 @@ def make_rewindable(cache: Cache, config: GriffinConfig, count: int) -> Cache:
     Raises:
       ValueError: tokens cannot be taken back from a block type of the model.
     """
+    _check_cache("cache", cache)
+    _check_config(config)
+    count = check.integer("count", count, least=0, most=check.MAX_COUNT)
     return _map_layers(
         cache, config, lambda m, state: m.make_rewindable(config, state, count)
     )
@@ -254,7 +268,17 @@ def rewind(cache: Cache, config: GriffinConfig, counts: jax.Array) -> Cache:
       cache: from `make_rewindable`, or what the model made of it.
       config: of its model.
       counts: int32 [B], each at most K, of tokens read since and of one document.
+
+    Raises:
+      ValueError: an argument is none of these. (Values of counts are not checked.)
     """
+    _check_cache("cache", cache)
+    _check_config(config)
+    shape = (cache.batch_size,)
+    if getattr(counts, "shape", None) != shape or not jnp.issubdtype(
+        counts.dtype, jnp.integer
+    ):
+        check.refuse("counts", f"an array of integers {list(shape)}", counts)
     position = cache.next_position - counts
     rewound = _map_layers(
         cache, config, lambda m, state: m.rewind(config, state, counts, position)
@@ -323,22 +347,25 @@ def check_positions(positions: np.ndarray, next_position: np.ndarray | None = No
       ValueError: naming the first position of a row that is not -1 (padding), 0 (a new
         document), the previous one + 1, or any start on an empty row.
     """
-    positions = np.asarray(positions)
+    wanted = "an array of integers [B, T]"
+    positions = check.array("positions", positions, wanted)
     if positions.ndim != 2 or not np.issubdtype(positions.dtype, np.integer):
-        raise ValueError(
-            f"positions must be integers [B, T], got {positions.dtype} "
-            f"{positions.shape}."
-        )
+        check.refuse("positions", wanted, positions)
     expected = np.zeros(len(positions), int)
     if next_position is not None:
-        expected = np.asarray(next_position)
+        wanted = f"an array of integers [{len(positions)}]"
+        expected = check.array("next_position", next_position, wanted)
+        if expected.shape != (len(positions),) or not np.issubdtype(
+            expected.dtype, np.integer
+        ):
+            check.refuse("next_position", wanted, next_position)
     for t, position in enumerate(positions.T):
         legal = (position == -1) | (position == 0) | (position == expected)
         legal |= (expected == 0) & (position > 0)
         if not legal.all():
             row = int(np.argmin(legal))
             raise ValueError(
-                f"positions[{row}, {t}] is {position[row]}; expected -1 (padding), 0 "
-                f"(a new document) or {expected[row]} (the next of its document)."
+                f"positions[{row}, {t}]: expected -1 (padding), 0 (a new document) or "
+                f"{expected[row]} (the next of its document), got {position[row]}"
             )
         expected = np.where(position >= 0, position + 1, expected)

@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit status.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and (closed := _open_closed_streams()):
+        return _fail(closed, EXIT_FAILED)
     if not arguments or arguments[0] in HELP_FLAGS | {"help"}:
         print(_overview())
         return 0 if arguments else EXIT_USAGE
@@ -108,6 +110,24 @@ def _let_signals_end_the_process(*, cleans_up: bool) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+def _open_closed_streams() -> str | None:
+    """Gives standard streams that are closed a place, so that no file takes theirs.
+
+    Returns:
+      What to say if the output would be lost; None if nothing would.
+    """
+    for stream in range(3):
+        try:
+            os.fstat(stream)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        return "standard output is closed; redirect it to /dev/null to do without it"
+    return None
 
 
 def _forget_unwritten_output() -> None:

@@ -141,8 +141,10 @@ class GriffinConfig:
         Raises:
           ValueError: naming unknown, missing or illegal fields.
         """
+        if not isinstance(fields, Mapping):
+            refuse("fields", "a mapping of the fields of a GriffinConfig", fields)
         known = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(set(fields) - set(known))
+        unknown = sorted(set(fields) - set(known), key=str)
         required = {
             name
             for name, field in known.items()
@@ -151,8 +153,8 @@ class GriffinConfig:
         missing = sorted(required - set(fields))
         if unknown or missing:
             raise ValueError(
-                f"Not a GriffinConfig: unknown fields {unknown}, missing fields "
-                f"{missing}. Expected fields: {', '.join(known)}."
+                f"fields: expected those of a GriffinConfig, got unknown fields "
+                f"{unknown}, missing fields {missing}; known are {', '.join(known)}"
             )
         return cls(**fields)
 

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from recurrentgemma import _validation as check
 from recurrentgemma import cache as cache_lib
 from recurrentgemma._compat import ModuleList
-from recurrentgemma._validation import positive_integer
 from recurrentgemma.blocks import TEMPORAL_MIXERS
 from recurrentgemma.blocks.residual import ResidualBlock
 from recurrentgemma.cache import Cache, Chunk, Observer, reorder
@@ -50,7 +50,15 @@ class Griffin(nnx.Module):
     def __init__(
         self, config: GriffinConfig, *, rngs: nnx.Rngs, runtime: Runtime = Runtime()
     ):
-        """Random float32 parameters; layers in `blocks`, none stacked in `groups`."""
+        """Random float32 parameters; layers in `blocks`, none stacked in `groups`.
+
+        Raises:
+          ValueError: an argument is of another class, or sizes of the config do not fit
+            each other.
+        """
+        check.instance("config", config, GriffinConfig, "a GriffinConfig")
+        check.instance("rngs", rngs, nnx.Rngs, "nnx.Rngs, such as nnx.Rngs(0)")
+        check.instance("runtime", runtime, Runtime, "a Runtime")
         self.config = config
         self.runtime = runtime
         self.embedder = Embedder(
@@ -176,9 +184,9 @@ class Griffin(nnx.Module):
           ValueError: batch_size is less than 1, or the model has global attention and
             capacity is missing or less than 1.
         """
-        positive_integer("batch_size", batch_size)
+        check.positive_integer("batch_size", batch_size)
         if capacity is not None:
-            positive_integer("capacity", capacity)
+            check.positive_integer("capacity", capacity)
         elif cache_lib.grows(self.config):
             raise ValueError(
                 "capacity: expected the tokens that global attention can hold, got "

@@ -12,11 +12,12 @@ import functools
 import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 import sentencepiece
 from absl import logging
 from sentencepiece import sentencepiece_model_pb2
+
+from recurrentgemma import _validation as check
 
 START_OF_TURN = "<start_of_turn>"
 END_OF_TURN = "<end_of_turn>"
@@ -60,9 +61,10 @@ class Tokenizer:
         if isinstance(model, bytes):
             self.model_bytes, source = model, "the given bytes"
         else:
+            model = check.path("model", model)
             source = str(model)
             try:
-                self.model_bytes = Path(model).read_bytes()
+                self.model_bytes = model.read_bytes()
             except OSError as error:
                 raise ValueError(
                     f"Cannot read the tokenizer {source}: {error.strerror}."
@@ -108,6 +110,7 @@ class Tokenizer:
         Raises:
           ValueError: the vocabulary has no such piece.
         """
+        check.string("piece", piece)
         piece_id = self._find_id(-1, piece)
         if piece_id < 0:
             raise ValueError(f"The tokenizer has no token {piece!r}.")
@@ -121,9 +124,10 @@ class Tokenizer:
           add_bos: whether the begin token comes first.
 
         Raises:
-          ValueError: the text is not valid UTF-8.
+          ValueError: the text is no text, or not valid UTF-8.
         """
         text = _valid_text(text)
+        check.boolean("add_bos", add_bos)
         special = _SPECIAL_SPELLING.search(text)
         processor = self._literal_processor if special else self._processor
         ids = processor.encode(text)
@@ -138,7 +142,7 @@ class Tokenizer:
         become U+FFFD, one for each byte.
 
         Raises:
-          ValueError: an id is negative.
+          ValueError: an id is no integer, or negative.
         """
         return self._processor.decode(self.known_ids(ids))
 
@@ -151,11 +155,13 @@ class Tokenizer:
         Raises:
           ValueError: the text is not valid UTF-8, or the tokenizer has no turn markers.
         """
+        text = _valid_text(text)
+        check.boolean("add_bos", add_bos)
         start, end = self.special_id(START_OF_TURN), self.special_id(END_OF_TURN)
         return [
             *([self.bos_id] if add_bos else []),
             start,
-            *self.encode("user\n" + _valid_text(text), add_bos=False),
+            *self.encode("user\n" + text, add_bos=False),
             end,
             *self.encode("\n", add_bos=False),
             start,
@@ -170,12 +176,18 @@ class Tokenizer:
         """The piece of an id as SentencePiece spells it: `▁` is a space, `<0x0A>` a byte.
 
         Raises:
-          IndexError: there is no such piece.
+          ValueError: there is no such piece.
         """
+        token = check.integer("token", token, least=0, most=self.vocab_size - 1)
         return self._processor.id_to_piece(token)
 
     def byte_of(self, token: int) -> int | None:
-        """The byte that a byte-fallback token stands for; None for other tokens."""
+        """The byte that a byte-fallback token stands for; None for other tokens.
+
+        Raises:
+          ValueError: there is no such piece.
+        """
+        token = check.integer("token", token, least=0, most=self.vocab_size - 1)
         if not self._processor.is_byte(token):
             return None
         return int(self._processor.id_to_piece(token)[1:-1], 16)
@@ -184,13 +196,17 @@ class Tokenizer:
         """The ids, as Python integers, without those past the last piece.
 
         Raises:
-          ValueError: an id is negative.
+          ValueError: an id is no integer, or negative.
         """
-        ids = [int(i) for i in ids]
-        if any(i < 0 for i in ids):
-            raise ValueError(f"Token ids must not be negative, got {min(ids)}.")
+        check.series("ids", ids, "a list of token ids")
+        known = []
         vocab_size = self.vocab_size
-        return [i for i in ids if i < vocab_size]
+        for i, token in enumerate(ids):
+            if type(token) is not int or token < 0:
+                token = check.integer(f"ids[{i}]", token, least=0)
+            if token < vocab_size:
+                known.append(token)
+        return known
 
     @functools.cached_property
     def _literal_processor(self) -> sentencepiece.SentencePieceProcessor:
@@ -224,7 +240,7 @@ class StreamDecoder:
         """The text that these tokens complete.
 
         Raises:
-          ValueError: an id is negative.
+          ValueError: an id is no integer, or negative.
         """
         parts = []
         for token in self._tokenizer.known_ids(ids):
@@ -277,6 +293,8 @@ def _is_incomplete(data: bytes) -> bool:
 
 
 def _valid_text(text: str | bytes) -> str:
+    if not isinstance(text, str | bytes):
+        check.refuse("text", "a text, or bytes of UTF-8", text)
     try:
         if isinstance(text, bytes):
             return text.decode("utf-8")

@@ -49,12 +49,17 @@ def test_take_repeat_concatenate(cache):
 def test_bad_rows(cache, model):
     with pytest.raises(ValueError, match="from 0 to 2"):
         cache_lib.take(cache, [3])
-    with pytest.raises(ValueError, match="at least 1"):
+    for rows in ([True, False, True], [0.0], [], [[0]], np.array([True])):
+        with pytest.raises(
+            ValueError, match="rows: expected a list of at least one in"
+        ):
+            cache_lib.take(cache, rows)
+    with pytest.raises(ValueError, match="count: expected an integer of at least 1"):
         cache_lib.repeat(cache, 0)
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="caches: expected a list of at least one"):
         cache_lib.concatenate([])
     other = random_model(tiny_config(attention_window=5)).init_cache(1)
-    with pytest.raises(ValueError, match=r"caches\[1\] does not fit"):
+    with pytest.raises(ValueError, match=r"caches\[1\]: expected one that fits"):
         cache_lib.concatenate([cache, other])
 
 
@@ -142,9 +147,9 @@ def test_legal_positions(positions):
 @pytest.mark.parametrize(
     ("positions", "place"),
     [
-        ([[0, 2, 3, 4]], r"\[0, 1\] is 2; .* or 1"),
-        ([[0, 1], [5, 5]], r"\[1, 1\] is 5; .* or 6"),
-        ([[-2, 0]], r"\[0, 0\] is -2"),
+        ([[0, 2, 3, 4]], r"\[0, 1\]: .* or 1 .*, got 2"),
+        ([[0, 1], [5, 5]], r"\[1, 1\]: .* or 6 .*, got 5"),
+        ([[-2, 0]], r"\[0, 0\]: .*, got -2"),
     ],
 )
 def test_illegal_positions(positions, place):

@@ -403,7 +403,7 @@ def test_batch_continues_every_prompt_once(run, checkpoint, sampler, tmp_path):
         (["sample", "a", "--top-k=0"], 1, "top_k: expected"),
         (["sample", "a", "--temperature=-1"], 1, "temperature: expected"),
         (["sample", "a", "--seed=-1"], 1, "seed: expected"),
-        (["sample", "a", "--model=nanoo"], 1, "nanoo.*Did you mean nano"),
+        (["sample", "a", "--model=nanoo"], 1, r"nanoo.*Did you mean nano\?"),
         (["sample", "a", "--model=/nowhere"], 1, "/nowhere"),
         (["sample", "a", "--model=gemma-2b"], 1, "No weights of 'gemma-2b'"),
         (["sample", "--file=/nowhere"], 1, "/nowhere"),
@@ -545,6 +545,41 @@ def test_a_full_disk_is_told_once():
         _, err = process.communicate()
     assert process.returncode == 1
     assert err.decode().count("\n") == 1 and b"No space left" in err
+
+
+@pytest.mark.parametrize(
+    ("command", "closed", "status", "message"),
+    [
+        ("sample -", [0], 1, "sample: standard input is closed"),
+        ("chat", [0], 1, "chat: standard input is closed"),
+        ("info", [0], 0, ""),
+        ("info", [1], 1, "standard output is closed"),
+        ("info", [2], 0, None),
+        ("info /nowhere", [2], 1, None),
+        ("info /nowhere", [0, 1, 2], 1, None),
+    ],
+)
+def test_closed_standard_streams_are_one_line(command, closed, status, message):
+    """And an output that cannot be shown is no success."""
+    code = (
+        "import sys; from recurrentgemma import cli; sys.argv[1:] = sys.argv[1].split()"
+    )
+    streams = " ".join(f"{stream}>&-" for stream in closed)
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1; sys.exit(cli.main())" "$2" {streams}']
+        + [sys.executable, code, command],
+        cwd=pathlib.Path(cli.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    if message is None:
+        assert done.stderr == ""
+    else:
+        assert re.fullmatch(f"(recurrentgemma: {message}.*\n)?", done.stderr)
+        assert bool(done.stderr) == bool(message)
+    assert bool(done.stdout) == (status == 0)
 
 
 ENDLESS_CHAT = """

@@ -14,7 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels.checks import check_arrays, check_sequence
+from recurrentgemma.kernels.checks import check_arrays, check_sequence, check_switch
 from recurrentgemma.kernels.dispatch import (
     EVERYWHERE,
     Implementation,
@@ -64,10 +64,11 @@ def linear_scan(
       h_last: the state after the last step taken [B, D], float32.
 
     Raises:
-      ValueError: shapes or dtypes do not fit.
+      ValueError: shapes or dtypes do not fit, or reverse is no boolean.
       NotImplementedError: the named implementation does not exist or cannot run.
     """
     _validate(x, a, h0)
+    check_switch("reverse", reverse)
     if h0 is None:
         h0 = jnp.zeros((x.shape[0], x.shape[2]), jnp.float32)
     return call(LINEAR_SCAN, implementation, x, a, h0, reverse=reverse)

@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from recurrentgemma.kernels import meshes
-from recurrentgemma.kernels.checks import check_arrays
+from recurrentgemma.kernels.checks import (
+    check_array,
+    check_arrays,
+    check_count,
+    check_kind,
+    check_number,
+)
 from recurrentgemma.kernels.dispatch import EVERYWHERE, Implementation, Op, call
 from recurrentgemma.kernels.local_attention import (
     blocked,
@@ -50,9 +56,10 @@ def local_attention(
         anywhere). -1 is padding, at the end of a row only; its output is finite.
       cache: the tokens before the chunk, at least `window` slots (for global attention
         any number, which the row's positions must stay below); None if there are none.
-      window: how many past keys a query sees; None is all of its document.
-      scale: factor of the scores.
-      soft_cap: scores become soft_cap * tanh(scores / soft_cap); None is no cap.
+      window: how many past keys a query sees, at least 1; None is all of its document.
+      scale: factor of the scores, finite.
+      soft_cap: scores become soft_cap * tanh(scores / soft_cap), finite and above 0;
+        None is no cap.
       implementation: name of `IMPLEMENTATIONS`; None is the best for the platform.
 
     Returns:
@@ -61,12 +68,15 @@ def local_attention(
         `window` slots (T if that is None) in the dtypes of k and v.
 
     Raises:
-      ValueError: shapes or dtypes do not fit.
+      ValueError: shapes or dtypes do not fit, or a number is out of its range.
       NotImplementedError: the named implementation does not exist or cannot run.
 
     Source: Griffin, arXiv 2402.19427, section 2.3.
     """
     _validate(q, k, v, positions, cache, window)
+    scale = check_number("scale", scale)
+    if soft_cap is not None:
+        soft_cap = check_number("soft_cap", soft_cap, above=0)
     options = {"window": window, "scale": scale, "soft_cap": soft_cap}
 
     def attend_and_write(q, k, v, positions, cache):
@@ -123,6 +133,8 @@ LOCAL_ATTENTION = Op("local_attention", f"{ARGUMENTS}->btnh,btn", IMPLEMENTATION
 
 
 def _validate(q, k, v, positions, cache, window):
+    check_array("q", q)
+    check_array("k", k)
     if q.ndim != 4 or q.shape[1] < 1:
         raise ValueError(
             f"q: expected shape [B, T, N, H] with T >= 1, got {q.shape}; "
@@ -134,11 +146,8 @@ def _validate(q, k, v, positions, cache, window):
             f"k: expected shape [B, T, K, H] with K a divisor of the {heads} query "
             f"heads, got {k.shape}; give each group of query heads one key head."
         )
-    if window is not None and window < 1:
-        raise ValueError(
-            f"window: expected at least 1 past key or None, got {window}; "
-            "None is the whole document."
-        )
+    if window is not None:
+        check_count("window", window, "None is the whole document.")
     shape = (batch, length, k.shape[2], head_dim)
     expected = {
         "q": (q, q.shape, jnp.floating),
@@ -147,11 +156,13 @@ def _validate(q, k, v, positions, cache, window):
         "positions": (positions, (batch, length), jnp.int32),
     }
     if cache is not None:
-        slots = cache.positions.shape[-1]
+        check_kind("cache", cache, KVCache)
+        check_array("cache.positions", cache.positions)
+        slots = cache.positions.shape[-1] if cache.positions.ndim else 0
         if window is not None and slots < window:
             raise ValueError(
-                f"cache: expected at least {window} slots, one for each past key that "
-                f"a query sees, got {slots}; make the cache for this window."
+                f"cache.positions: expected at least {window} slots, one for each past "
+                f"key that a query sees, got {slots}; make the cache for this window."
             )
         shape = (batch, slots, *shape[2:])
         expected |= {

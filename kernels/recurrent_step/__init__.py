@@ -7,7 +7,7 @@ state is read and written once, in place.
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels.checks import check_arrays
+from recurrentgemma.kernels.checks import check_array, check_arrays, check_kind
 from recurrentgemma.kernels.dispatch import (
     EVERYWHERE,
     Implementation,
@@ -17,7 +17,7 @@ from recurrentgemma.kernels.dispatch import (
 )
 from recurrentgemma.kernels.recurrent_step import reference
 from recurrentgemma.kernels.recurrent_step.reference import StepParameters
-from recurrentgemma.kernels.rg_lru.gates import Gate, expected_gate
+from recurrentgemma.kernels.rg_lru.gates import Gate, count_blocks, expected_gate
 
 __all__ = ["Gate", "StepParameters", "recurrent_step"]
 
@@ -92,6 +92,9 @@ RECURRENT_STEP = Op(
 
 
 def _validate(x, parameters, positions, h, conv_state):
+    check_array("x", x)
+    check_kind("parameters", parameters, StepParameters)
+    check_array("parameters.conv_kernel", parameters.conv_kernel)
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError(
             f"x: expected shape [B, E], one token a row, got {x.shape}; "
@@ -99,15 +102,16 @@ def _validate(x, parameters, positions, h, conv_state):
         )
     batch, width = x.shape
     gates = {
-        name: getattr(parameters, name) for name in ("recurrence_gate", "input_gate")
+        f"parameters.{name}": getattr(parameters, name)
+        for name in ("recurrence_gate", "input_gate")
     }
-    groups = len(parameters.recurrence_gate.kernel)
-    taps, floating = len(parameters.conv_kernel), jnp.floating
+    groups = count_blocks(*next(iter(gates.items())))
+    taps, floating = (*parameters.conv_kernel.shape, 1)[0], jnp.floating
     expected = {
         "x": (x, x.shape, floating),
-        "conv_kernel": (parameters.conv_kernel, (taps, width), floating),
-        "conv_bias": (parameters.conv_bias, (width,), floating),
-        "a_param": (parameters.a_param, (width,), floating),
+        "parameters.conv_kernel": (parameters.conv_kernel, (taps, width), floating),
+        "parameters.conv_bias": (parameters.conv_bias, (width,), floating),
+        "parameters.a_param": (parameters.a_param, (width,), floating),
         "positions": (positions, (batch,), jnp.integer),
         "h": (h, (batch, width), jnp.float32),
         "conv_state": (conv_state, (batch, taps - 1, width), x.dtype),

@@ -12,7 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels.checks import check_arrays, check_sequence
+from recurrentgemma.kernels.checks import (
+    check_arrays,
+    check_implementation,
+    check_sequence,
+)
 from recurrentgemma.kernels.dispatch import (
     EVERYWHERE,
     Implementation,
@@ -23,6 +27,7 @@ from recurrentgemma.kernels.dispatch import (
 )
 from recurrentgemma.kernels.linear_scan import (
     GPU_DTYPES,
+    LINEAR_SCAN,
     TPU_DTYPES,
     takes_one_step,
 )
@@ -30,6 +35,7 @@ from recurrentgemma.kernels.linear_scan.block_sizes import LANES, gate_block_siz
 from recurrentgemma.kernels.rg_lru import composed, reference
 from recurrentgemma.kernels.rg_lru.gates import (
     Gate,
+    count_blocks,
     expected_gate,
     logits,
     with_products,
@@ -83,6 +89,8 @@ def rg_lru(
     """
     gates = {"recurrence_gate": recurrence_gate, "input_gate": input_gate}
     _validate(x, gates, a_param, positions, h0)
+    if linear_scan is not None:
+        check_implementation("linear_scan", linear_scan, LINEAR_SCAN.table)
     if h0 is None:
         h0 = jnp.zeros((x.shape[0], x.shape[2]), jnp.float32)
     arguments = (x, recurrence_gate, input_gate, a_param, positions, h0)
@@ -260,7 +268,7 @@ def _validate(x, gates, a_param, positions, h0) -> None:
         )
     for name, gate in gates.items():
         if isinstance(gate, Gate):
-            groups = len(gates["recurrence_gate"].bias)
+            groups = count_blocks("recurrence_gate", gates["recurrence_gate"])
             expected |= expected_gate(name, gate, groups, width)
         else:
             expected[name] = (gate, x.shape, jnp.floating)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from recurrentgemma.kernels.checks import check_array, check_kind
 from recurrentgemma.kernels.precision import custom_vjp, einsum_float32
 
 
@@ -25,8 +26,16 @@ class Gate(NamedTuple):
     """[G, out], floating point."""
 
 
+def count_blocks(name: str, gate: Gate) -> int:
+    """Number of blocks G; a ValueError if this is no gate of arrays."""
+    check_kind(name, gate, Gate)
+    check_array(f"{name}.kernel", gate.kernel)
+    return gate.kernel.shape[0] if gate.kernel.ndim else 0
+
+
 def expected_gate(name: str, gate: Gate, groups: int, width: int) -> dict[str, Any]:
     """What `check_arrays` expects of a gate with this number of blocks and channels."""
+    check_kind(name, gate, Gate)
     block = width / max(groups, 1)
     shape = (groups, block, block)
     return {

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from recurrentgemma import _validation as check
 from recurrentgemma.checkpoints import official_pytorch
 from recurrentgemma.checkpoints.formats import FORMATS, detect_format
 from recurrentgemma.checkpoints.hub import download
@@ -68,6 +69,12 @@ def load(
         tensors do not fit the config (all of them are listed); the tokenizer does not
         fit the vocabulary; or nothing could run with these shardings.
     """
+    for name, value, kind in (
+        ("config", config, GriffinConfig),
+        ("runtime", runtime, Runtime),
+    ):
+        if value is not None:
+            check.instance(name, value, kind, f"a {kind.__name__} or None")
     param_dtype = _checked_dtype(param_dtype)
     checkpoint = open_checkpoint(path_or_preset, config)
     config, stored = checkpoint.config, checkpoint.stored
@@ -124,6 +131,8 @@ def choose_tokenizer(
     chosen = given if given is not None else stored.tokenizer_path
     if chosen is None or isinstance(chosen, Tokenizer):
         return chosen
+    if not isinstance(chosen, bytes):
+        check.path("tokenizer", chosen)
     return Tokenizer(chosen)
 
 
@@ -177,6 +186,7 @@ def find_checkpoint(path_or_preset: str | os.PathLike[str]) -> Path:
     Raises:
       ValueError: there is none.
     """
+    check.path("path_or_preset", path_or_preset)
     name = os.fspath(path_or_preset)
     bundled = _bundled()
     if name in bundled:
@@ -195,7 +205,7 @@ def find_checkpoint(path_or_preset: str | os.PathLike[str]) -> Path:
     downloaded = download(name)
     if downloaded is not None:
         return downloaded
-    close = difflib.get_close_matches(name, [*bundled, *PRESETS])
+    close = difflib.get_close_matches(name, {*bundled, *PRESETS})
     hint = f" Did you mean {', '.join(close)}?" if close else ""
     raise ValueError(f"There is no directory and no preset {name!r}.{hint}")
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from recurrentgemma import _validation as check
 from recurrentgemma._atomic import replace_directory, resolve
 from recurrentgemma.checkpoints.formats import FORMATS, detect_format
 from recurrentgemma.checkpoints.parameters import check_tokenizer, tensors_of
@@ -37,6 +38,9 @@ def save(
         not fit, the directory holds something else, or writing failed. What was there
         is as it was.
     """
+    check.instance("model", model, Griffin, "a Griffin model")
+    if tokenizer is not None:
+        check.instance("tokenizer", tokenizer, Tokenizer, "a Tokenizer or None")
     write_checkpoint(path, format, model.config, tensors_of(model), tokenizer)
 
 
@@ -48,11 +52,9 @@ def write_checkpoint(
     tokenizer: Tokenizer | None,
 ) -> None:
     """As `save`, from tensors by native name."""
-    if format not in FORMATS:
-        raise ValueError(f"Unknown format {format!r}; expected {', '.join(FORMATS)}.")
+    check.choice("format", format, FORMATS)
+    path = check.path("path", path)
     check_tokenizer(config, tokenizer)
-    if not os.fspath(path):
-        raise ValueError("path: expected a directory to save to, got ''.")
     try:
         target = resolve(path)
         _check_replaceable(target)

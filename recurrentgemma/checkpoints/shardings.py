@@ -65,7 +65,7 @@ def _chooser(sharding: Sharding | None) -> Callable[[str, tuple[int, ...]], Any]
 
     def choose(name: str, shape: tuple[int, ...]) -> Any:
         if name not in by_name:
-            raise ValueError(f"sharding has no entry for {name}.")
+            raise ValueError(f"sharding: expected an entry for {name}, got none.")
         return by_name[name]
 
     return choose

@@ -151,6 +151,7 @@ def find_text(
 
     Raises:
       UsageError: there is not one source.
+      ValueError: standard input is to be read and is closed.
       OSError: there is no such file.
     """
     file = values["file"]
@@ -163,11 +164,18 @@ def find_text(
             f"got {len(sources)}"
         )
     if sources[0] == STANDARD_INPUT:
+        check_standard_input()
         return _lines(sys.stdin.buffer, "standard input", progress)
     if file is None:
         return sources[0]
     os.stat(file)
     return _lines_of_file(file, progress)
+
+
+def check_standard_input() -> None:
+    """Raises ValueError if standard input is closed."""
+    if sys.stdin is None:
+        raise ValueError("standard input is closed; redirect it to what is to be read")
 
 
 def _lines_of_file(path: str, progress) -> Iterator[str]:

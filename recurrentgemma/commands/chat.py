@@ -48,6 +48,7 @@ def define_flags(values: flags.FlagValues) -> None:
 def run(values: dict[str, Any], arguments: list[str]) -> None:
     if arguments:
         raise UsageError(f"unexpected argument {arguments[0]!r}")
+    _shared.check_standard_input()
     settings = _shared.generation_settings(values)
     if values["load"] is not None:
         _shared.check_file("--load", values["load"])

@@ -5,26 +5,35 @@ Every line of the input is an object with a "prompt". A line of the output is
     {"line": 3, "digest": "0d5f..", <fields of the input>, "text": "..",
      "num_tokens": 17, "log_prob": -20.4, "ended": true}
 
-and is written as soon as it is finished. The digest is of all that the text depends on:
-the input's line and its number, the settings, the model and the tokenizer. When a job is
-run again, lines with a record are left out, a record that was cut off is dropped, and an
-output with any other content is refused. The seed of a line is the job's plus its
-number, so that a text depends neither on the batch nor on interruptions.
+and is written as soon as it is finished. A log-probability that is not finite (of a model
+with such weights) is null. The digest is of all that the text depends on: the input's line
+and its number, the settings, the model and the tokenizer. When a job is run again, lines
+with a record are left out, a record that was cut off is dropped, and an output with any
+other content is refused. The seed of a line is the job's plus its number, so that a text
+depends neither on the batch nor on interruptions.
+
+The output is locked while a job runs. An input that can be read only once, such as a
+pipe, is first copied to a temporary file.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from recurrentgemma import _validation as check
+from recurrentgemma._atomic import LockedError, lock
 from recurrentgemma.generation.chunk_reader import Progress
-from recurrentgemma.generation.prefix import model_digest
+from recurrentgemma.generation.model_digest import model_digest
 from recurrentgemma.generation.results import Sample
 from recurrentgemma.generation.sampler import Sampler
 from recurrentgemma.generation.sampling import Sampling, check_seed
@@ -67,7 +76,7 @@ class BatchJob:
         """Checks the whole input; writes nothing.
 
         Args:
-          source: the input.
+          source: the input; a pipe is read once, here.
           target: the output, which may hold a part of the job.
           max_new_tokens: most tokens of a text.
           sampling: how tokens are chosen.
@@ -79,10 +88,11 @@ class BatchJob:
             names it); the output is a directory; a seed is out of its range.
           OSError: the input cannot be read.
         """
-        self.source = Path(source)
-        self.target = Path(target)
-        self.max_new_tokens = max_new_tokens
-        self.sampling = sampling
+        self.source = check.path("source", source)
+        self.target = check.path("target", target)
+        self._copy = self._copy_of_stream()
+        self.max_new_tokens = check.positive_integer("max_new_tokens", max_new_tokens)
+        self.sampling = check.instance("sampling", sampling, Sampling, "a Sampling")
         self.seed = check_seed(seed)
         self.stop = check.strings("stop", stop)
         self.num_prompts = sum(1 for _ in self._lines())
@@ -112,33 +122,34 @@ class BatchJob:
 
         Raises:
           ValueError: the output belongs to another input, other settings or another
-            model; it is as it was.
+            model, has two records of a line, or is written by another run; it is as it
+            was.
           OSError: the output cannot be written; the records in it stay valid.
         """
+        batch_size = check.positive_integer("batch_size", batch_size)
         digest_of = self._digests(sampler)
-        finished = self._finished(digest_of)
-        numbers = [n for n in range(1, self.num_prompts + 1) if n not in finished]
-        running: dict[int, Line] = {}
+        with self._opened_alone() as file:
+            finished = self._finished(digest_of)
+            numbers = [n for n in range(1, self.num_prompts + 1) if n not in finished]
+            running: dict[int, Line] = {}
 
-        def prompts():
-            for line in self._lines():
-                if line.number not in finished:
-                    running[line.number] = line
-                    yield line.fields["prompt"]
+            def prompts():
+                for line in self._lines():
+                    if line.number not in finished:
+                        running[line.number] = line
+                        yield line.fields["prompt"]
 
-        samples = sampler.iterate(
-            prompts(),
-            batch_size=batch_size,
-            max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling,
-            seed=[self.seed + number for number in numbers],
-            stop=self.stop,
-        )
-        progress = progress or (lambda done, total: None)
-        progress(len(finished), self.num_prompts)
-        written = 0
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        with self.target.open("ab") as file:
+            samples = sampler.iterate(
+                prompts(),
+                batch_size=batch_size,
+                max_new_tokens=self.max_new_tokens,
+                sampling=self.sampling,
+                seed=[self.seed + number for number in numbers],
+                stop=self.stop,
+            )
+            progress = progress or (lambda done, total: None)
+            progress(len(finished), self.num_prompts)
+            written = 0
             for index, sample in samples:
                 line = running.pop(numbers[index])
                 file.write(_record(line, digest_of(line), sample))
@@ -147,9 +158,27 @@ class BatchJob:
                 progress(len(finished) + written, self.num_prompts)
         return written
 
+    @contextlib.contextmanager
+    def _opened_alone(self) -> Iterator[BinaryIO]:
+        """The output, to append to, which no other run has open.
+
+        Raises:
+          ValueError: another run has it open.
+        """
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        with self.target.open("ab") as file:
+            try:
+                lock(file.fileno())
+            except LockedError as error:
+                raise ValueError(
+                    f"{self.target}: expected an output that no other run writes, got "
+                    "one that is being written; wait for that run, or give another"
+                ) from error
+            yield file
+
     def _lines(self) -> Iterator[Line]:
         """The lines of the input, checked."""
-        with self.source.open("rb") as file:
+        with self._opened_input() as file:
             for number, data in enumerate(file, start=1):
                 data = data.rstrip(b"\r\n")
                 try:
@@ -158,6 +187,26 @@ class BatchJob:
                     raise ValueError(
                         f"{self.source}, line {number}: {error}"
                     ) from error
+
+    @contextlib.contextmanager
+    def _opened_input(self) -> Iterator[BinaryIO]:
+        if self._copy is None:
+            with self.source.open("rb") as file:
+                yield file
+        else:
+            self._copy.seek(0)
+            yield self._copy
+
+    def _copy_of_stream(self) -> BinaryIO | None:
+        """An input that can be read only once, as a file without a name, which is gone
+        with the process; None if the input is a regular file."""
+        with self.source.open("rb") as stream, contextlib.ExitStack() as files:
+            if self.source.is_file():
+                return None
+            copy = files.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(stream, copy)
+            weakref.finalize(self, files.pop_all().close)
+            return copy
 
     def _digests(self, sampler: Sampler) -> Callable[[Line], str]:
         """The digest of a line's text."""
@@ -213,9 +262,15 @@ class BatchJob:
                     break
                 try:
                     record = json.loads(data)
-                    digests[int(record["line"])] = record["digest"]
-                except (ValueError, TypeError, KeyError) as error:
+                    line, digest = int(record["line"]), record["digest"]
+                except (ValueError, TypeError, KeyError, RecursionError) as error:
                     raise self._refusal(f"its line {number}") from error
+                if line in digests:
+                    raise ValueError(
+                        f"{self.target}: expected one record of each line, got a second "
+                        f"one of line {line} in its line {number}; remove one of them"
+                    )
+                digests[line] = digest
                 size += len(data)
         return digests, size
 
@@ -228,7 +283,10 @@ class BatchJob:
 
 def _parse_input(data: bytes) -> dict[str, Any]:
     text = data.decode("utf-8")
-    fields: Any = json.loads(text) if text.strip() else None
+    try:
+        fields: Any = _parse_json(text) if text.strip() else None
+    except RecursionError as error:
+        raise ValueError("expected less deeply nested JSON") from error
     prompt = fields.get("prompt") if isinstance(fields, dict) else None
     if type(prompt) is not str:
         raise ValueError(
@@ -244,14 +302,28 @@ def _parse_input(data: bytes) -> dict[str, Any]:
     return fields
 
 
+def _parse_json(text: str) -> Any:
+    """JSON, of which every number can be written again."""
+
+    def finite(number: str) -> float:
+        if not math.isfinite(float(number)):
+            raise ValueError(
+                f"expected finite numbers, got {number}; write null instead"
+            )
+        return float(number)
+
+    return json.loads(text, parse_float=finite, parse_constant=finite)
+
+
 def _record(line: Line, digest: str, sample: Sample) -> bytes:
+    log_prob = float(np.sum(sample.log_probs, dtype=np.float64))
     record = {
         "line": line.number,
         "digest": digest,
         **line.fields,
         "text": sample.text,
         "num_tokens": len(sample.tokens),
-        "log_prob": float(np.sum(sample.log_probs, dtype=np.float64)),
+        "log_prob": log_prob if math.isfinite(log_prob) else None,
         "ended": sample.ended,
     }
-    return json.dumps(record).encode() + b"\n"
+    return json.dumps(record, allow_nan=False).encode() + b"\n"

@@ -14,9 +14,10 @@ import os
 import warnings
 from collections.abc import Iterator
 
+from recurrentgemma import _validation as check
 from recurrentgemma.generation.prefix import Prefix
 from recurrentgemma.generation.sampler import Sampler
-from recurrentgemma.generation.sampling import Sampling
+from recurrentgemma.generation.sampling import Sampling, check_seed
 from recurrentgemma.tokenizer import END_OF_TURN
 
 MAX_UNDO = 16
@@ -58,15 +59,19 @@ class Chat:
           seed: seed of the first turn; later ones count up.
 
         Raises:
-          ValueError: the tokenizer is missing or has no turn markers.
+          ValueError: an argument is out of its range, or the tokenizer is missing or
+            has no turn markers.
         """
+        check.instance("sampler", sampler, Sampler, "a Sampler")
+        check.instance("system", system, str, "a text")
+        check.instance("sampling", sampling, Sampling, "a Sampling")
         if sampler.tokenizer is None:
             raise ValueError("sampler: expected one with a tokenizer, got none")
         self.sampler = sampler
         self.system = system
         self.sampling = sampling
-        self.max_new_tokens = max_new_tokens
-        self.seed = seed
+        self.max_new_tokens = check.positive_integer("max_new_tokens", max_new_tokens)
+        self.seed = check_seed(seed)
         self._tokenizer = sampler.tokenizer
         self._end_of_turn = self._tokenizer.special_id(END_OF_TURN)
         self._was_checked = False
@@ -98,8 +103,8 @@ class Chat:
           ValueError: the text is empty or not valid UTF-8; of the iterator: the
             conversation has changed since this call, by another turn for example.
         """
-        if not text.strip():
-            raise ValueError("text: expected something to say, got nothing")
+        if not isinstance(text, str) or not text.strip():
+            check.refuse("text", "something to say", text)
         self._check_model()
         stream = self.sampler.stream(
             self._turn(text),
@@ -140,6 +145,7 @@ class Chat:
         Raises:
           ValueError: nothing was said yet, or the file cannot be written.
         """
+        path = check.path("path", path)
         if self._prefix is None:
             raise ValueError("There is nothing to save: nothing was said yet.")
         self._prefix.save(path)

@@ -82,8 +82,7 @@ def pieces_of(
     """
     if isinstance(text, str | bytes):
         return iter([_encode(text, tokenizer, begin)])
-    if not isinstance(text, Iterable):
-        check.refuse("text", "a text, an open file or token ids", text)
+    check.series("text", text, "a text, an open file or token ids")
     if not is_whole(text):
         return _pieces_of_items(text, tokenizer, vocab_size, begin)
     if any(isinstance(item, str | bytes) for item in text):

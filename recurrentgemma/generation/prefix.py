@@ -2,42 +2,25 @@
 
 The prefix of a Griffin model has one size, however long the text was; with global
 attention it grows with the text.
-
-A file is one safetensors file: the arrays by path, and as metadata the format's version,
-the capacity of a cache that has one, and three digests: of the architecture, of weights
-that every fine-tuning changes, and of the arrays. In version 1 the layers of a kind
-shared the positions of their keys; such files are translated.
 """
 
 import dataclasses
-import hashlib
+import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from recurrentgemma import _validation as check
 from recurrentgemma import cache as cache_lib
-from recurrentgemma._atomic import replace_file
 from recurrentgemma.cache import Cache
-from recurrentgemma.config import GriffinConfig
+from recurrentgemma.generation import prefix_file
 from recurrentgemma.generation.history import History
+from recurrentgemma.generation.model_digest import digest_of_norms, model_digest
 from recurrentgemma.griffin import Griffin
-
-FORMAT = "recurrentgemma-prefix"
-VERSION = 2
-_SHARED_POSITIONS = {
-    "local_attention": "key_positions",
-    "global_attention": "global_key_positions",
-}
-"""Names in version 1 of the positions that the layers of a kind shared."""
-
-_DIGESTED = ("scale", "a_param")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -99,6 +82,7 @@ class Prefix:
 
     def check_model(self, model_digest: str) -> None:
         """Raises ValueError unless the digest is that of the model that read this."""
+        check.string("model_digest", model_digest)
         _check_digest("The prefix", self.model_digest, model_digest)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -107,24 +91,11 @@ class Prefix:
         Raises:
           ValueError: it cannot be written; what was there is as it was.
         """
+        path = check.path("path", path)
         arrays = {name: np.asarray(leaf) for name, leaf in _named(self.cache).items()}
         arrays |= self.history._asdict()
         arrays["seen"] = np.packbits(self.history.seen, axis=1)
-        metadata = {
-            "format": FORMAT,
-            "version": str(VERSION),
-            "model_digest": self.model_digest,
-            "content_digest": _content_digest(arrays),
-        }
-        if self.cache.capacity is not None:
-            metadata["capacity"] = str(self.cache.capacity)
-        try:
-            with replace_file(Path(path)) as partial:
-                save_file(arrays, partial, metadata=metadata)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"Cannot write the prefix {path}: {error}. What was there is unchanged."
-            ) from error
+        prefix_file.write(path, arrays, self.model_digest, self.cache.capacity)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Griffin) -> Self:
@@ -138,31 +109,34 @@ class Prefix:
           ValueError: the file is missing, damaged, no prefix, of a newer format, or of
             another architecture or a fine-tuned sibling; the message says which.
         """
-        metadata, arrays = _read(Path(path))
-        _check_digest(str(path), metadata["model_digest"], model_digest(model))
-        if _content_digest(arrays) != metadata["content_digest"]:
-            raise ValueError(f"{path} is damaged: its arrays do not fit their digest.")
-        if int(metadata["version"]) == 1:
-            metadata, arrays = _translate_version_1(metadata, arrays, model.config)
-        capacity = metadata.get("capacity")
+        path = check.path("path", path)
+        check.instance("model", model, Griffin, "a Griffin model")
+        stored = prefix_file.read(path)
+        digest = model_digest(model)
+        now = digest if stored.version >= 3 else digest_of_norms(model)
+        _check_digest(str(path), stored.model_digest, now)
+        stored = prefix_file.translate(stored, model.config)
+        rows = stored.arrays.get("last_token", np.zeros(0)).size
         like = jax.eval_shape(
-            lambda: model.init_cache(
-                len(arrays["last_token"]),
-                capacity=None if capacity is None else int(capacity),
-            )
+            lambda: model.init_cache(max(rows, 1), capacity=stored.capacity)
         )
+        vocab_size = model.config.vocab_size
+        shapes = {name: leaf.shape for name, leaf in _named(like).items()}
+        shapes |= {"last_token": (rows,), "num_tokens": (rows,)}
+        shapes["seen"] = (rows, math.ceil(vocab_size / 8))
+        prefix_file.check_arrays(path, stored, shapes, vocab_size)
+        arrays = stored.arrays
         leaves = [
             jnp.asarray(arrays[name], leaf.dtype) for name, leaf in _named(like).items()
         ]
-        vocab_size = model.config.vocab_size
         return cls(
             cache=jax.tree.unflatten(jax.tree.structure(like), leaves),
             history=History(
-                arrays["last_token"],
+                arrays["last_token"].astype(np.int32),
                 arrays["num_tokens"].astype(np.int32),
                 np.unpackbits(arrays["seen"], axis=1, count=vocab_size).astype(bool),
             ),
-            model_digest=metadata["model_digest"],
+            model_digest=digest,
         )
 
     def _map(self, function, cache: Cache) -> "Prefix":
@@ -176,27 +150,18 @@ def concatenate(prefixes: Sequence[Prefix]) -> Prefix:
     Raises:
       ValueError: there are none, or they are of different models or capacities.
     """
+    expected = "a list of at least one Prefix"
+    check.instance("prefixes", prefixes, Sequence, expected)
     if not prefixes:
-        raise ValueError("prefixes must hold at least one prefix.")
-    for prefix in prefixes:
+        check.refuse("prefixes", expected, prefixes)
+    for i, prefix in enumerate(prefixes):
+        check.instance(f"prefixes[{i}]", prefix, Prefix, "a Prefix")
         prefix.check_model(prefixes[0].model_digest)
     return dataclasses.replace(
         prefixes[0],
         cache=cache_lib.concatenate([prefix.cache for prefix in prefixes]),
         history=History.concatenate([prefix.history for prefix in prefixes]),
     )
-
-
-def model_digest(model: Griffin) -> str:
-    """Architecture and weights as text: the config's fingerprint, and a digest of the
-    norm scales and `a_param` rounded to bfloat16, which every fine-tuning changes."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]:
-        # The last key is the variable's own.
-        name = jax.tree_util.keystr(path[-2:-1], simple=True)
-        if name in _DIGESTED:
-            digest.update(np.asarray(leaf.astype(jnp.bfloat16)).tobytes())
-    return f"{model.config.fingerprint()}:{digest.hexdigest()}"
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -208,44 +173,6 @@ def _named(tree: Any) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} is not a prefix that was saved here.")
-            if int(metadata["version"]) > VERSION:
-                raise ValueError(
-                    f"{path} has version {metadata['version']} of the prefix format, "
-                    f"which is newer than {VERSION}: read it with a newer package."
-                )
-            names = file.keys()
-            return metadata, {name: file.get_tensor(name) for name in names}
-    except FileNotFoundError as error:
-        raise ValueError(f"There is no prefix {path}.") from error
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{path} is no prefix, or a damaged one: {error}. Read the text again."
-        ) from error
-
-
-def _translate_version_1(
-    metadata: dict[str, str], arrays: dict[str, np.ndarray], config: GriffinConfig
-) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """What version 2 would have stored: positions for each ring, and the capacity."""
-    shared = {name: arrays.get(name) for name in _SHARED_POSITIONS.values()}
-    arrays = {name: array for name, array in arrays.items() if name not in shared}
-    for layer, kind in enumerate(config.block_types):
-        if kind in _SHARED_POSITIONS:
-            positions = shared[_SHARED_POSITIONS[kind]]
-            assert positions is not None, f"a prefix without positions of {kind}"
-            arrays[f"layers.{layer}.positions"] = positions
-    positions = shared[_SHARED_POSITIONS["global_attention"]]
-    if positions is not None:
-        metadata = {**metadata, "capacity": str(positions.shape[1])}
-    return metadata, arrays
-
-
 def _check_digest(what: str, made_by: str, now: str) -> None:
     if made_by == now:
         return
@@ -255,11 +182,3 @@ def _check_digest(what: str, made_by: str, now: str) -> None:
     raise ValueError(
         f"{what} was made by a model of {reason}; load that one, or read the text again."
     )
-
-
-def _content_digest(arrays: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name, array in sorted(arrays.items()):
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()

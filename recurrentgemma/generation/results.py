@@ -52,6 +52,8 @@ class Score(HasLogProbs):
         figures = f"perplexity={self.perplexity:.4f}"
         if self.num_bytes:
             figures += f", bits_per_byte={self.bits_per_byte:.4f}"
+        elif self.num_bytes is None:
+            figures += ", bits_per_byte=nan for token ids"
         return f"Score(tokens={len(self.tokens)}, {figures})"
 
     @property

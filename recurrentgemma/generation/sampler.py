@@ -7,7 +7,6 @@ can start from. Neither the cache nor the programs grow with the text.
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -17,6 +16,7 @@ import numpy as np
 from recurrentgemma import _validation as check
 from recurrentgemma.generation.batching import Generation, Part, Request, Settings
 from recurrentgemma.generation.chunk_reader import ChunkReader, Progress
+from recurrentgemma.generation.model_digest import ModelDigest
 from recurrentgemma.generation.prefill import (
     RowReader,
     Text,
@@ -25,7 +25,7 @@ from recurrentgemma.generation.prefill import (
     score_rows,
     token_ids,
 )
-from recurrentgemma.generation.prefix import Prefix, model_digest
+from recurrentgemma.generation.prefix import Prefix
 from recurrentgemma.generation.results import Sample, Score, TextStream
 from recurrentgemma.generation.sampling import Sampling, check_seed
 from recurrentgemma.griffin import Griffin
@@ -36,8 +36,6 @@ Prompt = str | bytes | Sequence[int]
 
 MAX_DRAFT_TOKENS = 32
 """Most tokens that a draft may propose at a time."""
-MAX_COUNT = 2**31 - 1
-"""Largest number of tokens, samples or rows."""
 
 
 class Sampler:
@@ -87,6 +85,13 @@ class Sampler:
             draft has another vocabulary; num_draft_tokens is out of its range.
         """
         check.instance("model", model, Griffin, "a Griffin model")
+        for name, value, kind, expected in (
+            ("tokenizer", tokenizer, Tokenizer, "a Tokenizer or None"),
+            ("draft", draft, Griffin, "a Griffin model or None"),
+        ):
+            if value is not None:
+                check.instance(name, value, kind, expected)
+        check.boolean("compile_ahead", compile_ahead)
         vocab_size = model.config.vocab_size
         if draft is not None and draft.config.vocab_size != vocab_size:
             raise ValueError(
@@ -102,6 +107,7 @@ class Sampler:
         self.model = model
         self.tokenizer = tokenizer
         self.draft = draft
+        self._digest_of_model = ModelDigest(model)
         self.num_draft_tokens = check.integer(
             "num_draft_tokens", num_draft_tokens, least=1, most=MAX_DRAFT_TOKENS
         )
@@ -163,8 +169,9 @@ class Sampler:
             that is not in the vocabulary, the prefix was made by another model, or
             there is no tokenizer for text.
         """
-        if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
-            check.refuse("prompts", "a list of at least one", prompts)
+        check.series("prompts", prompts, "a list of at least one")
+        check.boolean("return_logits", return_logits)
+        check.function("progress", progress)
         prompts = list(prompts)
         if not prompts:
             raise ValueError("prompts: expected a list of at least one, got none")
@@ -172,7 +179,7 @@ class Sampler:
         count = len(prompts)
         rows = count * num_samples
         limits = _each("max_new_tokens", max_new_tokens, count, _count)
-        if not isinstance(seed, Sequence | np.ndarray):
+        if not _is_list(seed):
             seed = [check_seed(seed) + i for i in range(rows)]
         seeds = _each("seed", seed, rows, lambda _, one: check_seed(one))
         prefixes = self._prefix_rows(prefix, count)
@@ -218,6 +225,7 @@ class Sampler:
           ValueError: as for a call, at once.
         """
         self._require_tokenizer()
+        check.function("progress", progress)
         [row] = self._prefix_rows(prefix, 1)
         request = Request(
             0,
@@ -265,12 +273,12 @@ class Sampler:
           ValueError: as for a call, at once; for a prompt or its seed, or where there
             is no seed for a prompt, when all prompts before it have their samples.
         """
-        if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
-            check.refuse("prompts", "an iterable of prompts", prompts)
+        check.series("prompts", prompts, "an iterable of prompts")
         limit = _count("max_new_tokens", max_new_tokens)
-        if not isinstance(seed, Iterable):
-            seed = itertools.count(check_seed(seed))
-        seeds = iter(seed)
+        if check.is_series(seed):
+            seeds = iter(seed)  # pyright: ignore
+        else:
+            seeds = itertools.count(check_seed(seed))
 
         def requests():
             for i, prompt in enumerate(prompts):
@@ -309,6 +317,7 @@ class Sampler:
           ValueError: the text or the prefix is not as described; there is no tokenizer
             for text, or the text is empty.
         """
+        check.function("progress", progress)
         reader, pieces = self._open(text, prefix)
         for piece in pieces:
             before = reader.num_tokens
@@ -366,8 +375,8 @@ class Sampler:
         Raises:
           ValueError: as for a call; nothing is scored then.
         """
-        if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
-            check.refuse("texts", "a list of texts", texts)
+        check.series("texts", texts, "a list of texts")
+        check.function("progress", progress)
         slots = _count("batch_size", batch_size)
         [before] = self._prefix_rows(prefix, 1)
         held = [] if before is None else before.history.last_token.tolist()
@@ -407,9 +416,9 @@ class Sampler:
 
         return scores()
 
-    @functools.cached_property
+    @property
     def _model_digest(self) -> str:
-        return model_digest(self.model)
+        return self._digest_of_model()
 
     def _open(self, text, prefix):
         """A reader after the prefix, and the pieces of the text."""
@@ -523,12 +532,16 @@ def _samples(generation: Generation) -> Iterator[tuple[int, Sample]]:
 
 
 def _count(name: str, value) -> int:
-    return check.integer(name, value, least=1, most=MAX_COUNT)
+    return check.integer(name, value, least=1, most=check.MAX_COUNT)
+
+
+def _is_list(value) -> bool:
+    return isinstance(value, Sequence | np.ndarray) and check.is_series(value)
 
 
 def _each(name: str, values, count: int, check_one) -> list[int]:
     """One checked value for each of `count`; a single one holds for all."""
-    if isinstance(values, Sequence | np.ndarray) and not isinstance(values, str):
+    if _is_list(values):
         if len(values) != count:
             raise ValueError(
                 f"{name}: expected one for each of the {count} rows, got {len(values)}"

@@ -164,7 +164,7 @@ REFUSED = {
         lambda: lambda name, shape: PartitionSpec(),
         "expected a NamedSharding or a SingleDeviceSharding for blocks.0",
     ),
-    "no entry": (dict, "sharding has no entry for"),
+    "no entry": (dict, "sharding: expected an entry for"),
 }
 
 

@@ -1,6 +1,8 @@
 """A job gives every prompt its text once, whatever interrupts it."""
 
 import json
+import os
+import threading
 import types
 from pathlib import Path
 
@@ -193,6 +195,10 @@ def _refused(paths, sampler, **change):
         ('{"text": "a"}', '"prompt" string'),
         ('{"prompt": 1}', '"prompt" string'),
         ('{"prompt": "\\ud800"}', "surrogates not allowed"),
+        ('{"prompt": "a", "b": NaN}', "expected finite numbers, got NaN"),
+        ('{"prompt": "a", "b": [-Infinity]}', "expected finite numbers, got -Infinity"),
+        ('{"prompt": "a", "b": 1e999}', "expected finite numbers, got 1e999"),
+        ("[" * 10**5, "expected less deeply nested JSON"),
         *((f'{{"prompt": "a", "{name}": 1}}', name) for name in OUTPUT_FIELDS),
     ],
 )
@@ -213,6 +219,10 @@ def test_other_mistakes_are_told(paths, model, quick, tmp_path):
         BatchJob(source, tmp_path)
     with pytest.raises(ValueError, match="seed: expected"):
         BatchJob(source, target, seed=2**32 - COUNT)
+    for name in ("source", "target", "max_new_tokens", "sampling", "stop"):
+        arguments = {"source": source, "target": target, name: None}
+        with pytest.raises(ValueError, match=f"^{name}: expected .* got None"):
+            BatchJob(**arguments)
     with pytest.raises(ValueError, match="expected one with a tokenizer"):
         BatchJob(source, target).run(Sampler(model))
     latin = tmp_path / "latin.jsonl"
@@ -223,6 +233,65 @@ def test_other_mistakes_are_told(paths, model, quick, tmp_path):
     with pytest.raises(ValueError, match="is empty"):
         BatchJob(latin, target)
     assert not target.parent.exists()
+
+
+def test_a_pipe_is_an_input(paths, quick):
+    """It can be read only once, so that it is copied."""
+    source, target = paths
+    BatchJob(*paths, **SETTINGS).run(quick)
+    whole = target.read_bytes()
+    target.unlink()
+    pipe = source.with_name("pipe")
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(source.read_bytes()))
+    writer.start()
+    job = BatchJob(pipe, target, **SETTINGS)
+    writer.join()
+    assert job.num_prompts == COUNT
+    assert job.run(quick) == COUNT and target.read_bytes() == whole
+    assert job.run(quick) == 0
+
+
+def test_one_run_at_a_time_writes_an_output(paths, quick):
+    refused = []
+
+    def progress(done, total):
+        if done == 2:
+            with pytest.raises(ValueError, match="that no other run writes"):
+                BatchJob(*paths, **SETTINGS).run(quick)
+            refused.append(done)
+
+    assert BatchJob(*paths, **SETTINGS).run(quick, progress=progress) == COUNT
+    assert refused == [2] and len(_read(paths[1])) == COUNT
+    assert BatchJob(*paths, **SETTINGS).run(quick) == 0, "still locked"
+
+
+def test_a_second_record_of_a_line_is_refused(paths, quick):
+    target = paths[1]
+    BatchJob(*paths, **SETTINGS).run(quick)
+    records = target.read_bytes().splitlines(keepends=True)
+    target.write_bytes(b"".join([*records, records[3]]))
+    before = target.read_bytes()
+    number = json.loads(records[3])["line"]
+    match = f"got a second one of line {number} in its line {COUNT + 1}"
+    with pytest.raises(ValueError, match=match):
+        BatchJob(*paths, **SETTINGS).run(quick)
+    assert target.read_bytes() == before
+
+
+def test_every_record_is_json(paths, quick):
+    """Also of a model whose numbers are not finite."""
+
+    class Broken(Quick):
+        def iterate(self, prompts, **others):
+            for index, sample in super().iterate(prompts, **others):
+                sample.log_probs[:] = np.nan
+                yield index, sample
+
+    BatchJob(*paths, **SETTINGS).run(Broken(quick.model, quick.tokenizer))
+    for line in paths[1].read_text().splitlines():
+        record = json.loads(line, parse_constant=pytest.fail)
+        assert record["log_prob"] is None
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -6,13 +6,19 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from recurrentgemma import Runtime
-from recurrentgemma.generation import chunk_reader
+from recurrentgemma.generation import chunk_reader, prefix_file
 from recurrentgemma.generation import prefill as reading
 from recurrentgemma.generation import prefix as prefix_lib
+from recurrentgemma.generation.model_digest import (
+    MIN_SAMPLES,
+    ModelDigest,
+    model_digest,
+)
 from recurrentgemma.generation.prefix import Prefix
 from recurrentgemma.generation.sampler import Sampler
 from recurrentgemma.generation.sampling import Sampling
@@ -26,7 +32,7 @@ SETTINGS = [
 ]
 PATTERN = ("recurrent", "local_attention", "global_attention")
 VOCAB = 61
-OLD_FILE = Path(__file__).parents[1] / "golden" / "prefixes" / "version_1.prefix"
+OLD_FILES = Path(__file__).parents[1] / "golden" / "prefixes"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -158,7 +164,7 @@ def test_a_saved_prefix_continues_like_the_one_in_memory(sampler, tmp_path):
         np.testing.assert_array_equal(before, after)
         assert before.dtype == after.dtype
     with safe_open(path, framework="numpy") as file:
-        assert file.metadata()["version"] == "2"
+        assert file.metadata()["version"] == "3"
 
 
 def test_a_bfloat16_prefix_survives_its_file(tmp_path):
@@ -208,16 +214,93 @@ def _tune(model, name):
 def test_only_the_model_that_read_it_may_use_it(sampler, tmp_path):
     prefix = sampler.prefill(_tokens(20))
     prefix.save(tmp_path / "p")
-    tuned = Sampler(_tune(sampler.model, "scale"), compile_ahead=False)
+    scales = Sampler(_tune(sampler.model, "scale"), compile_ahead=False)
+    kernels = Sampler(_tune(sampler.model, "kernel"), compile_ahead=False)
     config = tiny_config(vocab_size=VOCAB, mlp_width=40)
     other = Sampler(random_model(config), compile_ahead=False)
-    for stranger, why in ((tuned, "fine-tuned sibling"), (other, "another architect")):
+    for stranger, why in (
+        (scales, "fine-tuned sibling"),
+        (kernels, "fine-tuned sibling"),
+        (other, "another architect"),
+    ):
         with pytest.raises(ValueError, match=why):
             Prefix.load(tmp_path / "p", stranger.model)
         with pytest.raises(ValueError, match=why):
             stranger([[1]], prefix=prefix, end_tokens=[])
         with pytest.raises(ValueError, match=why):
             stranger.prefill([1], prefix=prefix)
+
+
+def test_every_parameter_enters_the_digest(sampler):
+    """Not its dtype: a checkpoint may be loaded in any."""
+    leaves, structure = jax.tree.flatten(sampler.model)
+
+    def digest(leaves):
+        return model_digest(jax.tree.unflatten(structure, leaves))
+
+    digests = {digest(leaves)}
+    for i, leaf in enumerate(leaves):
+        digests.add(digest([*leaves[:i], leaf + 0.5, *leaves[i + 1 :]]))
+    assert len(digests) == 1 + len(leaves)
+    rounded = [leaf.astype("bfloat16") for leaf in leaves]
+    assert digest(rounded) == digest(leaves)
+
+
+def test_every_row_and_column_of_a_large_parameter_enters_the_digest():
+    """LoRA changes all of a matrix, an edit of a head a few rows or columns."""
+    vocab_size, width = MIN_SAMPLES // 8, 24
+    model = random_model(tiny_config(vocab_size=vocab_size, width=width))
+    embedding = np.asarray(model.embedder.embedding[...])
+    assert embedding.shape == (vocab_size, width) and embedding.size > MIN_SAMPLES
+
+    def digest(values):
+        model.embedder.embedding[...] = values
+        return model_digest(model)
+
+    rng, changes = np.random.default_rng(0), []
+    low_rank = 0.01 * rng.standard_normal((vocab_size, 1)) @ np.ones((1, width))
+    changes.append(low_rank.astype(np.float32))
+    for place in (np.s_[7], np.s_[-1], *(np.s_[:, i] for i in range(width))):
+        changes.append(np.zeros_like(embedding))
+        changes[-1][place] = 0.1
+    digests = {digest(embedding), *(digest(embedding + change) for change in changes)}
+    assert len(digests) == 1 + len(changes)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_the_digest_does_not_depend_on_devices(kind):
+    model = random_model(tiny_config(vocab_size=MIN_SAMPLES // 8))
+    mesh = jax.make_mesh((2,), ("data",), (kind,), devices=jax.devices()[:2])
+
+    def place(leaf):
+        cut = PartitionSpec("data") if leaf.shape[0] % 2 == 0 else PartitionSpec()
+        return jax.device_put(leaf, NamedSharding(mesh, cut))
+
+    assert model_digest(jax.tree.map(place, model)) == model_digest(model)
+
+
+def test_an_edit_in_place_is_noticed():
+    """And costs nothing where there was none."""
+    model = random_model(tiny_config(vocab_size=VOCAB))
+    sampler = Sampler(model, compile_ahead=False)
+    prefix = sampler.prefill([1, 2, 3])
+    kernel = model.blocks[0].mlp.down.kernel
+    before = kernel[...]
+    kernel[...] = before + 0.1
+    with pytest.raises(ValueError, match="fine-tuned sibling"):
+        sampler.prefill([4], prefix=prefix)
+    kernel[...] = before
+    sampler.prefill([4], prefix=prefix)
+
+
+def test_a_digest_is_computed_once(sampler, monkeypatch):
+    calls = []
+    digest_of = ModelDigest(sampler.model)
+    monkeypatch.setattr(
+        "recurrentgemma.generation.model_digest.model_digest",
+        lambda model: calls.append(model) or "digest",
+    )
+    assert [digest_of() for _ in range(3)] == ["digest"] * 3 and len(calls) == 1
 
 
 def test_a_bad_file_is_refused(sampler, tmp_path):
@@ -238,16 +321,87 @@ def test_a_bad_file_is_refused(sampler, tmp_path):
     refused("no prefix, or a damaged one")
     path.write_bytes(good[:-3] + bytes([good[-3] ^ 1]) + good[-2:])
     refused("do not fit their digest")
-    save_file(arrays, path, {**metadata, "version": "3"})
-    refused("version 3 of the prefix format, which is newer")
+    save_file(arrays, path, {**metadata, "version": "4"})
+    refused("version 4 of the prefix format, which is newer")
     save_file(arrays, path)
     refused("not a prefix")
     path.unlink()
     refused("There is no prefix")
 
 
-def test_files_of_version_1_are_read():
-    """Where the layers of a kind shared the positions of their keys."""
+def _write(path, arrays, metadata):
+    """A file whose digest fits, whatever it holds."""
+    metadata = {**metadata}
+    metadata["content_digest"] = prefix_file._content_digest(arrays, metadata)
+    save_file(arrays, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("last_token", 99999, "expected last_token from 0 to 60, got 99999"),
+        ("last_token", -1, "expected last_token from 0 to 60, got -1"),
+        ("num_tokens", -3, "expected num_tokens from 1 to 2147483647, got -3"),
+        ("next_position", -3, "expected next_position from 0 to 2147483647, got -3"),
+        (
+            "version",
+            "0",
+            "expected a version from 1 to 3 of the prefix format, got '0'",
+        ),
+        ("version", "two", "expected a version from 1 to 3"),
+        ("version", "4", "newer than 3"),
+        ("capacity", "-1", "damaged"),
+        ("capacity", "100", "expected layers.2.keys of shape .*, got"),
+    ],
+)
+def test_a_file_of_strange_values_is_refused(sampler, tmp_path, name, value, match):
+    path = tmp_path / "p"
+    sampler.prefill(_tokens(20)).save(path)
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata()
+    arrays = load_file(path)
+    if isinstance(value, str):
+        metadata[name] = value
+    else:
+        arrays[name] = np.full_like(arrays[name], value)
+    _write(path, arrays, metadata)
+    with pytest.raises(ValueError, match=match) as error:
+        Prefix.load(path, sampler.model)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_of_other_arrays_is_refused(sampler, tmp_path):
+    path = tmp_path / "p"
+    sampler.prefill(_tokens(20)).save(path)
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata()
+    arrays = load_file(path)
+    for name in ("last_token", "seen", "layers.0.h"):
+        for other in (None, arrays[name][..., :0], arrays[name][None]):
+            changed = {**arrays, name: other}
+            if other is None:
+                del changed[name]
+            _write(path, changed, metadata)
+            with pytest.raises(ValueError, match="expected .* of shape"):
+                Prefix.load(path, sampler.model)
+
+
+def test_a_flipped_bit_of_the_header_is_noticed(sampler, tmp_path):
+    path = tmp_path / "p"
+    sampler.prefill(_tokens(20)).save(path)
+    good = path.read_bytes()
+    size = 8 + int.from_bytes(good[:8], "little")
+    for place in range(size):
+        bad = bytearray(good)
+        bad[place] ^= 1 << place % 8
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match=r"^.+$"):
+            prefix_file.read(path)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_of_older_versions_are_read(version):
+    """In version 1 the layers of a kind shared the positions of their keys."""
     config = tiny_config(
         block_pattern=("recurrent", "local_attention", "global_attention", "min_gru"),
         num_layers=4,
@@ -260,7 +414,8 @@ def test_files_of_version_1_are_read():
     )
     model = random_model(config)
     texts = [[2, 5, 7, 11, 13, 17, 19, 23, 29, 31], [3, 1, 4, 1, 5]]
-    prefix = Prefix.load(OLD_FILE, model)
+    prefix = Prefix.load(OLD_FILES / f"version_{version}.prefix", model)
+    prefix.check_model(model_digest(model))
     assert prefix.num_tokens.tolist() == [len(text) for text in texts]
     assert prefix.history.last_token.tolist() == [text[-1] for text in texts]
     assert prefix.cache.capacity == 128
@@ -285,7 +440,7 @@ def test_a_failed_save_leaves_what_was_there(sampler, tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prefix_lib, "save_file", no_space)
+    monkeypatch.setattr(prefix_file, "save_file", no_space)
     with pytest.raises(ValueError, match="No space left"):
         prefix.save(path)
     assert path.read_bytes() == b"mine" and len(list(tmp_path.iterdir())) == 1
@@ -308,6 +463,7 @@ def test_scores_are_the_plain_forwards(sampler):
     assert_close(np.concatenate(parts), expected, "logits")
     assert whole.perplexity == pytest.approx(np.exp(-np.mean(expected)), rel=1e-4)
     assert np.isnan(whole.bits_per_byte)
+    assert repr(whole).endswith("bits_per_byte=nan for token ids)")
 
 
 def test_text_is_scored_in_bits_per_byte(text_sampler):
@@ -416,7 +572,10 @@ def test_nothing_to_read_is_an_error_except_after_the_begin_token(text_sampler, 
         (lambda s, p: s.prefill("text"), "tokenizer: expected one"),
         (lambda s, p: s.prefill([1], prefix=p), "expected one row, got 2"),
         (lambda s, p: s([[1]] * 3, prefix=p, end_tokens=[]), "expected one row or 3"),
-        (lambda s, p: p.take([2]), "rows must be"),
+        (
+            lambda s, p: p.take([2]),
+            "rows: expected a list of at least one index from 0 to 1",
+        ),
         (lambda s, p: p.repeat(0), "at least 1"),
         (lambda s, p: prefix_lib.concatenate([]), "at least one"),
     ],

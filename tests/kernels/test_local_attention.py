@@ -368,7 +368,7 @@ def test_errors():
             {"positions": positions[:, 1:]},
             r"positions: expected int32 \(3, 7",
         ),
-        ((q, k, v), {"window": 0}, "window: expected at least 1 .* got 0"),
+        ((q, k, v), {"window": 0}, "window: expected an integer from 1 to .*, got 0"),
         ((q, k, v), {"cache": empty_cache(7)}, "at least 8 slots.* got 7"),
     ]:
         with pytest.raises(ValueError, match=message):
