@@ -114,6 +114,7 @@ def test_rewinding_is_as_if_the_tokens_had_not_come(pattern, dtype):
     assert_close(logits, expected, "logits", dtype)
 
 
+@pytest.mark.slow
 def test_growing_makes_room_and_changes_nothing():
     config = tiny_config(block_pattern=("global_attention", "recurrent"))
     model = random_model(config)

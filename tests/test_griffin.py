@@ -310,6 +310,7 @@ def test_cache_shapes_do_not_depend_on_the_text(name):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, True])
 def test_stacked_layers_give_the_same_numbers(remat):
     config = tiny_config(num_layers=5, block_pattern=("recurrent", "local_attention"))

@@ -1,4 +1,10 @@
-"""The README's picture: prefill speed against prompt length, from `versus.json`."""
+"""The README's picture: prefill speed against prompt length, from `versus.json`.
+
+Draws the median tokens/s of this project, of transformers and of the official package
+at each prompt length of the document `--output`, and writes a PNG beside it. A line ends
+where an implementation does not fit in memory. Needs matplotlib (extra `notebooks`).
+Nothing is measured here: run `versus` first.
+"""
 
 import argparse
 import json

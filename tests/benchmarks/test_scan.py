@@ -28,6 +28,7 @@ def measured_rows(tmp_path, *arguments):
     return json.loads(output.read_text())
 
 
+@pytest.mark.slow
 def test_table(tmp_path, few_programs):
     document = measured_rows(tmp_path)
     assert len(document["rows"]) == len(NAMES) * len(scan_programs.DTYPES)
@@ -57,6 +58,7 @@ def test_a_wrong_program_is_not_timed(tmp_path, few_programs, monkeypatch):
     assert "measured_ms" in rows[1]
 
 
+@pytest.mark.slow
 def test_what_cannot_run_says_why(tmp_path, few_programs, monkeypatch):
     monkeypatch.setattr(scan, "_memory_bytes", lambda _: 2**30)
     monkeypatch.setitem(scan.WORKLOADS, "train_small", Workload(8, 131072, 2560))

@@ -100,6 +100,7 @@ def test_what_is_accepted_runs_like_one_device(kind, saved):
         assert_close(gradients[name], expected, "gradient")
 
 
+@pytest.mark.slow
 def test_the_sampler_runs_like_on_one_device(saved):
     assert sample(saved, by_axis("model")) == sample(saved, None)
 

@@ -222,6 +222,7 @@ def test_a_row_in_a_refilled_batch_is_what_it_is_alone(tiny, settings):
         np.testing.assert_allclose(sample.log_probs, alone.log_probs, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_refilling_grows_a_global_cache():
     """The later prompt needs more room than the slots were made with."""
     model = _model(block_pattern=("global_attention", "recurrent"), num_layers=2)

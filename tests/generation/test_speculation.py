@@ -72,6 +72,7 @@ def test_the_text_is_that_of_plain_decoding(pattern, settings):
     assert calls["itself"] < calls["a relative"] < calls["a stranger"] <= 1
 
 
+@pytest.mark.slow
 def test_prefixes_before_and_after():
     """The draft has not read the prefix; a stream leaves a plain prefix."""
     model = load_golden(GOLDEN)

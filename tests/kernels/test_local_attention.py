@@ -330,6 +330,7 @@ def test_far_positions_change_nothing():
     np.testing.assert_array_equal(cache.positions + 100_000_000, cache_far.positions)
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_length():
     def temporary_bytes(length):
         def loss(q, k, v, positions):

@@ -67,6 +67,7 @@ def test_scan_over_many_blocks(small_blocks, dtype, group, capfd):
     assert_all_close({"y": y, "h_last": h_last}, expected, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rg_lru_over_many_blocks(small_blocks, dtype, capfd):
     """Slow channels too: a gradient is compared with the largest of its channel."""

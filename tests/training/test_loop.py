@@ -56,6 +56,7 @@ def parameters_of(folder):
     return named_parameters(load(folder)[0])
 
 
+@pytest.mark.slow
 def test_a_short_run_learns_and_can_be_loaded(corpus, tmp_path):
     model_folder = train(
         config_for(
