@@ -713,8 +713,9 @@ def test_compiled_programs_are_kept_for_the_next_command(checkpoint, tmp_path):
     entries = list((tmp_path / "recurrentgemma" / "jax").rglob("*-cache"))
     assert any("decode_block" in entry.name for entry in entries)
     second = run("-c", COUNTED)
-    hits = re.fullmatch(r"(\d+) hits, 0 misses\n", second.stderr)
-    assert hits and int(hits[1]) >= 2
+    # Programs that compile fast are not kept: whether they are is a matter of load.
+    hits = re.fullmatch(r"(\d+) hits, \d+ misses\n", second.stderr)
+    assert hits and int(hits[1]) >= 2, second.stderr
     for entry in entries:
         entry.write_bytes(b"damaged" + entry.read_bytes()[7:100])
     damaged = run("-m", "recurrentgemma")
