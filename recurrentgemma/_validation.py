@@ -8,7 +8,7 @@ import math
 import numbers
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -120,14 +120,17 @@ def choice(name: str, value: Any, choices: Iterable[str], advice: str = "") -> s
     return value
 
 
-def token_ids(name: str, value: Any, vocab_size: int) -> list[int]:
-    """A sequence of token ids below vocab_size: a list, a tuple or a NumPy array."""
-    expected = f"token ids from 0 to {vocab_size - 1}"
-    series(name, value, expected)
-    ids = []
-    for i, item in enumerate(value):
-        ids.append(integer(f"{name}[{i}]", item, least=0, most=vocab_size - 1))
-    return ids
+def token_ids(name: str, values: Any, vocab_size: int) -> list[int]:
+    """A sequence or an array of token ids below vocab_size; it may be empty."""
+    if hasattr(values, "tolist"):
+        values = values.tolist()
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+        refuse(name, "a text or a list of token ids", values)
+    for value in values:
+        is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if not is_integer or not 0 <= int(value) < vocab_size:
+            refuse(name, f"tokens in [0, {vocab_size})", value)
+    return [int(value) for value in values]
 
 
 def array(name: str, value: Any, expected: str) -> np.ndarray:

@@ -4,7 +4,6 @@ The memory does not depend on the length of a text, nor do the lines of a file h
 end. Several texts are scored in batches.
 """
 
-import numbers
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -34,28 +33,6 @@ class Piece(NamedTuple):
     tokens: list[int]
     num_bytes: int | None
     """Length of the text in bytes of UTF-8; None if only the tokens are known."""
-
-
-def token_ids(name: str, values, vocab_size: int) -> list[int]:
-    """Token ids, checked.
-
-    Args:
-      name: how an error calls them.
-      values: a sequence or an array of integers; it may be empty.
-      vocab_size: ids are below it.
-
-    Raises:
-      ValueError: `values` is anything else, or an id is not in the vocabulary.
-    """
-    if isinstance(values, np.ndarray | jax.Array):
-        values = np.asarray(values).tolist()
-    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
-        check.refuse(name, "a text or a list of token ids", values)
-    for value in values:
-        is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        if not is_integer or not 0 <= int(value) < vocab_size:
-            check.refuse(name, f"tokens in [0, {vocab_size})", value)
-    return [int(value) for value in values]
 
 
 def is_whole(text: Text) -> bool:
@@ -90,7 +67,7 @@ def pieces_of(
             "text: expected one text, an open file or token ids, got a list with "
             "texts; use score_many for several, or join them"
         )
-    tokens = token_ids("text", text, vocab_size)
+    tokens = check.token_ids("text", text, vocab_size)
     return iter([Piece(tokens, None)] if tokens else [])
 
 
@@ -116,7 +93,7 @@ def _pieces_of_items(
             tokens += line.tokens
             num_bytes = (num_bytes or 0) + (line.num_bytes or 0)
         else:
-            tokens += token_ids("text", [item], vocab_size)
+            tokens += check.token_ids("text", [item], vocab_size)
         was_text = is_text
         if len(tokens) >= PIECE_TOKENS:
             yield Piece(tokens, num_bytes)

@@ -23,7 +23,6 @@ from recurrentgemma.generation.prefill import (
     is_whole,
     pieces_of,
     score_rows,
-    token_ids,
 )
 from recurrentgemma.generation.prefix import Prefix
 from recurrentgemma.generation.results import Sample, Score, TextStream
@@ -473,7 +472,7 @@ class Sampler:
         """The tokens of a prompt, checked."""
         if isinstance(prompt, str | bytes):
             return self._require_tokenizer().encode(prompt, add_bos=prefix is None)
-        tokens = token_ids(name, prompt, self.model.config.vocab_size)
+        tokens = check.token_ids(name, prompt, self.model.config.vocab_size)
         if not tokens and prefix is None:
             raise ValueError(
                 f"{name}: expected at least one token, got none; start from the begin "
@@ -505,7 +504,7 @@ class Sampler:
             except ValueError:
                 pass  # A tokenizer without turns.
         mask = np.zeros(vocab_size, bool)
-        mask[token_ids("end_tokens", end_tokens, vocab_size)] = True
+        mask[check.token_ids("end_tokens", end_tokens, vocab_size)] = True
         return mask
 
 
