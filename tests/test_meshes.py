@@ -134,23 +134,28 @@ def test_model_in_a_shard_map_of_the_caller(model, inputs, expected):
 
 @pytest.fixture(scope="module")
 def sample():
-    """Texts of a tiny model of random parameters."""
+    """Makes texts with a tiny model of random parameters."""
     tokenizer = load("nano")[1]
     config = models.tiny_config(vocab_size=tokenizer.vocab_size)
 
     def run():
-        sampler = Sampler(models.random_model(config), tokenizer)
+        model = models.random_model(config)
+        sampler = Sampler(model, tokenizer, compile_ahead=False)
         samples = sampler(["def f(", "import"], max_new_tokens=5, sampling=Sampling())
         return [sample.text for sample in samples]
 
     return run
 
 
+@pytest.fixture(scope="module")
+def texts_of_one_device(sample):
+    return sample()
+
+
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
-def test_sampler(kind, sample):
-    expected = sample()
+def test_sampler(kind, sample, texts_of_one_device):
     with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(kind,))):
-        assert sample() == expected
+        assert sample() == texts_of_one_device
 
 
 def op_calls():

@@ -80,7 +80,7 @@ def results(path, sharding):
 
 def sample(path, sharding):
     model, tokenizer = load(path, sharding=sharding)
-    [sample] = Sampler(model, tokenizer)(
+    [sample] = Sampler(model, tokenizer, compile_ahead=False)(
         ["a"], max_new_tokens=MAX_NEW_TOKENS, sampling=Sampling(temperature=0)
     )
     return sample.tokens

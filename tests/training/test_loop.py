@@ -128,7 +128,7 @@ def test_a_run_on_one_file_says_that_nothing_is_held_out(corpus, tmp_path, caplo
 
 
 def test_another_config_does_not_resume(corpus, tmp_path):
-    train(config_for(corpus, tmp_path / "run", steps=1))
+    loop._claim(tmp_path / "run", config_for(corpus, tmp_path / "run", steps=1))
     with pytest.raises(ValueError, match="batch_size is 2, not 3"):
         train(config_for(corpus, tmp_path / "run", steps=1, batch_size=3))
 

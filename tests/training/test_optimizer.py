@@ -1,5 +1,6 @@
 """What is decayed, and the schedule."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -36,9 +37,10 @@ def test_a_step_without_gradient_moves_decayed_parameters_alone():
     config = OptimizerConfig(learning_rate=0.5, weight_decay=0.1, warmup_steps=0)
     optimizer = make_optimizer(config, 10, tiny_config())
     zeros = {name: 0 * value for name, value in params.items()}
-    state = optimizer.init(params)
-    updates, state = optimizer.update(zeros, state, params)
-    updates, _ = optimizer.update(zeros, state, params)
+    state = jax.jit(optimizer.init)(params)
+    update = jax.jit(optimizer.update)
+    updates, state = update(zeros, state, params)
+    updates, _ = update(zeros, state, params)
     moved = {name for name, update in updates.items() if (update != 0).any()}
     assert moved == {"blocks.0.mlp.up.kernel"}
 
@@ -47,7 +49,7 @@ def test_schedule_rises_then_falls():
     config = OptimizerConfig(
         learning_rate=1e-2, warmup_steps=10, final_learning_rate_ratio=0.1
     )
-    rates = [float(learning_rate_schedule(config, 200)(step)) for step in range(201)]
+    rates = jax.jit(learning_rate_schedule(config, 200))(jnp.arange(201)).tolist()
     assert 0 < rates[0] < rates[5] < rates[10] == pytest.approx(1e-2)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] == pytest.approx(1e-3)
