@@ -135,12 +135,7 @@ def local_attention(
     """
     _check_length(q, sharding)
     if cache is None:
-        batch, length, *rest = k.shape
-        slots = length if window is None else window
-        empty = jnp.zeros((batch, slots, *rest), k.dtype)
-        cache = KVCache(
-            empty, empty.astype(v.dtype), jnp.full((batch, slots), -1, jnp.int32)
-        )
+        cache = ring.empty(k, v, k.shape[1] if window is None else window)
 
     def on_shard(q, k, v, positions, cache):
         before = _before_shard(cache, k, v, positions, sharding)
@@ -201,7 +196,6 @@ def _before_shard(cache, k, v, positions, sharding) -> KVCache:
             send(k[:, tail]),
             send(v[:, tail]),
             send(positions[:, tail] + 1) - 1,
-            slots,
         )
     return cache
 

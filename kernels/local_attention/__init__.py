@@ -4,8 +4,6 @@ Implementations compute the output, and their gradients those of q, k, v and the
 keys and values; the ring is written here, once for all of them.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 
@@ -25,6 +23,7 @@ from recurrentgemma.kernels.local_attention import (
     ring,
     splash,
 )
+from recurrentgemma.kernels.local_attention.chunk import Chunk, Settings
 from recurrentgemma.kernels.local_attention.ring import KVCache
 
 
@@ -77,19 +76,17 @@ def local_attention(
     scale = check_number("scale", scale)
     if soft_cap is not None:
         soft_cap = check_number("soft_cap", soft_cap, above=0)
-    options = {"window": window, "scale": scale, "soft_cap": soft_cap}
+    settings = Settings(window, scale, soft_cap)
 
     def attend_and_write(q, k, v, positions, cache):
-        kept = _no_slots(k, v) if cache is None else cache
-        arguments = (q, k, v, positions, *kept)
-        out, _ = call(LOCAL_ATTENTION, implementation, *arguments, **options)
-        if cache is None:
-            slots = k.shape[1] if window is None else window
-        else:
-            slots = cache.positions.shape[1]
+        kept = ring.empty(k, v, 0) if cache is None else KVCache(*cache)
+        chunk = Chunk(q, k, v, positions, kept)
+        out, _ = call(LOCAL_ATTENTION, implementation, chunk, settings=settings)
         if k.shape[1] == 1:
             positions = ring.after(out, positions)
-        return out, ring.write(cache, k, v, positions, slots)
+        if cache is None:
+            kept = ring.empty(k, v, k.shape[1] if window is None else window)
+        return out, ring.write(*meshes.vary_alike((kept, k, v, positions)))
 
     def result_specs():
         kept = KVCache(None, None, None) if cache is None else cache
@@ -101,16 +98,6 @@ def local_attention(
     return meshes.with_auto_axes(attend_and_write, result_specs, *arguments)
 
 
-def _no_slots(k: jax.Array, v: jax.Array) -> KVCache:
-    return KVCache(k[:, :0], v[:, :0], jnp.zeros((k.shape[0], 0), jnp.int32))
-
-
-def _gradients(gradients, arguments, results, upstream, **options):
-    """An `Implementation.gradient`; that of the sum of weights, unused, is zero."""
-    dq, dk, dv, dkeys, dvalues = gradients(*arguments, *results, upstream[0], **options)
-    return dq, dk, dv, None, dkeys, dvalues, None
-
-
 ARGUMENTS = "btnh,btkh,btkh,bt,bskh,bskh,bs"
 IMPLEMENTATIONS = {
     "one_query": Implementation(
@@ -118,14 +105,12 @@ IMPLEMENTATIONS = {
     ),
     "splash": Implementation(
         splash.attend,
-        partial(_gradients, splash.gradients),
+        splash.gradients,
         kernel_for="tpu",
         default_on=("tpu",),
         supports=splash.supports,
     ),
-    "blocked": Implementation(
-        blocked.attend, partial(_gradients, blocked.gradients), default_on=EVERYWHERE
-    ),
+    "blocked": Implementation(blocked.attend, blocked.gradients, default_on=EVERYWHERE),
     "reference": Implementation(reference.attend),
 }
 """Give the output, and the logarithm of the sum of weights, float32 [B, T, N]."""

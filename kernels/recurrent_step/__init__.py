@@ -65,22 +65,13 @@ def recurrent_step(
     return call(RECURRENT_STEP, implementation, *arguments)
 
 
-def _for_kernel(name):
-    function = imported_late(f"{__name__}.pallas_tpu", name)
-
-    def run(x, parameters, positions, h, conv_state, **interpret):
-        leaves = jax.tree.leaves(parameters)
-        return function(x, conv_state, positions, h, *leaves, **interpret)
-
-    return run
-
-
+PALLAS_TPU = f"{__name__}.pallas_tpu"
 IMPLEMENTATIONS = {
     "pallas_tpu": Implementation(
-        _for_kernel("step"),
+        imported_late(PALLAS_TPU, "step"),
         kernel_for="tpu",
         default_on=("tpu",),
-        supports=_for_kernel("supports"),
+        supports=imported_late(PALLAS_TPU, "supports"),
     ),
     "reference": Implementation(reference.step, default_on=EVERYWHERE),
 }

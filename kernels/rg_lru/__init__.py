@@ -6,7 +6,6 @@ nothing but the arguments and the result is kept for it.
 """
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from recurrentgemma.kernels.dispatch import (
     call,
     gradient,
     imported_late,
+    takes_anything,
 )
 from recurrentgemma.kernels.linear_scan import (
     GPU_DTYPES,
@@ -35,14 +35,10 @@ from recurrentgemma.kernels.linear_scan.block_sizes import LANES, gate_block_siz
 from recurrentgemma.kernels.rg_lru import composed, reference
 from recurrentgemma.kernels.rg_lru.gates import (
     Gate,
+    Inputs,
     count_blocks,
     expected_gate,
-    logits,
-    with_products,
 )
-
-PALLAS_TPU, PALLAS_GPU = f"{__name__}.pallas_tpu", f"{__name__}.pallas_gpu"
-PALLAS_TPU_WITH_GATES = f"{__name__}.with_gates_pallas_tpu"
 
 
 def rg_lru(
@@ -93,10 +89,9 @@ def rg_lru(
         check_implementation("linear_scan", linear_scan, LINEAR_SCAN.table)
     if h0 is None:
         h0 = jnp.zeros((x.shape[0], x.shape[2]), jnp.float32)
-    arguments = (x, recurrence_gate, input_gate, a_param, positions, h0)
-    return call(
-        _op(recurrence_gate), implementation, *arguments, linear_scan=linear_scan
-    )
+    inputs = Inputs(x, recurrence_gate, input_gate, a_param, positions, h0)
+    options = {} if linear_scan is None else {"linear_scan": linear_scan}
+    return call(_op(recurrence_gate), implementation, inputs, **options)
 
 
 def rg_lru_gradients(
@@ -124,122 +119,63 @@ def rg_lru_gradients(
     return gradient(
         _op(recurrence_gate),
         implementation,
-        (x, recurrence_gate, input_gate, a_param, positions, h0),
+        (Inputs(x, recurrence_gate, input_gate, a_param, positions, h0),),
         (y, None),
         (y_gradient, last_gradient),
-        linear_scan=None,
     )
 
 
-def _supports(takes, *arguments, linear_scan):
-    if linear_scan is not None:
-        return f"linear_scan={linear_scan!r} is for the implementation 'composed'"
-    return takes(*arguments)
+def _unless_scan_is_named(supports):
+    """An `Implementation.supports`; only "composed" takes the name of a scan."""
+
+    def reason_against(inputs, linear_scan=None):
+        if linear_scan is not None:
+            return f"linear_scan={linear_scan!r} is for the implementation 'composed'"
+        return supports(*inputs)
+
+    return reason_against
 
 
-def _supports_one_step(*arguments, linear_scan):
-    return _supports(takes_one_step, *arguments, linear_scan=linear_scan)
-
-
-def _supports_kernels_for_tpu(x, recurrence_gate, *arguments, linear_scan):
-    if isinstance(recurrence_gate, Gate):
-        width = recurrence_gate.kernel.shape[1]
-        if width % LANES:
-            return f"blocks of the gates must be multiples of {LANES} wide, not {width}"
-        if gate_block_sizes(x.shape, width, x.dtype.itemsize, gradient=True) is None:
-            return f"a gate block of {width} channels does not fit in on-chip memory"
-        return _supports(TPU_DTYPES, x, linear_scan=linear_scan)
-    arguments = (x, recurrence_gate, *arguments)
-    return _supports(TPU_DTYPES, *arguments, linear_scan=linear_scan)
-
-
-def _kernel(module, *arguments, linear_scan, **interpret):
-    """A kernel that takes logits."""
-    del linear_scan
-    x, recurrence_gate, input_gate, a_param, positions, h0 = arguments
-    gates = logits(x, recurrence_gate), logits(x, input_gate)
-    kernel = imported_late(module, "recurrence")
-    return kernel(x, *gates, _rows(a_param, h0), positions, h0, **interpret)
-
-
-@with_products
-def _kernel_gradient(arguments, results, upstream, *, module, linear_scan, **interpret):
-    del linear_scan
-    *inputs, a_param, positions, h0 = arguments
-    kernel = imported_late(module, "gradients")
-    *gradients, of_a_param, of_h0 = kernel(
-        *inputs, _rows(a_param, h0), positions, h0, results[0], *upstream, **interpret
-    )
-    return *gradients, jnp.sum(of_a_param, axis=0), None, of_h0
-
-
-def _kernel_for_tpu(*arguments, linear_scan, **interpret):
-    x, recurrence_gate, input_gate, a_param, positions, h0 = arguments
+def _supports_kernels_for_tpu(x, recurrence_gate, *rest):
     if not isinstance(recurrence_gate, Gate):
-        return _kernel(PALLAS_TPU, *arguments, linear_scan=linear_scan, **interpret)
-    kernel = imported_late(PALLAS_TPU_WITH_GATES, "recurrence")
-    gates = (*recurrence_gate, *input_gate)
-    return kernel(x, *gates, _rows(a_param, h0), positions, h0, **interpret)
+        return TPU_DTYPES(x, recurrence_gate, *rest)
+    width = recurrence_gate.kernel.shape[1]
+    if width % LANES:
+        return f"blocks of the gates must be multiples of {LANES} wide, not {width}"
+    if gate_block_sizes(x.shape, width, x.dtype.itemsize, gradient=True) is None:
+        return f"a gate block of {width} channels does not fit in on-chip memory"
+    return TPU_DTYPES(x)
 
 
-def _kernel_for_tpu_gradient(arguments, results, upstream, *, linear_scan, **interpret):
-    x, *gates, a_param, positions, h0 = arguments
-    if not isinstance(gates[0], Gate):
-        return _kernel_gradient(
-            arguments, results, upstream,
-            module=PALLAS_TPU, linear_scan=linear_scan, **interpret,
-        )  # fmt: skip
-    kernel = imported_late(PALLAS_TPU_WITH_GATES, "gradients")
-    of_x, *of_parameters, of_h0 = kernel(
-        *(x, *gates[0], *gates[1], _rows(a_param, h0), positions, h0),
-        *(results[0], *upstream),
-        **interpret,
-    )
-    # Those of the parameters come for each row.
-    parameters = (*gates[0], *gates[1], a_param)
-    *of_gates, of_a_param = (
-        jnp.sum(found, axis=0).astype(parameter.dtype)
-        for found, parameter in zip(of_parameters, parameters, strict=True)
-    )
-    return of_x, Gate(*of_gates[:2]), Gate(*of_gates[2:]), of_a_param, None, of_h0
-
-
-def _rows(a_param, h0):
-    """[E] as [B, E]: kernels take what belongs to a row from arrays with rows."""
-    return jnp.broadcast_to(a_param[None], h0.shape)
-
-
-def _from_logits(module, platform, dtypes, **fields):
+def _entry(forward, gradients=None, *, supports=takes_anything, **fields):
     return Implementation(
-        partial(_kernel, module),
-        partial(_kernel_gradient, module=module),
-        kernel_for=platform,
-        supports=partial(_supports, dtypes),
-        **fields,
+        forward, gradients, supports=_unless_scan_is_named(supports), **fields
     )
+
+
+def _kernel(module, platform, supports, **fields):
+    functions = (
+        imported_late(f"{__name__}.{module}", name)
+        for name in ("recurrence", "gradients")
+    )
+    return _entry(*functions, kernel_for=platform, supports=supports, **fields)
 
 
 IMPLEMENTATIONS = {
-    "one_step": Implementation(
-        reference.one_step, default_on=EVERYWHERE, supports=_supports_one_step
+    "one_step": _entry(
+        reference.one_step, supports=takes_one_step, default_on=EVERYWHERE
     ),
-    "pallas_tpu": Implementation(
-        _kernel_for_tpu,
-        _kernel_for_tpu_gradient,
-        kernel_for="tpu",
-        default_on=("tpu",),
-        supports=_supports_kernels_for_tpu,
+    "pallas_tpu": _kernel(
+        "with_gates_pallas_tpu", "tpu", _supports_kernels_for_tpu, default_on=("tpu",)
     ),
-    "pallas_tpu_from_logits": _from_logits(
-        PALLAS_TPU, "tpu", TPU_DTYPES, default_on=("tpu",)
+    "pallas_tpu_from_logits": _kernel(
+        "pallas_tpu", "tpu", TPU_DTYPES, default_on=("tpu",)
     ),
     "composed": Implementation(
         composed.recurrence, composed.gradients, default_on=EVERYWHERE
     ),
-    "pallas_gpu": _from_logits(PALLAS_GPU, "cuda", GPU_DTYPES),
-    "reference": Implementation(
-        reference.recurrence, supports=partial(_supports, lambda *_: None)
-    ),
+    "pallas_gpu": _kernel("pallas_gpu", "cuda", GPU_DTYPES),
+    "reference": _entry(reference.recurrence),
 }
 """The kernel "pallas_tpu" has the products inside, where the gates come as parameters;
 "pallas_tpu_from_logits" takes any blocks, after the products."""

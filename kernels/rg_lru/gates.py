@@ -26,6 +26,19 @@ class Gate(NamedTuple):
     """[G, out], floating point."""
 
 
+class Inputs(NamedTuple):
+    """The arguments of `rg_lru`, or their gradients."""
+
+    x: Any
+    recurrence_gate: Any
+    """A `Gate`, or logits like x; so is the input gate."""
+    input_gate: Any
+    a_param: Any
+    positions: Any
+    """None among gradients."""
+    h0: Any
+
+
 def count_blocks(name: str, gate: Gate) -> int:
     """Number of blocks G; a ValueError if this is no gate of arrays."""
     check_kind(name, gate, Gate)
@@ -82,29 +95,33 @@ def _backward(residuals, upstream):
 _logits = custom_vjp(product, _forward, _backward)
 
 
-def with_products(gradients: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+def from_logits(inputs: Inputs) -> Inputs:
+    """The same inputs with the logits of both gates."""
+    x, recurrence_gate, input_gate, *_ = inputs
+    return inputs._replace(
+        recurrence_gate=logits(x, recurrence_gate), input_gate=logits(x, input_gate)
+    )
+
+
+def with_products(gradients: Callable[..., tuple[Inputs]]) -> Callable[..., Any]:
     """Gradients of an op whose gates are `Gate`s, from those of the op from logits.
 
     Args:
-      gradients: an `Implementation.gradient` whose first arguments are x and the logits
-        of two gates.
+      gradients: an `Implementation.gradient` of inputs with logits.
     """
 
     @functools.wraps(gradients)
     def of_gates(arguments, results, upstream, **options):
-        x, *gates, a_param, positions, h0 = arguments
-        if not isinstance(gates[0], Gate):
-            return gradients(arguments, results, upstream, **options)
-        from_logits = (x, *(logits(x, gate) for gate in gates), a_param, positions, h0)
-        of_x, *of_logits, of_a_param, _, of_h0 = gradients(
-            from_logits, results, upstream, **options
-        )
-        of_x, of_parameters = of_x.astype(jnp.float32), []
-        for gate, of_gate in zip(gates, of_logits, strict=True):
-            through_gate, of_gate = _product_gradients(x, gate, of_gate)
+        (inputs,) = arguments
+        (found,) = gradients((from_logits(inputs),), results, upstream, **options)
+        if not isinstance(inputs.recurrence_gate, Gate):
+            return (found,)
+        of_x, of_gates = found.x.astype(jnp.float32), {}
+        for name in ("recurrence_gate", "input_gate"):
+            gate, of_logits = getattr(inputs, name), getattr(found, name)
+            through_gate, of_gates[name] = _product_gradients(inputs.x, gate, of_logits)
             of_x += through_gate
-            of_parameters.append(of_gate)
-        return of_x.astype(x.dtype), *of_parameters, of_a_param, None, of_h0
+        return (found._replace(x=of_x.astype(inputs.x.dtype), **of_gates),)
 
     return of_gates
 

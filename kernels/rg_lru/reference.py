@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from recurrentgemma.kernels.linear_scan.reference import scan
-from recurrentgemma.kernels.rg_lru.gates import Gate, product
+from recurrentgemma.kernels.rg_lru.gates import Inputs, product
 
 DECAY_SCALE = 8.0
 """c of the paper: the decay is a^(c r)."""
@@ -42,41 +42,22 @@ def log_decay(a_param: jax.Array) -> jax.Array:
     return -DECAY_SCALE * softplus
 
 
-def recurrence(
-    x: jax.Array,
-    recurrence_gate: Gate | jax.Array,
-    input_gate: Gate | jax.Array,
-    a_param: jax.Array,
-    positions: jax.Array,
-    h0: jax.Array,
-    *,
-    linear_scan: None,
-) -> tuple[jax.Array, jax.Array]:
+def recurrence(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     """See `rg_lru`."""
-    del linear_scan
-    inputs = _scan_inputs(x, recurrence_gate, input_gate, a_param, positions)
-    y, h_last = scan(*inputs, h0, reverse=False)
-    return y.astype(x.dtype), h_last
+    scan_input, a = _scan_inputs(inputs)
+    y, h_last = scan(scan_input, a, inputs.h0, reverse=False)
+    return y.astype(inputs.x.dtype), h_last
 
 
-def one_step(
-    x: jax.Array,
-    recurrence_gate: Gate | jax.Array,
-    input_gate: Gate | jax.Array,
-    a_param: jax.Array,
-    positions: jax.Array,
-    h0: jax.Array,
-    *,
-    linear_scan: None,
-) -> tuple[jax.Array, jax.Array]:
+def one_step(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     """The same for T = 1, without a loop."""
-    del linear_scan
-    scan_input, a = _scan_inputs(x, recurrence_gate, input_gate, a_param, positions)
-    h = a[:, 0] * h0 + scan_input[:, 0]
-    return h.astype(x.dtype)[:, None], h
+    scan_input, a = _scan_inputs(inputs)
+    h = a[:, 0] * inputs.h0 + scan_input[:, 0]
+    return h.astype(inputs.x.dtype)[:, None], h
 
 
-def _scan_inputs(x, recurrence_gate, input_gate, a_param, positions):
+def _scan_inputs(inputs):
+    x, recurrence_gate, input_gate, a_param, positions, _ = inputs
     r, i = (
         jax.nn.sigmoid(product(x, gate).astype(jnp.float32))
         for gate in (recurrence_gate, input_gate)
