@@ -33,10 +33,7 @@ AXIS_ROLES = {
 """Role of a mesh axis, by its name. Rows and channels of a kernel are independent;
 `sharded.py` cuts along time."""
 
-LETTER_ROLES = {"b": "rows", "c": "channels", "g": "channels"} | {
-    "n": "channels",
-    "k": "channels",
-}
+LETTER_ROLES = {"b": "rows"} | dict.fromkeys("cgnk", "channels")
 """Role of a dimension, by its letter: b rows, c channels, g groups of channels, n and k
 heads. Other dimensions are never cut."""
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 LANES = 128
 """Channels of a tile."""
+TILE = 8
+"""Rows of a float32 tile."""
 MAX_WIDTH = 4096
 """Channels of a block: the state of more would not stay in registers."""
 ROW_CHANNELS = 4096

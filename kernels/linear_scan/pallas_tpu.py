@@ -11,59 +11,46 @@ from typing import Any
 import jax
 from jax.experimental import pallas as pl
 
-from recurrentgemma.kernels.linear_scan.block_sizes import block_sizes
-from recurrentgemma.kernels.linear_scan.tpu_programs import (
-    TILE,
-    Before,
-    adjoint_steps,
-    call,
-    for_each_group,
-    inside_sequence,
-    load_states,
-    memory,
-    prepare_edge,
-    scan_steps,
-    tiles,
-    widened,
-)
+from recurrentgemma.kernels.linear_scan import tpu_programs as tpu
+from recurrentgemma.kernels.linear_scan.block_sizes import TILE, block_sizes
 
 
 def _scan_kernel(x, a, h0, y, h, wide_x, wide_a, wide_y, *, blocks):
     def group(start, first, states):
         steps = pl.ds(start, blocks.group)
-        inside = inside_sequence(first, blocks)
-        scan_steps(
-            widened(x.at[:, steps], wide_x, inside, 0.0),
-            widened(a.at[:, steps], wide_a, inside, 1.0),
+        inside = tpu.inside_sequence(first, blocks)
+        tpu.scan_steps(
+            tpu.widened(x.at[:, steps], wide_x, inside, 0.0),
+            tpu.widened(a.at[:, steps], wide_a, inside, 1.0),
             y.at[:, steps],
             wide_y,
             states,
             blocks.reverse,
         )
 
-    for_each_group(group, h0, h, blocks)
+    tpu.for_each_group(group, h0, h, blocks)
 
 
 def _gradient_kernel(
     dy, a, y, y_before, h0, d_last, dx, da, dh, wide_dy, wide_a, wide_y, wide_dx,
     edge, *, blocks,
 ):  # fmt: skip
-    prepare_edge(edge, y_before, h0, blocks)
+    tpu.prepare_edge(edge, y_before, h0, blocks)
 
     def group(start, first, states):
         steps = pl.ds(start, blocks.group)
-        inside = inside_sequence(first, blocks)
-        gradients = widened(dy.at[:, steps], wide_dy, inside, 0.0)
-        decays = widened(a.at[:, steps], wide_a, inside, 1.0)
-        load_states(wide_y, y, edge, start, blocks)
-        adjoint_steps(gradients, decays, wide_dx, states)
-        for i, _, slab in tiles(blocks.rows, blocks.width):
+        inside = tpu.inside_sequence(first, blocks)
+        gradients = tpu.widened(dy.at[:, steps], wide_dy, inside, 0.0)
+        decays = tpu.widened(a.at[:, steps], wide_a, inside, 1.0)
+        tpu.load_states(wide_y, y, edge, start, blocks)
+        tpu.adjoint_steps(gradients, decays, wide_dx, states)
+        for i, _, slab in tpu.tiles(blocks.rows, blocks.width):
             gradient = wide_dx[i, :, slab]
             dx[i, steps, slab] = gradient.astype(dx.dtype)
             before = wide_y[i, pl.ds(TILE - 1, blocks.group), slab]
             da[i, steps, slab] = (gradient * before).astype(da.dtype)
 
-    for_each_group(group, d_last, dh, blocks)
+    tpu.for_each_group(group, d_last, dh, blocks)
 
 
 @partial(jax.jit, static_argnames=("reverse", "interpret"))
@@ -77,13 +64,13 @@ def scan(
     """See `linear_scan`; h0 is float32 [B, D] here and T is at least 1."""
     itemsizes = [array.dtype.itemsize for array in (x, a, x)]
     blocks = block_sizes(x.shape, itemsizes, reverse=reverse)
-    y, h_last = call(
+    y, h_last = tpu.call(
         _scan_kernel,
         "linear_scan",
         (x, a, h0),
         (x, h0),
         blocks,
-        [memory(blocks, blocks.group)] * 3,
+        [blocks.group] * 3,
         flops=2,
         interpret=interpret,
     )
@@ -102,15 +89,14 @@ def gradients(
     """Gradients of x, a and h0, from the result y and the gradients of y and h_last."""
     itemsizes = [array.dtype.itemsize for array in (a, a, y, y, y)]
     blocks = block_sizes(y.shape, itemsizes, reverse=True)
-    group = memory(blocks, blocks.group)
-    wide_y, edge = memory(blocks, TILE + blocks.group), memory(blocks, TILE)
-    dx, da, dh = call(
+    group = blocks.group
+    dx, da, dh = tpu.call(
         _gradient_kernel,
         "linear_scan_gradient",
-        (y_gradient, a, y, Before(y), h0, last_gradient),
+        (y_gradient, a, y, tpu.Before(y), h0, last_gradient),
         (y, a, h0),
         blocks,
-        [group, group, wide_y, group, edge],
+        [group, group, TILE + group, group, TILE],
         flops=3,
         interpret=interpret,
     )

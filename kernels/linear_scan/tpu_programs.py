@@ -21,11 +21,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from recurrentgemma.kernels.linear_scan.block_sizes import LANES, Blocks
+from recurrentgemma.kernels.linear_scan.block_sizes import LANES, TILE, Blocks
 from recurrentgemma.kernels.precision import kernel_precision_of
-
-TILE = 8
-"""Rows of a float32 tile."""
 
 States = list[jax.Array]
 """For each row of a block, the carry [1, width], float32."""
@@ -59,7 +56,7 @@ def call(
     arrays: Sequence[Any],
     results: Sequence[Any],
     blocks: Blocks,
-    scratch: Sequence[Any],
+    scratch: Sequence[int | Any],
     *,
     flops: int,
     transcendentals: int = 0,
@@ -76,7 +73,7 @@ def call(
       arrays: what it reads, the first a sequence; see also the classes above.
       results: what its results look like.
       blocks: blocks of the arrays.
-      scratch: its memory.
+      scratch: its memory; a number is that of float32 steps of every row of a block.
       flops, transcendentals: number of operations for each element of a sequence.
       interpret: as for `pallas_call`.
     """
@@ -97,7 +94,12 @@ def call(
             jax.ShapeDtypeStruct(_with_rows(result.shape), result.dtype)
             for result in map(_plain, results)
         ],
-        scratch_shapes=scratch,
+        scratch_shapes=[
+            pltpu.VMEM((blocks.rows, memory, blocks.width), jnp.float32)
+            if isinstance(memory, int)
+            else memory
+            for memory in scratch
+        ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
@@ -154,11 +156,6 @@ def _spec(array, blocks: Blocks) -> pl.BlockSpec:
     if len(array.shape) < 3:
         return pl.BlockSpec((rows, 1, width), lambda c, b, t: (b, 0, c))
     return of_sequence(steps, lambda t: t)
-
-
-def memory(blocks: Blocks, steps: int) -> Any:
-    """Scratch for some steps of every row of a block, float32."""
-    return pltpu.VMEM((blocks.rows, steps, blocks.width), jnp.float32)
 
 
 def cost(

@@ -17,12 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels.local_attention.chunk import (
-    Chunk,
-    Settings,
-    keys_in_time,
-    without_positions,
-)
+from recurrentgemma.kernels.dispatch import differentiable
+from recurrentgemma.kernels.local_attention.chunk import Chunk, Settings, keys_in_time
 from recurrentgemma.kernels.local_attention.reference import HIDDEN
 from recurrentgemma.kernels.precision import einsum_float32
 
@@ -75,12 +71,10 @@ def gradients(
             out_gradient,
         )
     )
-    (found,) = pull_back(
-        _row_gradients(
-            arranged, first, last, log_rows, inner_rows, gradient_rows, options
-        )
+    of_arranged = _row_gradients(
+        arranged, first, last, log_rows, inner_rows, gradient_rows, options
     )
-    return (without_positions(found),)
+    return differentiable(pull_back(of_arranged))
 
 
 def _plan(chunk, settings):

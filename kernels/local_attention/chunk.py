@@ -37,9 +37,3 @@ def keys_in_time(chunk: Chunk) -> tuple[jax.Array, jax.Array]:
         jnp.concatenate([past.keys.astype(chunk.k.dtype), chunk.k], axis=1),
         jnp.concatenate([past.values.astype(chunk.v.dtype), chunk.v], axis=1),
     )
-
-
-def without_positions(gradients: Chunk) -> Chunk:
-    """Gradients of a chunk as `Implementation.gradient` returns them."""
-    cache = gradients.cache._replace(positions=None)
-    return gradients._replace(positions=None, cache=cache)

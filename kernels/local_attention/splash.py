@@ -16,12 +16,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask,
 )
 
-from recurrentgemma.kernels.local_attention.chunk import (
-    Chunk,
-    Settings,
-    keys_in_time,
-    without_positions,
-)
+from recurrentgemma.kernels.dispatch import differentiable
+from recurrentgemma.kernels.local_attention.chunk import Chunk, Settings, keys_in_time
 from recurrentgemma.kernels.precision import kernel_precision_of
 
 LANES = 128
@@ -129,7 +125,7 @@ def gradients(
 
     with _precision(chunk.q):
         of_arrays = jax.vmap(row)(*arrays, _segments(chunk, layout), *of_queries)
-    return (without_positions(*pull_back(of_arrays)),)
+    return differentiable(pull_back(of_arrays))
 
 
 class _Layout(NamedTuple):

@@ -21,19 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from recurrentgemma.kernels.linear_scan import triton_programs as gpu
 from recurrentgemma.kernels.linear_scan.pallas_gpu import scan_of, summaries
-from recurrentgemma.kernels.linear_scan.triton_programs import (
-    Before,
-    PerChunk,
-    PerStep,
-    call,
-    choose_schedule,
-    first_state,
-    for_each_step,
-    load,
-    load_before,
-    store_last,
-)
 from recurrentgemma.kernels.rg_lru.gates import Inputs, from_logits, with_products
 from recurrentgemma.kernels.rg_lru.reference import log_decay
 from recurrentgemma.kernels.rg_lru.steps import (
@@ -69,7 +58,7 @@ def _read(schedule, x, recurrence, input_, positions, a_param):
         x_t = jnp.where(position < 0, 0.0, u * ops.rsqrt(square) * x_t)
         return x_t, scan_decay(a, position)
 
-    return [*map(load, (x, recurrence, input_, positions))], scan_inputs
+    return [*map(gpu.load, (x, recurrence, input_, positions))], scan_inputs
 
 
 def _read_adjoint(schedule, dy, recurrence, positions, a_param):
@@ -81,7 +70,7 @@ def _read_adjoint(schedule, dy, recurrence, positions, a_param):
         a, _ = _decay(r, log2_decay, ops)
         return dy_t, scan_decay(a, position)
 
-    return [*map(load, (dy, recurrence, positions))], scan_inputs
+    return [*map(gpu.load, (dy, recurrence, positions))], scan_inputs
 
 
 def _gradient_kernel(
@@ -105,13 +94,13 @@ def _gradient_kernel(
         c = scan_decay(gates.a, position) * g
         return (c, total + of_log_decay), tuple(gradients)
 
-    loads = [*map(load, (dy, x, recurrence, input_, positions))]
-    loads.append(load_before(y, y_before, h0))
-    c = first_state(d_last, products, ends, schedule)
+    loads = [*map(gpu.load, (dy, x, recurrence, input_, positions))]
+    loads.append(gpu.load_before(y, y_before, h0))
+    c = gpu.first_state(d_last, products, ends, schedule)
     carry, outputs = (c, jnp.zeros_like(c)), [dx, d_recurrence, d_input]
-    c, total = for_each_step(step, carry, loads, outputs, schedule)
+    c, total = gpu.for_each_step(step, carry, loads, outputs, schedule)
     d_a_param[...] = a_param_gradient(a_param[...], total)
-    store_last(dh, c, schedule)
+    gpu.store_last(dh, c, schedule)
 
 
 def _inverse_gate(logits, ops):
@@ -135,8 +124,8 @@ def recurrence(
 ) -> tuple[jax.Array, jax.Array]:
     """See `rg_lru`."""
     *sequences, a_param, positions, h0 = from_logits(inputs)
-    schedule = choose_schedule(sequences, UNROLL, False, interpret)
-    arrays = (*sequences, PerStep(positions), a_param)
+    schedule = gpu.choose_schedule(sequences, UNROLL, False, interpret)
+    arrays = (*sequences, gpu.PerStep(positions), a_param)
     return scan_of("rg_lru", _read, arrays, h0, schedule)
 
 
@@ -153,20 +142,20 @@ def gradients(
     [(*sequences, a_param, positions, h0)] = arguments
     y, _ = results
     y_gradient, last_gradient = upstream
-    schedule = choose_schedule(sequences, GRADIENT_UNROLL, True, interpret)
-    position = PerStep(positions)
+    schedule = gpu.choose_schedule(sequences, GRADIENT_UNROLL, True, interpret)
+    position = gpu.PerStep(positions)
     adjoint = (y_gradient, sequences[1], position, a_param)
     batch, _, width = y.shape
     per_chunk = jax.ShapeDtypeStruct((batch, schedule.chunks, width), jnp.float32)
-    *of_sequences, of_a_param, of_h0 = call(
+    *of_sequences, of_a_param, of_h0 = gpu.call(
         partial(_gradient_kernel, schedule=schedule),
         "rg_lru_gradient",
         (
-            *(y_gradient, *sequences, position, a_param, y, Before(y)),
+            *(y_gradient, *sequences, position, a_param, y, gpu.Before(y)),
             *(h0, last_gradient),
             *summaries("rg_lru_adjoint", _read_adjoint, adjoint, schedule, True),
         ),
-        (*sequences, PerChunk(per_chunk), h0),
+        (*sequences, gpu.PerChunk(per_chunk), h0),
         schedule,
     )
     of_a_param = of_a_param.sum((0, 1)).astype(a_param.dtype)

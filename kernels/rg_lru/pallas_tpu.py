@@ -16,21 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from recurrentgemma.kernels.linear_scan.block_sizes import LANES, Blocks, block_sizes
-from recurrentgemma.kernels.linear_scan.tpu_programs import (
+from recurrentgemma.kernels.linear_scan import tpu_programs as tpu
+from recurrentgemma.kernels.linear_scan.block_sizes import (
+    LANES,
     TILE,
-    Before,
-    PerStep,
-    adjoint_steps,
-    call,
-    for_each_group,
-    inside_sequence,
-    load_states,
-    memory,
-    prepare_edge,
-    scan_steps,
-    tiles,
-    widened,
+    Blocks,
+    block_sizes,
 )
 from recurrentgemma.kernels.rg_lru.gates import Inputs, from_logits, with_products
 from recurrentgemma.kernels.rg_lru.reference import log_decay
@@ -60,15 +51,15 @@ def _kernel(
     def group(start, first, states):
         steps = pl.ds(start, blocks.group)
         signs = [signs_of(positions[i], first, blocks) for i in range(blocks.rows)]
-        for here in tiles(blocks.rows, blocks.width):
+        for here in tpu.tiles(blocks.rows, blocks.width):
             i, _, slab = here
             at, sign = (i, steps, slab), signs[i][:, : slab.stop - slab.start]
             found = gates(recurrence[at], input_[at], log_decays[i, :, slab])
             wide_a[here] = scan_decay(found.a, sign)
             wide_x[here] = scan_input(x[at].astype(jnp.float32), found, sign)
-        scan_steps(wide_x, wide_a, y.at[:, steps], wide_y, states)
+        tpu.scan_steps(wide_x, wide_a, y.at[:, steps], wide_y, states)
 
-    for_each_group(group, h0, h, blocks)
+    tpu.for_each_group(group, h0, h, blocks)
 
 
 def _gradient_kernel(
@@ -77,7 +68,7 @@ def _gradient_kernel(
     wide_dy, wide_a, wide_r, wide_i, wide_u, wide_y, wide_g, edge, total,
     log_decays, *, blocks,
 ):  # fmt: skip
-    prepare_edge(edge, y_before, h0, blocks)
+    tpu.prepare_edge(edge, y_before, h0, blocks)
     log_decays[...] = log_decay(a_param[...])
 
     @pl.when(pl.program_id(2) == 0)
@@ -87,18 +78,18 @@ def _gradient_kernel(
     def group(start, first, states):
         steps = pl.ds(start, blocks.group)
         signs = [signs_of(positions[i], first, blocks) for i in range(blocks.rows)]
-        inside = inside_sequence(first, blocks)
-        upstream = widened(dy.at[:, steps], wide_dy, inside, 0.0)
-        load_states(wide_y, y, edge, start, blocks)
-        for here in tiles(blocks.rows, blocks.width):
+        inside = tpu.inside_sequence(first, blocks)
+        upstream = tpu.widened(dy.at[:, steps], wide_dy, inside, 0.0)
+        tpu.load_states(wide_y, y, edge, start, blocks)
+        for here in tpu.tiles(blocks.rows, blocks.width):
             i, _, slab = here
             at, sign = (i, steps, slab), signs[i][:, : slab.stop - slab.start]
             wide_r[here], wide_i[here], a, wide_u[here] = gates(
                 recurrence[at], input_[at], log_decays[i, :, slab]
             )
             wide_a[here] = scan_decay(a, sign)
-        adjoint_steps(upstream, wide_a, wide_g, states)
-        for here in tiles(blocks.rows, blocks.width):
+        tpu.adjoint_steps(upstream, wide_a, wide_g, states)
+        for here in tpu.tiles(blocks.rows, blocks.width):
             i, _, slab = here
             at, sign = (i, steps, slab), signs[i][:, : slab.stop - slab.start]
             of_x, of_r, of_i, of_log_decay = step_gradients(
@@ -114,7 +105,7 @@ def _gradient_kernel(
             d_recurrence[at] = of_r.astype(d_recurrence.dtype)
             d_input[at] = of_i.astype(d_input.dtype)
 
-    for_each_group(group, d_last, dh, blocks)
+    tpu.for_each_group(group, d_last, dh, blocks)
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
@@ -178,13 +169,13 @@ def recurrence(
     *arrays, a_param, positions, h0 = from_logits(inputs)
     x = inputs.x
     blocks = _blocks(*arrays, x, reverse=False)
-    y, h_last = call(
+    y, h_last = tpu.call(
         _kernel,
         "rg_lru",
-        (*arrays, a_param, PerStep(positions), h0),
+        (*arrays, a_param, tpu.PerStep(positions), h0),
         (x, h0),
         blocks,
-        [*[memory(blocks, blocks.group)] * 3, memory(blocks, 1)],
+        [*[blocks.group] * 3, 1],
         flops=20,
         transcendentals=6,
         interpret=interpret,
@@ -206,17 +197,17 @@ def gradients(
     y, _ = results
     y_gradient, last_gradient = upstream
     blocks = _blocks(y_gradient, *arrays, y, *arrays, reverse=True)
-    group, wide_y = memory(blocks, blocks.group), memory(blocks, TILE + blocks.group)
-    *of_sequences, of_a_param, of_h0 = call(
+    group = blocks.group
+    *of_sequences, of_a_param, of_h0 = tpu.call(
         _gradient_kernel,
         "rg_lru_gradient",
         (
             *(y_gradient, *arrays, a_param),
-            *(PerStep(positions), y, Before(y), h0, last_gradient),
+            *(tpu.PerStep(positions), y, tpu.Before(y), h0, last_gradient),
         ),
         (*arrays, h0, h0),
         blocks,
-        [*[group] * 5, wide_y, group, memory(blocks, TILE), group, memory(blocks, 1)],
+        [*[group] * 5, TILE + group, group, TILE, group, 1],
         flops=50,
         transcendentals=6,
         interpret=interpret,

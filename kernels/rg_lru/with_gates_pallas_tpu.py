@@ -28,28 +28,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from recurrentgemma.kernels.linear_scan import tpu_programs as tpu
 from recurrentgemma.kernels.linear_scan.block_sizes import (
     LANES,
+    TILE,
     Blocks,
     gate_block_sizes,
-)
-from recurrentgemma.kernels.linear_scan.tpu_programs import (
-    TILE,
-    Before,
-    Blocked,
-    PerStep,
-    adjoint_steps,
-    call,
-    dot,
-    for_each_group,
-    inside_sequence,
-    load_states,
-    memory,
-    prepare_edge,
-    scan_steps,
-    tiles,
-    time_block,
-    widened,
 )
 from recurrentgemma.kernels.rg_lru import pallas_tpu as without_products
 from recurrentgemma.kernels.rg_lru.gates import Gate, Inputs
@@ -78,9 +62,9 @@ def _kernel(
 
     def group(start, first, states):
         now = (slice(None), pl.ds(start, blocks.group))
-        scan_steps(wide_x.at[now], wide_a.at[now], y.at[now], wide_y, states)
+        tpu.scan_steps(wide_x.at[now], wide_a.at[now], y.at[now], wide_y, states)
 
-    for_each_group(group, h0, h, blocks)
+    tpu.for_each_group(group, h0, h, blocks)
 
 
 def _gradient_kernel(
@@ -89,7 +73,7 @@ def _gradient_kernel(
     signs, log_decays, wide_r, wide_i, wide_a, wide_u, wide_g, wide_before,
     wide_dy, wide_y, edge, totals, *, blocks,
 ):  # fmt: skip
-    prepare_edge(edge, y_before, h0, blocks)
+    tpu.prepare_edge(edge, y_before, h0, blocks)
     _prepare(signs, log_decays, positions, a_param, blocks)
     weights = (r_kernel, r_bias, i_kernel, i_bias)
 
@@ -109,14 +93,15 @@ def _gradient_kernel(
     def group(start, first, states):
         steps = pl.ds(start, blocks.group)
         now = (slice(None), steps)
-        upstream = widened(dy.at[now], wide_dy, inside_sequence(first, blocks), 0.0)
-        load_states(wide_y, y, edge, start, blocks)
-        adjoint_steps(upstream, wide_a.at[now], wide_g.at[now], states)
-        for i, _, slab in tiles(blocks.rows, blocks.width):
+        inside = tpu.inside_sequence(first, blocks)
+        upstream = tpu.widened(dy.at[now], wide_dy, inside, 0.0)
+        tpu.load_states(wide_y, y, edge, start, blocks)
+        tpu.adjoint_steps(upstream, wide_a.at[now], wide_g.at[now], states)
+        for i, _, slab in tpu.tiles(blocks.rows, blocks.width):
             before = wide_y[i, pl.ds(TILE - 1, blocks.group), slab]
             wide_before[i, steps, slab] = before
 
-    for_each_group(group, d_last, dh, blocks)
+    tpu.for_each_group(group, d_last, dh, blocks)
 
     for g, at in _parts(r_kernel, blocks):
         i, _, channels = at
@@ -133,10 +118,11 @@ def _gradient_kernel(
         for n, term in enumerate((of_log_decay, of_r, of_i)):
             totals[n, i, :, channels] += _sum_of_tiles(term)
         of_r, of_i = of_r.astype(x.dtype), of_i.astype(x.dtype)
-        of_x = of_x + dot(of_r, r_kernel[g], 1, 1) + dot(of_i, i_kernel[g], 1, 1)
+        for of_logits, kernel in ((of_r, r_kernel), (of_i, i_kernel)):
+            of_x = of_x + tpu.dot(of_logits, kernel[g], 1, 1)
         dx[at] = of_x.astype(dx.dtype)
-        d_r_kernel[i, g] += dot(values, of_r, 0, 0)
-        d_i_kernel[i, g] += dot(values, of_i, 0, 0)
+        d_r_kernel[i, g] += tpu.dot(values, of_r, 0, 0)
+        d_i_kernel[i, g] += tpu.dot(values, of_i, 0, 0)
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
@@ -149,7 +135,7 @@ def _gradient_kernel(
 def _prepare(signs, log_decays, positions, a_param, blocks) -> None:
     """What the sweeps over the gates need of positions and a_param."""
     log_decays[...] = log_decay(a_param[...])
-    first = time_block(blocks) * blocks.steps
+    first = tpu.time_block(blocks) * blocks.steps
     for i in range(blocks.rows):
         for start in range(0, blocks.steps, blocks.group):
             found = without_products.signs_of(positions[i], first + start, blocks)
@@ -184,7 +170,7 @@ def _gates(values, weights, g: int, log_decays, at) -> Gates:
     r_kernel, r_bias, i_kernel, i_bias = weights
     i, _, channels = at
     r_logits, i_logits = (
-        dot(values, kernel[g], 1, 0) + bias[g].astype(jnp.float32)
+        tpu.dot(values, kernel[g], 1, 0) + bias[g].astype(jnp.float32)
         for kernel, bias in ((r_kernel, r_bias), (i_kernel, i_bias))
     )
     r_logits, i_logits = r_logits.astype(values.dtype), i_logits.astype(values.dtype)
@@ -198,7 +184,7 @@ def _sum_of_tiles(term: jax.Array) -> jax.Array:
     return jnp.sum(term.reshape(-1, TILE, term.shape[1]), axis=0)
 
 
-def _plan(inputs: Inputs, *, gradient: bool) -> tuple[Blocks, list[Blocked], list]:
+def _plan(inputs: Inputs, *, gradient: bool) -> tuple[Blocks, list[tpu.Blocked], list]:
     """Blocks, the parameters of the gates, and the scratch of both kernels."""
     x, gates = inputs.x, (inputs.recurrence_gate, inputs.input_gate)
     width = gates[0].kernel.shape[1]
@@ -212,10 +198,10 @@ def _plan(inputs: Inputs, *, gradient: bool) -> tuple[Blocks, list[Blocked], lis
     bias = pl.BlockSpec((groups, 1, width), lambda c, b, t: (c, 0, 0))
     parameters = []
     for gate in gates:
-        parameters.append(Blocked(gate.kernel.astype(x.dtype), kernel))
-        parameters.append(Blocked(gate.bias[:, None], bias))
+        parameters.append(tpu.Blocked(gate.kernel.astype(x.dtype), kernel))
+        parameters.append(tpu.Blocked(gate.bias[:, None], bias))
     signs = pltpu.VMEM((blocks.rows, blocks.steps, LANES), jnp.float32)
-    return blocks, parameters, [signs, memory(blocks, 1)]
+    return blocks, parameters, [signs, 1]
 
 
 @partial(jax.jit, static_argnames="interpret")
@@ -227,13 +213,13 @@ def recurrence(
         return without_products.recurrence(inputs, interpret=interpret)
     x, gate, _, a_param, positions, h0 = inputs
     blocks, parameters, scratch = _plan(inputs, gradient=False)
-    y, h_last = call(
+    y, h_last = tpu.call(
         _kernel,
         "rg_lru_with_gates",
-        (x, *parameters, a_param, PerStep(positions), h0),
+        (x, *parameters, a_param, tpu.PerStep(positions), h0),
         (x, h0),
         blocks,
-        [*scratch, *[memory(blocks, blocks.steps)] * 2, memory(blocks, blocks.group)],
+        [*scratch, blocks.steps, blocks.steps, blocks.group],
         flops=20 + 4 * gate.kernel.shape[1],
         transcendentals=6,
         interpret=interpret,
@@ -259,7 +245,7 @@ def gradients(
     (y, _), (y_gradient, last_gradient) = results, upstream
     blocks, parameters, scratch = _plan(inputs, gradient=True)
     groups, width, _ = gates[0].kernel.shape
-    of_kernel = Blocked(
+    of_kernel = tpu.Blocked(
         jax.ShapeDtypeStruct((x.shape[0], groups, width, width), jnp.float32),
         pl.BlockSpec(
             (blocks.rows, blocks.width // width, width, width),
@@ -267,21 +253,19 @@ def gradients(
             pipeline_mode=pl.Buffered(1),  # Written once for each row and channel.
         ),
     )
-    of_x, *of_parameters, of_h0 = call(
+    of_x, *of_parameters, of_h0 = tpu.call(
         _gradient_kernel,
         "rg_lru_with_gates_gradient",
         (
-            *(y_gradient, x, *parameters, a_param, PerStep(positions)),
-            *(y, Before(y), h0, last_gradient),
+            *(y_gradient, x, *parameters, a_param, tpu.PerStep(positions)),
+            *(y, tpu.Before(y), h0, last_gradient),
         ),
         (x, of_kernel, h0, of_kernel, h0, h0, h0),
         blocks,
         [
             *scratch,
-            *[memory(blocks, blocks.steps)] * 6,
-            memory(blocks, blocks.group),
-            memory(blocks, TILE + blocks.group),
-            memory(blocks, TILE),
+            *[blocks.steps] * 6,
+            *(blocks.group, TILE + blocks.group, TILE),
             pltpu.VMEM((3, blocks.rows, TILE, blocks.width), jnp.float32),
         ],
         flops=50 + 12 * width,
