@@ -19,8 +19,8 @@ from recurrentgemma.kernels.linear_scan.block_sizes import LANES
 from recurrentgemma.kernels.linear_scan.tpu_programs import cost, dot
 from recurrentgemma.kernels.recurrent_step.reference import StepParameters
 from recurrentgemma.kernels.rg_lru.pallas_tpu import gates
-from recurrentgemma.kernels.rg_lru.reference import log_decay
-from recurrentgemma.kernels.rg_lru.steps import scan_decay, scan_input
+from recurrentgemma.kernels.rg_lru.reference import log_decay, scan_decay
+from recurrentgemma.kernels.rg_lru.steps import scan_input
 
 MAX_ROWS = 64
 """Rows of a step of the grid."""

@@ -13,8 +13,12 @@ import jax.numpy as jnp
 from recurrentgemma.kernels.dispatch import forward
 from recurrentgemma.kernels.linear_scan import LINEAR_SCAN, linear_scan_gradients
 from recurrentgemma.kernels.rg_lru.gates import Inputs, from_logits, with_products
-from recurrentgemma.kernels.rg_lru.reference import SMALLEST_RADICAND, log_decay
-from recurrentgemma.kernels.rg_lru.steps import a_param_gradient, scan_decay
+from recurrentgemma.kernels.rg_lru.reference import (
+    SMALLEST_RADICAND,
+    gate_values,
+    scan_decay,
+)
+from recurrentgemma.kernels.rg_lru.steps import a_param_gradient
 
 
 def recurrence(
@@ -22,7 +26,7 @@ def recurrence(
 ) -> tuple[jax.Array, jax.Array]:
     """See `rg_lru`."""
     x, *logits, a_param, positions, h0 = from_logits(inputs)
-    _, i, _, a, u = _gates(*logits, a_param)
+    _, i, _, a, u = gate_values(*logits, a_param)
     position = positions[..., None]
     multiplier = jnp.where(position == 0, 1.0, jnp.sqrt(u))
     scan_input = jnp.where(position < 0, 0.0, multiplier * i * x.astype(jnp.float32))
@@ -42,7 +46,7 @@ def gradients(
     """See `Implementation.gradient`."""
     ((x, recurrence_logits, input_logits, a_param, positions, h0),) = arguments
     y_gradient, last_gradient = upstream
-    r, i, c, a, u = _gates(recurrence_logits, input_logits, a_param)
+    r, i, c, a, u = gate_values(recurrence_logits, input_logits, a_param)
     position = positions[..., None]
     input_gradient, decay_gradient, h0_gradient = linear_scan_gradients(
         scan_decay(a, position),
@@ -71,13 +75,3 @@ def gradients(
         h0_gradient,
     )
     return (found,)
-
-
-def _gates(recurrence_logits, input_logits, a_param):
-    """r_t, i_t, log a_t / r_t, a_t and 1 - a_t^2, in float32."""
-    r = jax.nn.sigmoid(recurrence_logits.astype(jnp.float32))
-    i = jax.nn.sigmoid(input_logits.astype(jnp.float32))
-    c = log_decay(a_param)[None, None]
-    log_a = c * r
-    # 1 - a^2 in this form keeps its digits where a is close to 1.
-    return r, i, c, jnp.exp(log_a), -jnp.expm1(2.0 * log_a)

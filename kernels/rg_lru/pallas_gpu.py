@@ -24,12 +24,11 @@ import jax.numpy as jnp
 from recurrentgemma.kernels.linear_scan import triton_programs as gpu
 from recurrentgemma.kernels.linear_scan.pallas_gpu import scan_of, summaries
 from recurrentgemma.kernels.rg_lru.gates import Inputs, from_logits, with_products
-from recurrentgemma.kernels.rg_lru.reference import log_decay
+from recurrentgemma.kernels.rg_lru.reference import log_decay, scan_decay
 from recurrentgemma.kernels.rg_lru.steps import (
     SMALLEST_SQUARE,
     Gates,
     a_param_gradient,
-    scan_decay,
     step_gradients,
 )
 

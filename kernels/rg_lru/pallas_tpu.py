@@ -24,11 +24,10 @@ from recurrentgemma.kernels.linear_scan.block_sizes import (
     block_sizes,
 )
 from recurrentgemma.kernels.rg_lru.gates import Inputs, from_logits, with_products
-from recurrentgemma.kernels.rg_lru.reference import log_decay
+from recurrentgemma.kernels.rg_lru.reference import log_decay, scan_decay
 from recurrentgemma.kernels.rg_lru.steps import (
     Gates,
     a_param_gradient,
-    scan_decay,
     scan_input,
     step_gradients,
 )

@@ -28,11 +28,6 @@ class Gates(NamedTuple):
     """1 - a^2."""
 
 
-def scan_decay(a: jax.Array, position: jax.Array) -> jax.Array:
-    """The decay of the scan."""
-    return jnp.where(position == 0, 0.0, jnp.where(position < 0, 1.0, a))
-
-
 def scan_input(x: jax.Array, gates: Gates, position: jax.Array) -> jax.Array:
     """The input of the scan."""
     root = gates.u * _inverse_root(gates.u, jax.lax.rsqrt)

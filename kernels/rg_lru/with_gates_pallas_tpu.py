@@ -37,11 +37,10 @@ from recurrentgemma.kernels.linear_scan.block_sizes import (
 )
 from recurrentgemma.kernels.rg_lru import pallas_tpu as without_products
 from recurrentgemma.kernels.rg_lru.gates import Gate, Inputs
-from recurrentgemma.kernels.rg_lru.reference import log_decay
+from recurrentgemma.kernels.rg_lru.reference import log_decay, scan_decay
 from recurrentgemma.kernels.rg_lru.steps import (
     Gates,
     a_param_gradient,
-    scan_decay,
     scan_input,
     step_gradients,
 )
