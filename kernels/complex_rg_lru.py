@@ -103,22 +103,9 @@ def complex_linear_scan(
     reverse: bool = False,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`linear_scan` on complex numbers.
+    """`linear_scan` on complex numbers: D / 2 real parts, then D / 2 imaginary ones.
 
-    Args:
-      x: inputs [B, T, D], floating point: D / 2 real parts, then D / 2 imaginary ones.
-      a: decays [B, T, D], likewise.
-      h0: state before the first step [B, D], float32, likewise; None is zero.
-      reverse: run from the last step to the first.
-      implementation: name of `linear_scan.IMPLEMENTATIONS`; None is the best.
-
-    Returns:
-      y: every state [B, T, D], in x's dtype.
-      h_last: the state after the last step taken [B, D], float32.
-
-    Raises:
-      ValueError: shapes or dtypes do not fit, or D is odd.
-      NotImplementedError: the named implementation does not exist or cannot run.
+    Args, Returns and Raises are those of `linear_scan`; an odd D is a ValueError too.
     """
     _check_width(x)
     check_switch("reverse", reverse)

@@ -110,23 +110,19 @@ def one_step(x, a, h0, reverse):
     return h.astype(x.dtype)[:, None], h
 
 
-def takes_one_step(x, *arguments, **options):
-    """`Implementation.supports` of entries for T = 1."""
-    del arguments, options
-    return None if x.shape[1] == 1 else f"it takes one step, not {x.shape[1]}"
+def takes_one_step(*arguments, **options):
+    """`Implementation.supports` of entries for T = 1; x comes first."""
+    del options
+    length = jax.tree.leaves(arguments)[0].shape[1]
+    return None if length == 1 else f"it takes one step, not {length}"
 
 
 def other_way(
     scan, arguments, results, upstream, *, reverse, multiply=operator.mul, one=1
 ):
-    """Gradients of x, a and h0 by a scan in the other direction.
+    """An `Implementation.gradient` by a scan in the other direction.
 
-    Args:
-      scan: takes x, a, h0 and `reverse`.
-      arguments, results, upstream: as of an `Implementation.gradient`.
-      reverse: direction of the scan whose gradients these are.
-      multiply: product of two arrays.
-      one: its neutral element, like or broadcast to a state.
+    `scan` takes x, a, h0 and `reverse`; `one` is the neutral element of `multiply`.
     """
     (_, a, h0), (y, _) = arguments, results
     y_gradient, last_gradient = upstream

@@ -130,12 +130,7 @@ def scan_of(
 ) -> tuple[jax.Array, jax.Array]:
     """The states y, like the first array, and the last state of the scan that is read.
 
-    Args:
-      name: of the kernel.
-      read: takes refs of the arrays.
-      arrays: the first is a sequence; `call` says what else they may be.
-      h0: float32 [B, D].
-      schedule: how time is taken.
+    `read` takes refs of the arrays, of which the first is a sequence.
     """
     y, h_last = gpu.call(
         partial(_scan_kernel, read=read, schedule=schedule),
@@ -156,12 +151,8 @@ def summaries(
 ) -> list[gpu.PerChunk]:
     """Of each chunk, the product of its decays and its last state from zero.
 
-    Args:
-      name, read, arrays, schedule: as of `scan_of`.
-      adjoint: whether the state is c, of the equations above, rather than h.
-
-    Returns:
-      Two float32 arrays [B, chunks, D].
+    Both are float32 [B, chunks, D]. In the adjoint scan the state is c of the equations
+    above, rather than h.
     """
     batch, _, width = gpu.plain(arrays[0]).shape
     state = jax.ShapeDtypeStruct((batch, schedule.chunks, width), jnp.float32)

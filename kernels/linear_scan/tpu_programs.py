@@ -236,12 +236,8 @@ def for_each_group(
 def scan_steps(inputs, decays, output, wide, states: States, reverse=False) -> None:
     """h_t = a_t h_{t-1} + x_t over a group, for each row of a block.
 
-    Args:
-      inputs, decays: float32 refs of the group [rows, group, width].
-      output: ref of its results, of any dtype.
-      wide: float32 ref that holds the results where `output` is narrower.
-      states: before the group; replaced by those after it.
-      reverse: whether time runs backwards.
+    All are refs of the group [rows, group, width], float32 but for the output; `wide`
+    holds the results where that is narrower. The states are replaced.
     """
     direct = output.dtype == jnp.float32
     result = output if direct else wide
@@ -293,13 +289,9 @@ def widened(source, scratch, inside: jax.Array | None, outside: float):
 
 
 def prepare_edge(edge, y_before, h0, blocks: Blocks) -> None:
-    """Puts the state before a block's first step in the last row of `edge` [i].
+    """Puts the states before a block's first step in the last row of a scratch tile.
 
-    Args:
-      edge: scratch [rows, TILE, width].
-      y_before: the group before the block [rows, group, width].
-      h0: states before the sequence [rows, 1, width].
-      blocks: blocks of the arrays.
+    They come from the group before the block or from h0; refs start with the rows.
     """
     for i in range(blocks.rows):
         state = jnp.broadcast_to(h0[i], edge.shape[1:])

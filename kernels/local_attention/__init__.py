@@ -9,11 +9,12 @@ import jax.numpy as jnp
 
 from recurrentgemma.kernels import meshes
 from recurrentgemma.kernels.checks import (
+    MAX_COUNT,
     check_array,
     check_arrays,
-    check_count,
     check_kind,
-    check_number,
+    integer,
+    number,
 )
 from recurrentgemma.kernels.dispatch import EVERYWHERE, Implementation, Op, call
 from recurrentgemma.kernels.local_attention import (
@@ -73,9 +74,9 @@ def local_attention(
     Source: Griffin, arXiv 2402.19427, section 2.3.
     """
     _validate(q, k, v, positions, cache, window)
-    scale = check_number("scale", scale)
+    scale = number("scale", scale)
     if soft_cap is not None:
-        soft_cap = check_number("soft_cap", soft_cap, above=0)
+        soft_cap = number("soft_cap", soft_cap, above=0)
     settings = Settings(window, scale, soft_cap)
 
     def attend_and_write(q, k, v, positions, cache):
@@ -132,7 +133,8 @@ def _validate(q, k, v, positions, cache, window):
             f"heads, got {k.shape}; give each group of query heads one key head."
         )
     if window is not None:
-        check_count("window", window, "None is the whole document.")
+        advice = "None is the whole document."
+        integer("window", window, least=1, most=MAX_COUNT, advice=advice)
     shape = (batch, length, k.shape[2], head_dim)
     expected = {
         "q": (q, q.shape, jnp.floating),

@@ -23,7 +23,6 @@ from recurrentgemma.kernels.dispatch import (
     call,
     gradient,
     imported_late,
-    takes_anything,
 )
 from recurrentgemma.kernels.linear_scan import (
     GPU_DTYPES,
@@ -36,8 +35,7 @@ from recurrentgemma.kernels.rg_lru import composed, reference
 from recurrentgemma.kernels.rg_lru.gates import (
     Gate,
     Inputs,
-    count_blocks,
-    expected_gate,
+    expected_gates,
 )
 
 
@@ -85,72 +83,54 @@ def rg_lru(
     """
     gates = {"recurrence_gate": recurrence_gate, "input_gate": input_gate}
     _validate(x, gates, a_param, positions, h0)
+    options = {}
     if linear_scan is not None:
-        check_implementation("linear_scan", linear_scan, LINEAR_SCAN.table)
+        implementation = _that_scans(implementation, linear_scan)
+        options = {"linear_scan": linear_scan}
     if h0 is None:
         h0 = jnp.zeros((x.shape[0], x.shape[2]), jnp.float32)
     inputs = Inputs(x, recurrence_gate, input_gate, a_param, positions, h0)
-    options = {} if linear_scan is None else {"linear_scan": linear_scan}
     return call(_op(recurrence_gate), implementation, inputs, **options)
 
 
-def rg_lru_gradients(
-    x: jax.Array,
-    recurrence_gate: Gate | jax.Array,
-    input_gate: Gate | jax.Array,
-    a_param: jax.Array,
-    positions: jax.Array,
-    h0: jax.Array,
-    y: jax.Array,
-    y_gradient: jax.Array,
-    last_gradient: jax.Array,
-    *,
-    implementation: str | None = None,
-) -> tuple[Any, ...]:
+def _that_scans(implementation, linear_scan) -> str:
+    """The implementation that takes the name of a scan."""
+    check_implementation("linear_scan", linear_scan, LINEAR_SCAN.table)
+    if implementation not in (None, "composed"):
+        check_implementation("implementation", implementation, IMPLEMENTATIONS)
+        raise NotImplementedError(
+            f"rg_lru: {implementation} cannot run: linear_scan={linear_scan!r} is for "
+            "the implementation 'composed'; leave the choice to implementation=None."
+        )
+    return "composed"
+
+
+def rg_lru_gradients(*arrays: Any, implementation: str | None = None) -> Inputs:
     """Gradients of the arguments of `rg_lru`, None for positions.
 
     Args:
-      x, recurrence_gate, input_gate, a_param, positions, h0: its arguments.
-      y: its result.
-      y_gradient: gradient of y [B, T, E], in y's dtype.
-      last_gradient: gradient of h_last [B, E], float32.
+      *arrays: its arguments, h0 included; its result y; the gradients of y [B, T, E], in
+        y's dtype, and of h_last [B, E], float32.
       implementation: as of `rg_lru`.
     """
-    return gradient(
-        _op(recurrence_gate),
-        implementation,
-        (Inputs(x, recurrence_gate, input_gate, a_param, positions, h0),),
-        (y, None),
-        (y_gradient, last_gradient),
-    )
+    *arguments, y, y_gradient, last_gradient = arrays
+    inputs, upstream = Inputs(*arguments), (y_gradient, last_gradient)
+    op = _op(inputs.recurrence_gate)
+    (found,) = gradient(op, implementation, (inputs,), (y, None), upstream)
+    return found
 
 
-def _unless_scan_is_named(supports):
-    """An `Implementation.supports`; only "composed" takes the name of a scan."""
-
-    def reason_against(inputs, linear_scan=None):
-        if linear_scan is not None:
-            return f"linear_scan={linear_scan!r} is for the implementation 'composed'"
-        return supports(*inputs)
-
-    return reason_against
-
-
-def _supports_kernels_for_tpu(x, recurrence_gate, *rest):
-    if not isinstance(recurrence_gate, Gate):
-        return TPU_DTYPES(x, recurrence_gate, *rest)
-    width = recurrence_gate.kernel.shape[1]
+def _supports_kernels_for_tpu(inputs):
+    gate = inputs.recurrence_gate
+    if not isinstance(gate, Gate):
+        return TPU_DTYPES(inputs)
+    width = gate.kernel.shape[1]
     if width % LANES:
         return f"blocks of the gates must be multiples of {LANES} wide, not {width}"
+    x = inputs.x
     if gate_block_sizes(x.shape, width, x.dtype.itemsize, gradient=True) is None:
         return f"a gate block of {width} channels does not fit in on-chip memory"
     return TPU_DTYPES(x)
-
-
-def _entry(forward, gradients=None, *, supports=takes_anything, **fields):
-    return Implementation(
-        forward, gradients, supports=_unless_scan_is_named(supports), **fields
-    )
 
 
 def _kernel(module, platform, supports, **fields):
@@ -158,12 +138,12 @@ def _kernel(module, platform, supports, **fields):
         imported_late(f"{__name__}.{module}", name)
         for name in ("recurrence", "gradients")
     )
-    return _entry(*functions, kernel_for=platform, supports=supports, **fields)
+    return Implementation(*functions, kernel_for=platform, supports=supports, **fields)
 
 
 IMPLEMENTATIONS = {
-    "one_step": _entry(
-        reference.one_step, supports=takes_one_step, default_on=EVERYWHERE
+    "one_step": Implementation(
+        reference.one_step, default_on=EVERYWHERE, supports=takes_one_step
     ),
     "pallas_tpu": _kernel(
         "with_gates_pallas_tpu", "tpu", _supports_kernels_for_tpu, default_on=("tpu",)
@@ -175,7 +155,7 @@ IMPLEMENTATIONS = {
         composed.recurrence, composed.gradients, default_on=EVERYWHERE
     ),
     "pallas_gpu": _kernel("pallas_gpu", "cuda", GPU_DTYPES),
-    "reference": _entry(reference.recurrence),
+    "reference": Implementation(reference.recurrence),
 }
 """The kernel "pallas_tpu" has the products inside, where the gates come as parameters;
 "pallas_tpu_from_logits" takes any blocks, after the products."""
@@ -202,10 +182,8 @@ def _validate(x, gates, a_param, positions, h0) -> None:
             "input_gate: expected parameters or logits like recurrence_gate, got the "
             "other of both; pass two Gates or two arrays."
         )
-    for name, gate in gates.items():
-        if isinstance(gate, Gate):
-            groups = count_blocks("recurrence_gate", gates["recurrence_gate"])
-            expected |= expected_gate(name, gate, groups, width)
-        else:
-            expected[name] = (gate, x.shape, jnp.floating)
+    if isinstance(gates["recurrence_gate"], Gate):
+        expected |= expected_gates(gates, width)
+    else:
+        expected |= {name: (g, x.shape, jnp.floating) for name, g in gates.items()}
     check_arrays(expected)

@@ -7,7 +7,7 @@ copies sequences either way, which is what `with_gates_pallas_tpu.py` is for.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -39,22 +39,19 @@ class Inputs(NamedTuple):
     h0: Any
 
 
-def count_blocks(name: str, gate: Gate) -> int:
-    """Number of blocks G; a ValueError if this is no gate of arrays."""
-    check_kind(name, gate, Gate)
-    check_array(f"{name}.kernel", gate.kernel)
-    return gate.kernel.shape[0] if gate.kernel.ndim else 0
-
-
-def expected_gate(name: str, gate: Gate, groups: int, width: int) -> dict[str, Any]:
-    """What `check_arrays` expects of a gate with this number of blocks and channels."""
-    check_kind(name, gate, Gate)
-    block = width / max(groups, 1)
-    shape = (groups, block, block)
-    return {
-        f"{name}.kernel": (gate.kernel, shape, jnp.floating),
-        f"{name}.bias": (gate.bias, shape[:2], jnp.floating),
-    }
+def expected_gates(gates: Mapping[str, Gate], width: int) -> dict[str, Any]:
+    """What `check_arrays` expects of gates with as many blocks as the first of them."""
+    expected, groups = {}, None
+    for name, gate in gates.items():
+        check_kind(name, gate, Gate)
+        check_array(f"{name}.kernel", gate.kernel)
+        if groups is None:
+            groups = gate.kernel.shape[0] if gate.kernel.ndim else 0
+        block = width / max(groups, 1)
+        shape = (groups, block, block)
+        expected[f"{name}.kernel"] = (gate.kernel, shape, jnp.floating)
+        expected[f"{name}.bias"] = (gate.bias, shape[:2], jnp.floating)
+    return expected
 
 
 def product(x: jax.Array, gate: Gate | jax.Array) -> jax.Array:
@@ -75,11 +72,6 @@ def product(x: jax.Array, gate: Gate | jax.Array) -> jax.Array:
     return _to_sequence(y.astype(x.dtype), x.shape)
 
 
-def logits(x: jax.Array, gate: Gate | jax.Array) -> jax.Array:
-    """`product` whose gradient multiplies in x's dtype too."""
-    return _logits(x, gate)
-
-
 def _forward(x, gate):
     return product(x, gate), (x, gate)
 
@@ -92,7 +84,8 @@ def _backward(residuals, upstream):
     return of_x.astype(x.dtype), of_gate
 
 
-_logits = custom_vjp(product, _forward, _backward)
+logits = custom_vjp(product, _forward, _backward)
+"""`product` whose gradient multiplies in x's dtype too."""
 
 
 def from_logits(inputs: Inputs) -> Inputs:
