@@ -179,8 +179,8 @@ def _reason_against(op, name, arguments, options) -> str | None:
     reason = entry.supports(*arguments, **options)
     if reason or entry.kernel_for is None:
         return reason
-    letters, arrays = _present(meshes.words(op.dims)[0], arguments)
-    cut = meshes.plan_cut(meshes.current_mesh(arrays), letters, arrays)
+    given = meshes.present(meshes.words(op.dims)[0], arguments)
+    cut = meshes.plan_cut(meshes.current_mesh([array for _, array in given]), given)
     return cut if isinstance(cut, str) else None
 
 
@@ -198,7 +198,7 @@ def _gradient(op, choice: Choice, options, kept, upstream):
         return partial(run, **dict(options))
 
     of_arguments, of_results = meshes.words(op.dims)
-    leaves = jax.tree.leaves(kept[0], is_leaf=_is_none)
+    leaves = jax.tree.leaves(kept[0], is_leaf=lambda leaf: leaf is None)
     differentiated = [
         word
         for word, leaf in zip(of_arguments, leaves, strict=True)
@@ -248,7 +248,7 @@ def _kernel(kernel, plain, words, results, sum_results):
 
     @jax.custom_jvp
     def run(*arguments):
-        letters, leaves = _present(words, arguments)
+        given = meshes.present(words, arguments)
         structure, found_structure = jax.tree.structure(arguments), None
 
         def flat(*leaves):
@@ -257,8 +257,7 @@ def _kernel(kernel, plain, words, results, sum_results):
             found, found_structure = jax.tree.flatten(found)
             return found
 
-        mesh = meshes.current_mesh(leaves)
-        found = meshes.run_cut(flat, mesh, letters, results, leaves, sum_results)
+        found = meshes.run_cut(flat, given, results, sum_results)
         return jax.tree.unflatten(found_structure, found)
 
     @run.defjvp
@@ -266,17 +265,6 @@ def _kernel(kernel, plain, words, results, sum_results):
         return jax.jvp(plain, primals, tangents)
 
     return run
-
-
-def _present(words, arguments):
-    """Letters and arrays of the arguments that are given."""
-    leaves = jax.tree.leaves(arguments, is_leaf=_is_none)
-    pairs = zip(words, leaves, strict=True)
-    return zip(*(pair for pair in pairs if pair[1] is not None), strict=True)
-
-
-def _is_none(leaf):
-    return leaf is None
 
 
 def _call_forward(op, choice, options, *arguments):

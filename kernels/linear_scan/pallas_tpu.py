@@ -71,7 +71,7 @@ def scan(
         (x, h0),
         blocks,
         [blocks.group] * 3,
-        flops=2,
+        operations=(2, 0),
         interpret=interpret,
     )
     return y, h_last
@@ -97,7 +97,7 @@ def gradients(
         (y, a, h0),
         blocks,
         [group, group, TILE + group, group, TILE],
-        flops=3,
+        operations=(3, 0),
         interpret=interpret,
     )
     return dx, da, dh

@@ -35,9 +35,9 @@ class Before(NamedTuple):
 
 
 class PerStep(NamedTuple):
-    """An array [B, T], the same in all channels, of which a program sees a tile.
+    """An array [B, T], the same in all channels.
 
-    The tile [rows, 1, lanes] holds its block of time, which `step_kinds` finds there.
+    A program sees a tile [rows, 1, lanes], with its block of time and maybe others.
     """
 
     array: jax.Array
@@ -58,8 +58,7 @@ def call(
     blocks: Blocks,
     scratch: Sequence[int | Any],
     *,
-    flops: int,
-    transcendentals: int = 0,
+    operations: tuple[int, int],
     interpret: Any,
 ) -> list[jax.Array]:
     """Runs a kernel for all blocks of channels, of rows and of time.
@@ -74,7 +73,7 @@ def call(
       results: what its results look like.
       blocks: blocks of the arrays.
       scratch: its memory; a number is that of float32 steps of every row of a block.
-      flops, transcendentals: number of operations for each element of a sequence.
+      operations: flops and transcendental functions for each element of a sequence.
       interpret: as for `pallas_call`.
     """
     batch, length, width = arrays[0].shape
@@ -103,7 +102,7 @@ def call(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
-        cost_estimate=cost(batch * length * width, flops, transcendentals, *moved),
+        cost_estimate=cost(batch * length * width, *operations, *moved),
         interpret=interpret,
     )(*(_in_rows(_plain(array), batch) for array in arrays))
     return [

@@ -175,8 +175,7 @@ def recurrence(
         (x, h0),
         blocks,
         [*[blocks.group] * 3, 1],
-        flops=20,
-        transcendentals=6,
+        operations=(20, 6),
         interpret=interpret,
     )
     return y, h_last
@@ -207,8 +206,7 @@ def gradients(
         (*arrays, h0, h0),
         blocks,
         [*[group] * 5, TILE + group, group, TILE, group, 1],
-        flops=50,
-        transcendentals=6,
+        operations=(50, 6),
         interpret=interpret,
     )
     of_a_param = jnp.sum(of_a_param, axis=0).astype(a_param.dtype)

@@ -219,8 +219,7 @@ def recurrence(
         (x, h0),
         blocks,
         [*scratch, blocks.steps, blocks.steps, blocks.group],
-        flops=20 + 4 * gate.kernel.shape[1],
-        transcendentals=6,
+        operations=(20 + 4 * gate.kernel.shape[1], 6),
         interpret=interpret,
     )
     return y, h_last
@@ -267,8 +266,7 @@ def gradients(
             *(blocks.group, TILE + blocks.group, TILE),
             pltpu.VMEM((3, blocks.rows, TILE, blocks.width), jnp.float32),
         ],
-        flops=50 + 12 * width,
-        transcendentals=6,
+        operations=(50 + 12 * width, 6),
         interpret=interpret,
     )
     # The kernel's are for each row.
