@@ -1,4 +1,7 @@
-"""The checks of the ops' arguments: one sentence an error."""
+"""The checks of the ops' arguments: `name: expected ..., got ...; what to do`.
+
+All raise ValueError unless they say otherwise.
+"""
 
 import math
 import numbers
@@ -10,63 +13,101 @@ import jax
 import jax.numpy as jnp
 
 MAX_COUNT = 2**31 - 1
-"""Largest number of tokens; positions are int32."""
-MAX_NUMBER = float(jnp.finfo(jnp.float32).max)
+"""Largest number of rows, tokens or channels; positions are int32."""
+_MAX_NUMBER = float(jnp.finfo(jnp.float32).max)
 _SHOWN = 60
 """Most characters of a value in an error."""
+
+
+def refuse(
+    name: str, expected: str, value: Any, advice: str = "", error: type = ValueError
+) -> NoReturn:
+    """Raises the error that says what was expected of an argument."""
+    shown = repr(value)
+    if len(shown) > _SHOWN:
+        shown = f"{shown[:_SHOWN]}..."
+    raise error(f"{name}: expected {expected}, got {shown}{advice and f'; {advice}'}")
+
+
+def integer(
+    name: str,
+    value: Any,
+    *,
+    least: int | None = None,
+    most: int | None = None,
+    advice: str = "",
+) -> int:
+    """An integer within bounds; NumPy integers are integers, booleans are not."""
+    expected = "an integer"
+    if least is not None and most is not None:
+        expected += f" from {least} to {most}"
+    elif least is not None:
+        expected += f" of at least {least}"
+    elif most is not None:
+        expected += f" of at most {most}"
+    try:
+        found = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        found = None
+    if (
+        found is None
+        or (least is not None and found < least)
+        or (most is not None and found > most)
+    ):
+        refuse(name, expected, value, advice)
+    return found
+
+
+def number(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+) -> float:
+    """An integer or a float within bounds, as a float; finite, in float32 too."""
+    bounds = {"above": above, "at least": least, "at most": most}
+    words = [f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None]
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    try:
+        found = float(value) if is_number else math.nan
+    except OverflowError:
+        found = math.inf
+    if (
+        not -_MAX_NUMBER <= found <= _MAX_NUMBER
+        or (above is not None and not found > above)
+        or (least is not None and found < least)
+        or (most is not None and found > most)
+    ):
+        expected = " ".join(["a finite number", " and ".join(words)]).rstrip()
+        refuse(name, expected, value)
+    return found
 
 
 def check_array(name: str, value: Any) -> None:
     """Raises a ValueError unless this is an array, traced or not."""
     if not all(hasattr(value, part) for part in ("shape", "ndim", "dtype")):
-        _refuse(name, "an array", value, "make it one.")
+        refuse(name, "an array", value, "make it one.")
 
 
 def check_kind(name: str, value: Any, kind: type) -> None:
     """Raises a ValueError unless the value is of a class of these ops."""
     if not isinstance(value, kind):
-        _refuse(name, f"a {kind.__name__}", value, "make one of its arrays.")
+        refuse(name, f"a {kind.__name__}", value, "make one of its arrays.")
 
 
 def check_switch(name: str, value: Any) -> None:
     """Raises a ValueError unless the value is a boolean."""
     if not isinstance(value, bool):
-        _refuse(name, "True or False", value, "nothing else stands for one.")
-
-
-def check_number(name: str, value: Any, *, above: float = -math.inf) -> float:
-    """The value; a ValueError unless it is a finite number above a bound."""
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not above < value <= MAX_NUMBER or value < -MAX_NUMBER:
-        bound = "" if above == -math.inf else f" above {above:g}"
-        _refuse(name, f"a finite float32 number{bound}", value, "give one.")
-    return float(value)
-
-
-def check_count(name: str, value: Any, advice: str) -> None:
-    """Raises a ValueError unless the value is an integer of at least 1."""
-    try:
-        count = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        count = 0
-    if not 1 <= count <= MAX_COUNT:
-        _refuse(name, f"an integer from 1 to {MAX_COUNT}", value, advice)
+        refuse(name, "True or False", value, "nothing else stands for one.")
 
 
 def check_implementation(name: str, value: Any, table: Mapping[str, Any]) -> None:
     """Raises a NotImplementedError unless the value names an entry of a table."""
     if not isinstance(value, str) or value not in table:
         names = ", ".join(sorted(table))
-        _refuse(
-            name, f"one of {names}", value, "None is the best.", NotImplementedError
-        )
-
-
-def _refuse(name, expected, value, advice, error=ValueError) -> NoReturn:
-    shown = repr(value)
-    if len(shown) > _SHOWN:
-        shown = f"{shown[:_SHOWN]}..."
-    raise error(f"{name}: expected {expected}, got {shown}; {advice}")
+        refuse(name, f"one of {names}", value, "None is the best.", NotImplementedError)
 
 
 def check_sequence(x: jax.Array, dims: str) -> None:

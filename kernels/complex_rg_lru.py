@@ -14,15 +14,17 @@ turn: no digit is lost over any number of steps.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from recurrentgemma.kernels.checks import check_array, check_arrays, check_switch
 from recurrentgemma.kernels.dispatch import EVERYWHERE, Implementation, Op, call
-from recurrentgemma.kernels.linear_scan import LINEAR_SCAN, linear_scan
+from recurrentgemma.kernels.linear_scan import LINEAR_SCAN, linear_scan, other_way
 from recurrentgemma.kernels.rg_lru.reference import (
-    DECAY_SCALE,
+    gate_values,
+    scan_decay,
     sqrt_bounded_derivative,
 )
 
@@ -77,21 +79,15 @@ def complex_rg_lru(
             "positions": (positions, half[:2], jnp.integer),
         }
     )
-    recurrence_gate = jax.nn.sigmoid(recurrence_logits.astype(jnp.float32))
-    input_gate = jax.nn.sigmoid(input_logits.astype(jnp.float32))
-    starts = (positions == 0)[..., None]
-    holds = (positions < 0)[..., None]
-    log_decay = -DECAY_SCALE * jax.nn.softplus(a_param.astype(jnp.float32))
-    log_radius = log_decay[None, None] * recurrence_gate
-    phase = a_imag_param.astype(jnp.float32)[None, None] * recurrence_gate
-    radius = jnp.exp(log_radius)
-    radius = jnp.where(starts, 0.0, jnp.where(holds, 1.0, radius))
-    phase = jnp.where(holds, 0.0, phase)
-    # 1 - |a|^2 in this form keeps its digits where |a| is close to 1.
-    multiplier = sqrt_bounded_derivative(-jnp.expm1(2.0 * log_radius))
-    multiplier = jnp.where(holds, 0.0, jnp.where(starts, 1.0, multiplier))
+    r, i, _, radius, u = gate_values(recurrence_logits, input_logits, a_param)
+    position = positions[..., None]
+    radius = scan_decay(radius, position)
+    phase = a_imag_param.astype(jnp.float32)[None, None] * r
+    phase = jnp.where(position < 0, 0.0, phase)
+    multiplier = jnp.where(position == 0, 1.0, sqrt_bounded_derivative(u))
+    multiplier = jnp.where(position < 0, 0.0, multiplier)
     y, h_last = complex_linear_scan(
-        _scale(multiplier * input_gate, x.astype(jnp.float32)),
+        _join(multiplier * i, multiplier * i) * x.astype(jnp.float32),
         _join(radius * jnp.cos(phase), radius * jnp.sin(phase)),
         h0,
         implementation=implementation,
@@ -107,22 +103,9 @@ def complex_linear_scan(
     reverse: bool = False,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`linear_scan` on complex numbers.
+    """`linear_scan` on complex numbers: D / 2 real parts, then D / 2 imaginary ones.
 
-    Args:
-      x: inputs [B, T, D], floating point: D / 2 real parts, then D / 2 imaginary ones.
-      a: decays [B, T, D], likewise.
-      h0: state before the first step [B, D], float32, likewise; None is zero.
-      reverse: run from the last step to the first.
-      implementation: name of `linear_scan.IMPLEMENTATIONS`; None is the best.
-
-    Returns:
-      y: every state [B, T, D], in x's dtype.
-      h_last: the state after the last step taken [B, D], float32.
-
-    Raises:
-      ValueError: shapes or dtypes do not fit, or D is odd.
-      NotImplementedError: the named implementation does not exist or cannot run.
+    Args, Returns and Raises are those of `linear_scan`; an odd D is a ValueError too.
     """
     _check_width(x)
     check_switch("reverse", reverse)
@@ -158,25 +141,17 @@ def _in_turning_frame(x, a, h0, *, reverse, scan) -> tuple[jax.Array, jax.Array]
 
 def _gradients(arguments, results, upstream, *, reverse, scan):
     """As the real one's, with conjugates: the gradient of a product u v is conj(u)."""
-    (_, a, h0), (y, _), (y_cotangent, last_cotangent) = arguments, results, upstream
-    decay = _conjugate(a)
-    one = jnp.ones_like(a[:, :1, : a.shape[2] // 2])
-    one = _join(one, jnp.zeros_like(one))
-    previous = h0.astype(y.dtype)[:, None]
-    if reverse:
-        decay = jnp.concatenate([one, decay[:, :-1]], axis=1)
-        previous = jnp.concatenate([y[:, 1:], previous], axis=1)
-    else:
-        decay = jnp.concatenate([decay[:, 1:], one], axis=1)
-        previous = jnp.concatenate([previous, y[:, :-1]], axis=1)
-    grad_x, grad_first = complex_linear_scan(
-        y_cotangent, decay, last_cotangent, reverse=not reverse, implementation=scan
+    (_, a, h0), (y, _) = arguments, results
+    half = a.shape[2] // 2
+    return other_way(
+        partial(complex_linear_scan, implementation=scan),
+        (None, _conjugate(a), _conjugate(h0)),
+        (_conjugate(y), None),
+        upstream,
+        reverse=reverse,
+        multiply=_multiply,
+        one=(jnp.arange(2 * half) < half)[None],
     )
-    grad_a = _multiply(
-        _conjugate(previous.astype(jnp.float32)), grad_x.astype(jnp.float32)
-    )
-    first = _conjugate(a[:, -1 if reverse else 0].astype(jnp.float32))
-    return grad_x, grad_a.astype(a.dtype), _multiply(first, grad_first)
 
 
 COMPLEX_SCAN = Op(
@@ -198,11 +173,6 @@ def _check_width(x):
 
 def _join(real, imaginary):
     return jnp.concatenate([real, imaginary], axis=-1)
-
-
-def _scale(factor, z):
-    """A real factor times a complex number."""
-    return _join(factor, factor) * z
 
 
 def _multiply(u, v):

@@ -21,11 +21,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.dtypes import float0
 
 from recurrentgemma.kernels import meshes, precision
 from recurrentgemma.kernels.checks import check_implementation
-
-einsum_float32 = precision.einsum_float32
 
 EVERYWHERE = ("default",)
 """`Implementation.default_on` of an entry that may be chosen on every platform."""
@@ -180,8 +179,8 @@ def _reason_against(op, name, arguments, options) -> str | None:
     reason = entry.supports(*arguments, **options)
     if reason or entry.kernel_for is None:
         return reason
-    arrays = jax.tree.leaves(arguments)
-    cut = meshes.plan_cut(meshes.current_mesh(arrays), *_present(op, arguments))
+    given = meshes.present(meshes.words(op.dims)[0], arguments)
+    cut = meshes.plan_cut(meshes.current_mesh([array for _, array in given]), given)
     return cut if isinstance(cut, str) else None
 
 
@@ -199,7 +198,7 @@ def _gradient(op, choice: Choice, options, kept, upstream):
         return partial(run, **dict(options))
 
     of_arguments, of_results = meshes.words(op.dims)
-    leaves = jax.tree.leaves(kept[0], is_leaf=_is_none)
+    leaves = jax.tree.leaves(kept[0], is_leaf=lambda leaf: leaf is None)
     differentiated = [
         word
         for word, leaf in zip(of_arguments, leaves, strict=True)
@@ -212,17 +211,13 @@ def _gradient(op, choice: Choice, options, kept, upstream):
 def _by_differentiation(function, arguments, results, upstream, **options):
     """Gradients of an entry without its own, where other platforms' entries have one."""
     del results
-    leaves, structure = jax.tree.flatten(arguments)
-    floating = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+    _, pull_back = jax.vjp(partial(function, **options), *arguments)
+    return differentiable(pull_back(upstream))
 
-    def run(*inputs):
-        new = iter(inputs)
-        merged = [next(new) if f else x for f, x in zip(floating, leaves, strict=True)]
-        return function(*jax.tree.unflatten(structure, merged), **options)
 
-    inputs = [leaf for leaf, f in zip(leaves, floating, strict=True) if f]
-    found = iter(jax.vjp(run, *inputs)[1](upstream))
-    return jax.tree.unflatten(structure, [next(found) if f else None for f in floating])
+def differentiable(gradients: Any) -> Any:
+    """Gradients as `jax.vjp` gives them, with None for those of integers."""
+    return jax.tree.map(lambda g: None if g.dtype == float0 else g, gradients)
 
 
 def _run(op, choice, function_of, words, results, arguments, sum_results=False):
@@ -233,9 +228,8 @@ def _run(op, choice, function_of, words, results, arguments, sum_results=False):
         function = function_of(entry)
         if entry.kernel_for is None:
             return function
-        kernel = partial(function, **interpret)
-        dims = f"{','.join(words)}->{','.join(results)}"
-        return _kernel(kernel, function_of(op.plain), dims, sum_results)
+        kernel, plain = partial(function, **interpret), function_of(op.plain)
+        return _kernel(kernel, plain, words, results, sum_results)
 
     if len(choice) == 1:
         name = choice[0][1]
@@ -249,16 +243,13 @@ def _run(op, choice, function_of, words, results, arguments, sum_results=False):
     return jax.lax.platform_dependent(*arguments, **branches)
 
 
-def _kernel(kernel, plain, dims, sum_results):
+def _kernel(kernel, plain, words, results, sum_results):
     """A kernel on the parts of its arrays; derivatives are those of the plain form."""
 
     @jax.custom_jvp
     def run(*arguments):
-        leaves, structure = jax.tree.flatten(arguments)
-        words, results = meshes.words(dims)
-        present = jax.tree.leaves(arguments, is_leaf=_is_none)
-        words = [w for w, leaf in zip(words, present, strict=True) if leaf is not None]
-        found_structure = None
+        given = meshes.present(words, arguments)
+        structure, found_structure = jax.tree.structure(arguments), None
 
         def flat(*leaves):
             nonlocal found_structure
@@ -266,8 +257,7 @@ def _kernel(kernel, plain, dims, sum_results):
             found, found_structure = jax.tree.flatten(found)
             return found
 
-        mesh = meshes.current_mesh(leaves)
-        found = meshes.run_cut(flat, mesh, words, results, leaves, sum_results)
+        found = meshes.run_cut(flat, given, results, sum_results)
         return jax.tree.unflatten(found_structure, found)
 
     @run.defjvp
@@ -277,29 +267,13 @@ def _kernel(kernel, plain, dims, sum_results):
     return run
 
 
-def _present(op, arguments):
-    """Letters and arrays of the arguments that are given."""
-    words, _ = meshes.words(op.dims)
-    leaves = jax.tree.leaves(arguments, is_leaf=_is_none)
-    pairs = zip(words, leaves, strict=True)
-    return zip(*(pair for pair in pairs if pair[1] is not None), strict=True)
-
-
-def _is_none(leaf):
-    return leaf is None
-
-
-def _call(op, choice, options, *arguments):
-    return _forward(op, choice, options, *arguments)
-
-
 def _call_forward(op, choice, options, *arguments):
-    results = _call(op, choice, options, *arguments)
+    results = _forward(op, choice, options, *arguments)
     return results, op.keep(arguments, results)
 
 
 _call_with_gradient = precision.custom_vjp(
-    _call, _call_forward, _gradient, static=(0, 1, 2)
+    _forward, _call_forward, _gradient, static=(0, 1, 2)
 )
 
 

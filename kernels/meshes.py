@@ -33,10 +33,7 @@ AXIS_ROLES = {
 """Role of a mesh axis, by its name. Rows and channels of a kernel are independent;
 `sharded.py` cuts along time."""
 
-LETTER_ROLES = {"b": "rows", "c": "channels", "g": "channels"} | {
-    "n": "channels",
-    "k": "channels",
-}
+LETTER_ROLES = {"b": "rows"} | dict.fromkeys("cgnk", "channels")
 """Role of a dimension, by its letter: b rows, c channels, g groups of channels, n and k
 heads. Other dimensions are never cut."""
 
@@ -48,6 +45,13 @@ def words(dims: str) -> tuple[list[str], list[str]]:
     """The letters of each argument and of each result in "btc,bc->btc"."""
     arguments, results = dims.split("->")
     return arguments.split(","), results.split(",")
+
+
+def present(letters: Sequence[str], arguments: Any) -> list[tuple[str, jax.Array]]:
+    """Letters and array of each leaf of the arguments that is given, not None."""
+    leaves = jax.tree.leaves(arguments, is_leaf=lambda leaf: leaf is None)
+    pairs = zip(letters, leaves, strict=True)
+    return [(word, leaf) for word, leaf in pairs if leaf is not None]
 
 
 def current_mesh(arrays: Sequence[jax.Array]) -> AbstractMesh:
@@ -69,11 +73,11 @@ def axes_of_type(mesh: AbstractMesh, kind: AxisType) -> tuple[str, ...]:
 
 
 def plan_cut(
-    mesh: AbstractMesh, letters: Sequence[str], arrays: Sequence[jax.Array]
+    mesh: AbstractMesh, arguments: Sequence[tuple[str, jax.Array]]
 ) -> Cut | str:
-    """How to cut a kernel with these arguments, or why that is not possible."""
+    """How to cut a kernel with these `present` arguments, or why that cannot be."""
     lengths: dict[str, int] = {}
-    for word, array in zip(letters, arrays, strict=True):
+    for word, array in arguments:
         lengths |= zip(word, array.shape, strict=True)
     if _checks_varying_axes(mesh):
         return "its results have no types for jax.shard_map(..., check_vma=True)"
@@ -104,26 +108,25 @@ def plan_cut(
 
 def run_cut(
     function: Callable[..., Sequence[jax.Array]],
-    mesh: AbstractMesh,
-    arguments: Sequence[str],
+    arguments: Sequence[tuple[str, jax.Array]],
     results: Sequence[str],
-    arrays: Sequence[jax.Array],
     sum_results: bool,
 ) -> Sequence[jax.Array]:
     """Runs a function of arrays on each device's part of them, as `plan_cut` says.
 
     Args:
       function: function of arrays, returns several.
-      mesh: devices; `plan_cut` gives a cut.
-      arguments, results: letters of the dimensions of each array.
-      arrays: the arguments.
+      arguments: letters of the dimensions of each array, and the array.
+      results: letters of each result.
       sum_results: whether a result is a sum over the dimensions that it lacks, as the
         gradient of an argument is: then the devices' sums are added.
     """
+    letters, arrays = zip(*arguments, strict=True)
+    mesh = current_mesh(arrays)
     axes = axes_of_type(mesh, AxisType.Auto)
     if all(mesh.shape[axis] == 1 for axis in axes):
         return function(*arrays)
-    cut = plan_cut(mesh, arguments, arrays)
+    cut = plan_cut(mesh, arguments)
     assert not isinstance(cut, str), f"a kernel was chosen although {cut}"
     used = {axis for axes in cut.values() for axis in axes}
 
@@ -143,7 +146,7 @@ def run_cut(
     return jax.shard_map(
         part,
         mesh=mesh,
-        in_specs=tuple(map(spec, arguments)),
+        in_specs=tuple(map(spec, letters)),
         out_specs=tuple(map(spec, results)),
         axis_names=set(axes),
         check_vma=False,
@@ -203,11 +206,9 @@ def result_specs(dims: str, arguments: Any) -> tuple[PartitionSpec, ...]:
     """
     of_arguments, of_results = words(dims)
     axes: dict[str, Any] = {}
-    leaves = jax.tree.leaves(arguments, is_leaf=lambda leaf: leaf is None)
-    for word, leaf in zip(of_arguments, leaves, strict=True):
-        if leaf is not None:
-            for letter, axis in zip(word, jax.typeof(leaf).sharding.spec, strict=True):
-                axes[letter] = axes.get(letter) or axis
+    for word, leaf in present(of_arguments, arguments):
+        for letter, axis in zip(word, jax.typeof(leaf).sharding.spec, strict=True):
+            axes[letter] = axes.get(letter) or axis
     specs = []
     for word in of_results:
         taken: set[str] = set()

@@ -11,7 +11,7 @@ public op, and is differentiable like it, in both directions of the ring of devi
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -56,19 +56,11 @@ def linear_scan(
     """`recurrentgemma.kernels.linear_scan` of a sequence cut along time.
 
     Raises:
-      ValueError: as there, or T is no multiple of the number of shards.
-      NotImplementedError: as there.
+      As there, and a ValueError if T is no multiple of the number of shards.
     """
 
-    def on_shard(x, a, h0):
-        def run(x, h0):
-            return scan_op(x, a, h0, reverse=reverse, implementation=implementation)
-
-        return _chain(run, x, h0, sharding, reverse)
-
-    h0 = _first_state(x, h0, sharding)
-    long, state = _specs(sharding)
-    return _map(on_shard, sharding, (long, long, state), (long, state))(x, a, h0)
+    op = partial(scan_op, reverse=reverse, implementation=implementation)
+    return _recurrence(op, x, (a,), h0, sharding, reverse)
 
 
 def rg_lru(
@@ -85,30 +77,12 @@ def rg_lru(
     """`recurrentgemma.kernels.rg_lru` of a sequence cut along time.
 
     Raises:
-      ValueError: as there, or T is no multiple of the number of shards.
-      NotImplementedError: as there.
+      As there, and a ValueError if T is no multiple of the number of shards.
     """
 
-    def on_shard(x, recurrence_logits, input_logits, a_param, positions, h0):
-        def run(x, h0):
-            return rg_lru_op(
-                x,
-                recurrence_logits,
-                input_logits,
-                a_param,
-                positions,
-                h0,
-                implementation=implementation,
-            )
-
-        return _chain(run, x, h0, sharding)
-
-    h0 = _first_state(x, h0, sharding)
-    long, state = _specs(sharding)
-    arguments = (long, long, long, PartitionSpec(), long, state)
-    return _map(on_shard, sharding, arguments, (long, state))(
-        x, recurrence_logits, input_logits, a_param, positions, h0
-    )
+    op = partial(rg_lru_op, implementation=implementation)
+    others = (recurrence_logits, input_logits, a_param, positions)
+    return _recurrence(op, x, others, h0, sharding)
 
 
 def local_attention(
@@ -130,17 +104,11 @@ def local_attention(
     of the sequence axis.
 
     Raises:
-      ValueError: as there, or T is no multiple of the number of shards.
-      NotImplementedError: as there.
+      As there, and a ValueError if T is no multiple of the number of shards.
     """
     _check_length(q, sharding)
     if cache is None:
-        batch, length, *rest = k.shape
-        slots = length if window is None else window
-        empty = jnp.zeros((batch, slots, *rest), k.dtype)
-        cache = KVCache(
-            empty, empty.astype(v.dtype), jnp.full((batch, slots), -1, jnp.int32)
-        )
+        cache = ring.empty(k, v, k.shape[1] if window is None else window)
 
     def on_shard(q, k, v, positions, cache):
         before = _before_shard(cache, k, v, positions, sharding)
@@ -163,28 +131,40 @@ def local_attention(
     )
 
 
-def _chain(
-    run: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+def _recurrence(
+    op: Callable[..., tuple[jax.Array, jax.Array]],
     x: jax.Array,
-    h0: jax.Array,
+    others: Sequence[jax.Array],
+    h0: jax.Array | None,
     sharding: SequenceSharding,
     reverse: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """`run(x, h0)`, a recurrence that is linear in both, through all shards in turn."""
-    y, end = run(x, jnp.zeros_like(h0))
-    decay, product = run(jnp.zeros_like(x), jnp.ones_like(h0))
-    ends, products = (
-        jax.lax.all_gather(state, sharding.sequence, axis=1) for state in (end, product)
-    )
-    states, h_last = scan_op(ends, products, h0, reverse=reverse)
-    if reverse:
-        starts = jnp.concatenate([states[:, 1:], h0[:, None]], axis=1)
-    else:
-        starts = jnp.concatenate([h0[:, None], states[:, :-1]], axis=1)
-    index = jax.lax.axis_index(sharding.sequence)
-    start = jax.lax.dynamic_slice_in_dim(starts, index, 1, axis=1)
-    total = y.astype(jnp.float32) + decay.astype(jnp.float32) * start
-    return total.astype(y.dtype), h_last
+    """`op(x, *others, h0)`, which is linear in x and h0, through all shards in turn."""
+    _check_length(x, sharding)
+    if h0 is None:
+        h0 = jnp.zeros((x.shape[0], x.shape[-1]), jnp.float32)
+
+    def on_shard(x, h0, *others):
+        y, end = op(x, *others, jnp.zeros_like(h0))
+        decay, product = op(jnp.zeros_like(x), *others, jnp.ones_like(h0))
+        ends, products = (
+            jax.lax.all_gather(state, sharding.sequence, axis=1)
+            for state in (end, product)
+        )
+        states, h_last = scan_op(ends, products, h0, reverse=reverse)
+        if reverse:
+            starts = jnp.concatenate([states[:, 1:], h0[:, None]], axis=1)
+        else:
+            starts = jnp.concatenate([h0[:, None], states[:, :-1]], axis=1)
+        index = jax.lax.axis_index(sharding.sequence)
+        start = jax.lax.dynamic_slice_in_dim(starts, index, 1, axis=1)
+        total = y.astype(jnp.float32) + decay.astype(jnp.float32) * start
+        return total.astype(y.dtype), h_last
+
+    long, state = _specs(sharding)
+    specs = (PartitionSpec() if array.ndim == 1 else long for array in others)
+    run = _map(on_shard, sharding, (long, state, *specs), (long, state))
+    return run(x, h0, *others)
 
 
 def _before_shard(cache, k, v, positions, sharding) -> KVCache:
@@ -201,7 +181,6 @@ def _before_shard(cache, k, v, positions, sharding) -> KVCache:
             send(k[:, tail]),
             send(v[:, tail]),
             send(positions[:, tail] + 1) - 1,
-            slots,
         )
     return cache
 
@@ -218,13 +197,6 @@ def _after_row(cache, positions, sharding) -> KVCache:
         return jax.lax.psum(own_array, sharding.sequence)
 
     return KVCache(*(choose(array) for array in cache))
-
-
-def _first_state(x, h0, sharding):
-    _check_length(x, sharding)
-    if h0 is None:
-        return jnp.zeros((x.shape[0], x.shape[-1]), jnp.float32)
-    return h0
 
 
 def _check_length(x, sharding):

@@ -4,98 +4,24 @@ Each function takes the argument's name and value and returns the value in the t
 the code behind it counts on. All raise ValueError.
 """
 
-import math
 import numbers
-import operator
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-MAX_COUNT = 2**31 - 1
-"""Largest number of rows, tokens or channels."""
-_LARGEST = float(np.finfo(np.float32).max)
-_SHOWN = 60
-"""Most characters of a value in an error."""
+from recurrentgemma.kernels.checks import MAX_COUNT, integer, number, refuse
 
-
-def refuse(name: str, expected: str, value: Any, advice: str = "") -> NoReturn:
-    """Raises the ValueError that says what was expected of an argument."""
-    shown = repr(value)
-    if len(shown) > _SHOWN:
-        shown = f"{shown[:_SHOWN]}..."
-    raise ValueError(
-        f"{name}: expected {expected}, got {shown}{advice and f'; {advice}'}"
-    )
-
-
-def integer(
-    name: str, value: Any, *, least: int | None = None, most: int | None = None
-) -> int:
-    """An integer within bounds; NumPy integers are integers, booleans are not."""
-    expected = "an integer"
-    if least is not None and most is not None:
-        expected += f" from {least} to {most}"
-    elif least is not None:
-        expected += f" of at least {least}"
-    elif most is not None:
-        expected += f" of at most {most}"
-    if isinstance(value, bool | np.bool_):
-        refuse(name, expected, value)
-    try:
-        number = operator.index(value)
-    except TypeError:
-        refuse(name, expected, value)
-    if (least is not None and number < least) or (most is not None and number > most):
-        refuse(name, expected, value)
-    return number
+__all__ = ["MAX_COUNT", "integer", "number", "refuse"]
 
 
 def positive_integer(name: str, value: Any) -> int:
     """An integer of at least 1, and at most what int32 holds."""
     found = integer(name, value, least=1)
     return integer(name, found, most=MAX_COUNT)
-
-
-def number(
-    name: str,
-    value: Any,
-    *,
-    above: float | None = None,
-    least: float | None = None,
-    most: float | None = None,
-) -> float:
-    """A number within bounds, as a float; finite, in float32 too.
-
-    Args:
-      name: of the argument.
-      value: an integer or a float; no boolean, no text.
-      above: it must be larger than this.
-      least: it must not be smaller than this.
-      most: it must not be larger than this.
-    """
-    bounds = [
-        f"{word} {bound:g}"
-        for word, bound in (("above", above), ("at least", least), ("at most", most))
-        if bound is not None
-    ]
-    expected = " ".join(["a finite number", " and ".join(bounds)]).rstrip()
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    try:
-        found = float(value) if is_number else math.nan
-    except OverflowError:
-        found = math.inf
-    if (
-        not -_LARGEST <= found <= _LARGEST
-        or (above is not None and not found > above)
-        or (least is not None and found < least)
-        or (most is not None and found > most)
-    ):
-        refuse(name, expected, value)
-    return found
 
 
 def boolean(name: str, value: Any) -> bool:

@@ -17,7 +17,7 @@ from recurrentgemma.cache import Chunk
 from recurrentgemma.config import Runtime
 from recurrentgemma.kernels import linear_scan, rg_lru
 from recurrentgemma.kernels.complex_rg_lru import complex_rg_lru
-from recurrentgemma.kernels.dispatch import einsum_float32
+from recurrentgemma.kernels.precision import einsum_float32
 from recurrentgemma.kernels.rg_lru.gates import Gate, logits
 from recurrentgemma.kernels.rg_lru.reference import (
     DECAY_SCALE,

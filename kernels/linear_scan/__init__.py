@@ -9,6 +9,7 @@ gradient of x and b that of h_last,
 so every entry but the reference brings one of its own kind.
 """
 
+import operator
 from functools import partial
 
 import jax
@@ -96,7 +97,7 @@ def linear_scan_gradients(
     arguments, results, upstream = (y, a, h0), (y, None), (y_gradient, last_gradient)
     if implementation == "reference":
         scan = partial(linear_scan, implementation="reference")
-        return _other_way(scan, arguments, results, upstream, reverse=False)
+        return other_way(scan, arguments, results, upstream, reverse=False)
     return gradient(
         LINEAR_SCAN, implementation, arguments, results, upstream, reverse=False
     )
@@ -109,30 +110,36 @@ def one_step(x, a, h0, reverse):
     return h.astype(x.dtype)[:, None], h
 
 
-def takes_one_step(x, *arguments, **options):
-    """`Implementation.supports` of entries for T = 1."""
-    del arguments, options
-    return None if x.shape[1] == 1 else f"it takes one step, not {x.shape[1]}"
+def takes_one_step(*arguments, **options):
+    """`Implementation.supports` of entries for T = 1; x comes first."""
+    del options
+    length = jax.tree.leaves(arguments)[0].shape[1]
+    return None if length == 1 else f"it takes one step, not {length}"
 
 
-def _other_way(scan, arguments, results, upstream, *, reverse):
-    """Gradients of x, a and h0 by a scan in the other direction."""
+def other_way(
+    scan, arguments, results, upstream, *, reverse, multiply=operator.mul, one=1
+):
+    """An `Implementation.gradient` by a scan in the other direction.
+
+    `scan` takes x, a, h0 and `reverse`; `one` is the neutral element of `multiply`.
+    """
     (_, a, h0), (y, _) = arguments, results
     y_gradient, last_gradient = upstream
     # The gradient of h_last enters after the last step, undecayed.
-    decays = _shift(a, jnp.ones_like(a[:, 0]), not reverse)
+    decays = _shift(a, jnp.full_like(a[:, 0], one), not reverse)
     grad_x, grad_first = scan(y_gradient, decays, last_gradient, reverse=not reverse)
     previous = _shift(y, h0.astype(y.dtype), reverse)
-    grad_a = grad_x.astype(jnp.float32) * previous.astype(jnp.float32)
+    grad_a = multiply(grad_x.astype(jnp.float32), previous.astype(jnp.float32))
     first = -1 if reverse else 0
-    grad_h0 = a[:, first].astype(jnp.float32) * grad_first
+    grad_h0 = multiply(a[:, first].astype(jnp.float32), grad_first)
     return grad_x, grad_a.astype(a.dtype), grad_h0
 
 
 def _kernel_gradient(module, arguments, results, upstream, *, reverse, **interpret):
     if reverse:
         scan = partial(imported_late(module, "scan"), **interpret)
-        return _other_way(scan, arguments, results, upstream, reverse=True)
+        return other_way(scan, arguments, results, upstream, reverse=True)
     _, *states = arguments
     kernel = imported_late(module, "gradients")
     return kernel(*states, results[0], *upstream, **interpret)
@@ -141,7 +148,7 @@ def _kernel_gradient(module, arguments, results, upstream, *, reverse, **interpr
 def _plain(name, scan, **fields):
     """An entry whose gradient is the same scan, differentiable again."""
     again = partial(linear_scan, implementation=name)
-    return Implementation(scan, partial(_other_way, again), **fields)
+    return Implementation(scan, partial(other_way, again), **fields)
 
 
 def _kernel(module, platform, supports, **fields):

@@ -1,10 +1,13 @@
 """Block shapes of the recurrence kernels for TPU: a few numbers and one pure function."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 LANES = 128
 """Channels of a tile."""
+TILE = 8
+"""Rows of a float32 tile."""
 MAX_WIDTH = 4096
 """Channels of a block: the state of more would not stay in registers."""
 ROW_CHANNELS = 4096
@@ -21,41 +24,43 @@ FORWARD_ARRAYS, GRADIENT_ARRAYS = (2, 2), (4, 6)
 MAX_STEPS = 512
 
 
-class BlockSizes(NamedTuple):
-    """A block of [B, T, D] is [rows, steps, width]."""
+class Blocks(NamedTuple):
+    """How sequences [B, T, D] are cut into blocks [rows, steps, width]."""
 
     rows: int
     steps: int
     width: int
     group: int
     """Steps handled at once: the height of a tile of the narrowest dtype."""
+    length: int
+    """T."""
+    reverse: bool
+    """Whether time runs from the last step to the first."""
 
 
-def block_sizes(shape: tuple[int, ...], itemsizes: tuple[int, ...]) -> BlockSizes:
-    """Block sizes for some arrays [B, T, D] of one shape.
+def block_sizes(
+    shape: tuple[int, ...], itemsizes: Sequence[int], *, reverse: bool = False
+) -> Blocks:
+    """Blocks of some arrays [B, T, D] of one shape.
 
     Args:
       shape: B, T and D.
       itemsizes: bytes an element of each array that is read or written in blocks.
+      reverse: whether time runs from the last step to the first.
     """
     batch, length, width = shape
     group = min(length, 32 // min(itemsizes))
     parts = math.ceil(width / MAX_WIDTH)
-    block_width = width
     if parts > 1:
-        block_width = math.ceil(width / parts / LANES) * LANES
+        width = math.ceil(width / parts / LANES) * LANES
     rows = math.gcd(batch, 8)
-    while rows > 1 and rows * block_width > ROW_CHANNELS:
+    while rows > 1 and rows * width > ROW_CHANNELS:
         rows //= 2
-    per_step = 2 * rows * math.ceil(block_width / LANES) * LANES * sum(itemsizes)
+    per_step = 2 * rows * math.ceil(width / LANES) * LANES * sum(itemsizes)
     fitting = max(VMEM_BUDGET_BYTES // per_step, group)
     steps = min(2 ** int(math.log2(fitting)), MAX_STEPS)
-    return BlockSizes(
-        rows=rows,
-        steps=min(steps, math.ceil(length / group) * group),
-        width=block_width,
-        group=group,
-    )
+    steps = min(steps, math.ceil(length / group) * group)
+    return Blocks(rows, steps, width, group, length, reverse)
 
 
 def gate_block_sizes(
@@ -64,8 +69,8 @@ def gate_block_sizes(
     itemsize: int,
     *,
     gradient: bool,
-) -> BlockSizes | None:
-    """Block sizes for a kernel with the RG-LRU's gate products; None if none fits.
+) -> Blocks | None:
+    """Blocks for a kernel with the RG-LRU's gate products; None if none fit.
 
     A block has whole gate blocks. Fewer rows, then fewer channels, then fewer steps are
     taken until a block fits: products of fewer than 128 steps fill the matrix units less.
@@ -79,17 +84,18 @@ def gate_block_sizes(
       gradient: whether it is the kernel of the gradient.
     """
     sequences, wide = GRADIENT_ARRAYS if gradient else FORWARD_ARRAYS
-    first = block_sizes(shape, (itemsize,) * sequences)
+    first = block_sizes(shape, (itemsize,) * sequences, reverse=gradient)
 
-    def fits(sizes: BlockSizes) -> bool:
-        per_step = sizes.rows * (2 * sequences * itemsize + 4 * wide)
-        matrices = 2 * gate_width * (itemsize + 4 * sizes.rows * gradient)
-        return sizes.width * (sizes.steps * per_step + matrices) <= GATES_BUDGET_BYTES
+    def fits(blocks: Blocks) -> bool:
+        per_step = blocks.rows * (2 * sequences * itemsize + 4 * wide)
+        matrices = 2 * gate_width * (itemsize + 4 * blocks.rows * gradient)
+        size = blocks.width * (blocks.steps * per_step + matrices)
+        return size <= GATES_BUDGET_BYTES
 
     groups = shape[2] // gate_width
     whole_length = math.ceil(shape[1] / first.group) * first.group
     candidates = (
-        BlockSizes(rows, steps, count * gate_width, first.group)
+        first._replace(rows=rows, steps=steps, width=count * gate_width)
         for steps in _halvings(min(whole_length, LANES, MAX_STEPS), first.group)
         for count in range(min(groups, MAX_WIDTH // gate_width), 0, -1)
         if groups % count == 0

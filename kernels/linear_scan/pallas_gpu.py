@@ -22,30 +22,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels.linear_scan.triton_programs import (
-    Array,
-    Before,
-    Load,
-    PerChunk,
-    Schedule,
-    call,
-    choose_schedule,
-    first_state,
-    for_each_step,
-    load,
-    load_before,
-    plain,
-    store_last,
-)
+from recurrentgemma.kernels.linear_scan import triton_programs as gpu
 
 UNROLL = 32
 """Steps whose inputs are in flight together."""
-Read = Callable[..., tuple[list[Load], Callable[..., tuple[jax.Array, jax.Array]]]]
+Read = Callable[..., tuple[list[gpu.Load], Callable[..., tuple[jax.Array, jax.Array]]]]
 """Of a schedule and refs: what to load at a step, and what makes x_t and a_t of that."""
 
 
 def _read(_, x, a):
-    return [load(x), load(a)], lambda x_t, a_t: (x_t, a_t)
+    return [gpu.load(x), gpu.load(a)], lambda x_t, a_t: (x_t, a_t)
 
 
 def _summary_kernel(*refs, read, schedule, adjoint):
@@ -61,7 +47,7 @@ def _summary_kernel(*refs, read, schedule, adjoint):
         return (a_t * decay, multiply_add(a_t, h, x_t)), ()
 
     zeros = jnp.zeros([schedule.channels], jnp.float32)
-    carry = for_each_step(step, (zeros + 1, zeros), loads, [], schedule)
+    carry = gpu.for_each_step(step, (zeros + 1, zeros), loads, [], schedule)
     product[...], end[...] = carry
 
 
@@ -74,9 +60,9 @@ def _scan_kernel(*refs, read, schedule):
         h = schedule.arithmetic.multiply_add(a_t, h, x_t)
         return h, (h,)
 
-    h = first_state(h0, products, ends, schedule)
-    h = for_each_step(step, h, loads, [y], schedule)
-    store_last(h_last, h, schedule)
+    h = gpu.first_state(h0, products, ends, schedule)
+    h = gpu.for_each_step(step, h, loads, [y], schedule)
+    gpu.store_last(h_last, h, schedule)
 
 
 def _gradient_kernel(
@@ -87,10 +73,10 @@ def _gradient_kernel(
         g = dy_t + c
         return a_t * g, (g, g * before)
 
-    c = first_state(d_last, products, ends, schedule)
-    loads = [load(dy), load(a), load_before(y, y_before, h0)]
-    c = for_each_step(step, c, loads, [dx, da], schedule)
-    store_last(dh, c, schedule)
+    c = gpu.first_state(d_last, products, ends, schedule)
+    loads = [gpu.load(dy), gpu.load(a), gpu.load_before(y, y_before, h0)]
+    c = gpu.for_each_step(step, c, loads, [dx, da], schedule)
+    gpu.store_last(dh, c, schedule)
 
 
 @partial(jax.jit, static_argnames=("reverse", "interpret"))
@@ -102,7 +88,7 @@ def scan(
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `linear_scan`; h0 is float32 [B, D] here and T is at least 1."""
-    schedule = choose_schedule((x, a), UNROLL, reverse, interpret)
+    schedule = gpu.choose_schedule((x, a), UNROLL, reverse, interpret)
     return scan_of("linear_scan", _read, (x, a), h0, schedule)
 
 
@@ -116,15 +102,15 @@ def gradients(
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of x, a and h0, from the result y and the gradients of y and h_last."""
-    schedule = choose_schedule((y, a), UNROLL, True, interpret)
+    schedule = gpu.choose_schedule((y, a), UNROLL, True, interpret)
     arrays = (y_gradient, a)
-    dx, da, dh = call(
+    dx, da, dh = gpu.call(
         partial(_gradient_kernel, schedule=schedule),
         "linear_scan_gradient",
         (
             *arrays,
             y,
-            Before(y),
+            gpu.Before(y),
             h0,
             last_gradient,
             *summaries("linear_scan_adjoint", _read, arrays, schedule, adjoint=True),
@@ -138,20 +124,15 @@ def gradients(
 def scan_of(
     name: str,
     read: Read,
-    arrays: Sequence[Array],
+    arrays: Sequence[gpu.Array],
     h0: jax.Array,
-    schedule: Schedule,
+    schedule: gpu.Schedule,
 ) -> tuple[jax.Array, jax.Array]:
     """The states y, like the first array, and the last state of the scan that is read.
 
-    Args:
-      name: of the kernel.
-      read: takes refs of the arrays.
-      arrays: the first is a sequence; `call` says what else they may be.
-      h0: float32 [B, D].
-      schedule: how time is taken.
+    `read` takes refs of the arrays, of which the first is a sequence.
     """
-    y, h_last = call(
+    y, h_last = gpu.call(
         partial(_scan_kernel, read=read, schedule=schedule),
         name,
         (*arrays, h0, *summaries(f"{name}_summary", read, arrays, schedule)),
@@ -164,23 +145,19 @@ def scan_of(
 def summaries(
     name: str,
     read: Read,
-    arrays: Sequence[Array],
-    schedule: Schedule,
+    arrays: Sequence[gpu.Array],
+    schedule: gpu.Schedule,
     adjoint: bool = False,
-) -> list[PerChunk]:
+) -> list[gpu.PerChunk]:
     """Of each chunk, the product of its decays and its last state from zero.
 
-    Args:
-      name, read, arrays, schedule: as of `scan_of`.
-      adjoint: whether the state is c, of the equations above, rather than h.
-
-    Returns:
-      Two float32 arrays [B, chunks, D].
+    Both are float32 [B, chunks, D]. In the adjoint scan the state is c of the equations
+    above, rather than h.
     """
-    batch, _, width = plain(arrays[0]).shape
+    batch, _, width = gpu.plain(arrays[0]).shape
     state = jax.ShapeDtypeStruct((batch, schedule.chunks, width), jnp.float32)
     if schedule.chunks == 1:
-        return [PerChunk(jnp.zeros(state.shape, state.dtype))] * 2
+        return [gpu.PerChunk(jnp.zeros(state.shape, state.dtype))] * 2
     kernel = partial(_summary_kernel, read=read, schedule=schedule, adjoint=adjoint)
-    results = call(kernel, name, arrays, [PerChunk(state)] * 2, schedule)
-    return [PerChunk(result) for result in results]
+    results = gpu.call(kernel, name, arrays, [gpu.PerChunk(state)] * 2, schedule)
+    return [gpu.PerChunk(result) for result in results]

@@ -238,8 +238,8 @@ def call(
 ) -> list[jax.Array]:
     """Runs a kernel for every block of channels, row and chunk.
 
-    It gets refs [chunk, channels] of sequences [B, T, D], [channels] of states [B, D]
-    and of what is `Before`, and [chunk] of what is `PerStep`. Of what is `PerChunk` it
+    It gets refs [chunk, channels] of sequences [B, T, D], [channels] of states [B, D],
+    of what is the same in all rows [D] and of what is `Before`, and [chunk] of what is `PerStep`. Of what is `PerChunk` it
     reads all, [chunks, channels], and writes its own, [channels].
 
     Args:
@@ -266,14 +266,16 @@ def call(
                 if output:
                     return of_sequence(None, lambda c: c)
                 return of_sequence(chunks, lambda c: 0)
-        if len(array.shape) == 2:
+        if len(array.shape) < 3:
             return pl.BlockSpec((None, channels), lambda d, b, c: (b, d))
         return of_sequence(chunk, lambda c: c)
 
     def pad(array):
-        if isinstance(array, PerStep) or not more:
-            return plain(array)
+        if isinstance(array, PerStep):
+            return array.array
         array = plain(array)
+        if array.ndim == 1:
+            array = jnp.broadcast_to(array[None], (batch, width))
         return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, more)])
 
     padded = pl.pallas_call(

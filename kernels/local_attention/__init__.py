@@ -4,18 +4,17 @@ Implementations compute the output, and their gradients those of q, k, v and the
 keys and values; the ring is written here, once for all of them.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 
 from recurrentgemma.kernels import meshes
 from recurrentgemma.kernels.checks import (
+    MAX_COUNT,
     check_array,
     check_arrays,
-    check_count,
     check_kind,
-    check_number,
+    integer,
+    number,
 )
 from recurrentgemma.kernels.dispatch import EVERYWHERE, Implementation, Op, call
 from recurrentgemma.kernels.local_attention import (
@@ -25,6 +24,7 @@ from recurrentgemma.kernels.local_attention import (
     ring,
     splash,
 )
+from recurrentgemma.kernels.local_attention.chunk import Chunk, Settings
 from recurrentgemma.kernels.local_attention.ring import KVCache
 
 
@@ -74,22 +74,20 @@ def local_attention(
     Source: Griffin, arXiv 2402.19427, section 2.3.
     """
     _validate(q, k, v, positions, cache, window)
-    scale = check_number("scale", scale)
+    scale = number("scale", scale)
     if soft_cap is not None:
-        soft_cap = check_number("soft_cap", soft_cap, above=0)
-    options = {"window": window, "scale": scale, "soft_cap": soft_cap}
+        soft_cap = number("soft_cap", soft_cap, above=0)
+    settings = Settings(window, scale, soft_cap)
 
     def attend_and_write(q, k, v, positions, cache):
-        kept = _no_slots(k, v) if cache is None else cache
-        arguments = (q, k, v, positions, *kept)
-        out, _ = call(LOCAL_ATTENTION, implementation, *arguments, **options)
-        if cache is None:
-            slots = k.shape[1] if window is None else window
-        else:
-            slots = cache.positions.shape[1]
+        kept = ring.empty(k, v, 0) if cache is None else KVCache(*cache)
+        chunk = Chunk(q, k, v, positions, kept)
+        out, _ = call(LOCAL_ATTENTION, implementation, chunk, settings=settings)
         if k.shape[1] == 1:
             positions = ring.after(out, positions)
-        return out, ring.write(cache, k, v, positions, slots)
+        if cache is None:
+            kept = ring.empty(k, v, k.shape[1] if window is None else window)
+        return out, ring.write(*meshes.vary_alike((kept, k, v, positions)))
 
     def result_specs():
         kept = KVCache(None, None, None) if cache is None else cache
@@ -101,16 +99,6 @@ def local_attention(
     return meshes.with_auto_axes(attend_and_write, result_specs, *arguments)
 
 
-def _no_slots(k: jax.Array, v: jax.Array) -> KVCache:
-    return KVCache(k[:, :0], v[:, :0], jnp.zeros((k.shape[0], 0), jnp.int32))
-
-
-def _gradients(gradients, arguments, results, upstream, **options):
-    """An `Implementation.gradient`; that of the sum of weights, unused, is zero."""
-    dq, dk, dv, dkeys, dvalues = gradients(*arguments, *results, upstream[0], **options)
-    return dq, dk, dv, None, dkeys, dvalues, None
-
-
 ARGUMENTS = "btnh,btkh,btkh,bt,bskh,bskh,bs"
 IMPLEMENTATIONS = {
     "one_query": Implementation(
@@ -118,14 +106,12 @@ IMPLEMENTATIONS = {
     ),
     "splash": Implementation(
         splash.attend,
-        partial(_gradients, splash.gradients),
+        splash.gradients,
         kernel_for="tpu",
         default_on=("tpu",),
         supports=splash.supports,
     ),
-    "blocked": Implementation(
-        blocked.attend, partial(_gradients, blocked.gradients), default_on=EVERYWHERE
-    ),
+    "blocked": Implementation(blocked.attend, blocked.gradients, default_on=EVERYWHERE),
     "reference": Implementation(reference.attend),
 }
 """Give the output, and the logarithm of the sum of weights, float32 [B, T, N]."""
@@ -147,7 +133,8 @@ def _validate(q, k, v, positions, cache, window):
             f"heads, got {k.shape}; give each group of query heads one key head."
         )
     if window is not None:
-        check_count("window", window, "None is the whole document.")
+        advice = "None is the whole document."
+        integer("window", window, least=1, most=MAX_COUNT, advice=advice)
     shape = (batch, length, k.shape[2], head_dim)
     expected = {
         "q": (q, q.shape, jnp.floating),

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels.local_attention import ring
-from recurrentgemma.kernels.local_attention.ring import KVCache
+from recurrentgemma.kernels.dispatch import differentiable
+from recurrentgemma.kernels.local_attention.chunk import Chunk, Settings, keys_in_time
+from recurrentgemma.kernels.local_attention.reference import HIDDEN
 from recurrentgemma.kernels.precision import einsum_float32
 
 SMALLEST_BLOCK = 64
@@ -29,9 +30,6 @@ BLOCKS_PER_WINDOW = 16
 GROWING_GROUPS = 2
 """Blocks that see all keys so far are grouped; a group's keys are its last block's."""
 
-HIDDEN = -1e30
-"""Score of a key that is not seen."""
-
 
 class _Options(NamedTuple):
     rows: int  # Rows (queries times heads of a group) in a block.
@@ -41,106 +39,68 @@ class _Options(NamedTuple):
     # Index after the last key that block i sees is front + (i + 1) * queries.
     front: int
     queries: int
-    scale: float
-    soft_cap: float | None
+    settings: Settings
 
 
-def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    positions: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    held: jax.Array,
-    *,
-    window: int | None,
-    scale: float,
-    soft_cap: float | None,
-) -> tuple[jax.Array, jax.Array]:
-    """The output, and the logarithm of the sum of weights, float32 [B, T, N].
-
-    See `local_attention`; keys, values and held are the cache's, of 0 slots if there is
-    none. The written cache is not this function's business.
-    """
-    first, last, options = _plan(q, k, positions, held, window, scale, soft_cap)
-    rows, all_keys, all_values = _arrange(q, k, v, keys, values, held, options)
-    out, log_total = _attend_rows(rows, all_keys, all_values, first, last, options)
-    out, log_total = (_from_rows(part, q.shape) for part in (out, log_total))
+def attend(chunk: Chunk, *, settings: Settings) -> tuple[jax.Array, jax.Array]:
+    """See `reference.attend`."""
+    first, last, options = _plan(chunk, settings)
+    rows, keys, values = _arrange(chunk, options)
+    out, log_total = _attend_rows(rows, keys, values, first, last, options)
+    out, log_total = (_from_rows(part, chunk.q.shape) for part in (out, log_total))
     return out, log_total[..., 0]
 
 
 def gradients(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    positions: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    held: jax.Array,
-    out: jax.Array,
-    log_total: jax.Array,
-    out_gradient: jax.Array,
+    arguments: tuple[Chunk],
+    results: tuple[jax.Array, jax.Array],
+    upstream: tuple[jax.Array, jax.Array],
     *,
-    window: int | None,
-    scale: float,
-    soft_cap: float | None,
-) -> tuple[jax.Array, ...]:
-    """Gradients of q, k, v, keys and values, from the results and the gradient of out."""
-    first, last, options = _plan(q, k, positions, held, window, scale, soft_cap)
-
-    def arrange(q, k, v, keys, values):
-        return _arrange(q, k, v, keys, values, held, options)
-
-    arranged, pull_back = jax.vjp(arrange, q, k, v, keys, values)
-    key_heads = k.shape[2]
-    log_rows = _to_rows(log_total[..., None], key_heads, options)
-    inner = jnp.sum(
-        out.astype(jnp.float32) * out_gradient.astype(jnp.float32),
-        axis=-1,
-        keepdims=True,
-    )
-    inner_rows = _to_rows(inner, key_heads, options)
-    gradient_rows = _to_rows(out_gradient, key_heads, options)
-    return pull_back(
-        _row_gradients(
-            arranged, first, last, log_rows, inner_rows, gradient_rows, options
+    settings: Settings,
+) -> tuple[Chunk]:
+    """See `Implementation.gradient`; that of the sum of weights, unused, is zero."""
+    (chunk,), (out, log_total), (out_gradient, _) = arguments, results, upstream
+    first, last, options = _plan(chunk, settings)
+    arranged, pull_back = jax.vjp(partial(_arrange, options=options), chunk)
+    inner = out.astype(jnp.float32) * out_gradient.astype(jnp.float32)
+    log_rows, inner_rows, gradient_rows = (
+        _to_rows(array, chunk.k.shape[2], options)
+        for array in (
+            log_total[..., None],
+            jnp.sum(inner, axis=-1, keepdims=True),
+            out_gradient,
         )
     )
+    of_arranged = _row_gradients(
+        arranged, first, last, log_rows, inner_rows, gradient_rows, options
+    )
+    return differentiable(pull_back(of_arranged))
 
 
-def _plan(q, k, positions, held, window, scale, soft_cap):
+def _plan(chunk, settings):
     """First and last key of each row of queries, and how the blocks lie."""
-    _, length, heads, _ = q.shape
-    front, per_group = held.shape[1], heads // k.shape[2]
+    _, length, heads, _ = chunk.q.shape
+    held, window = chunk.cache.positions, settings.window
+    front, per_group = held.shape[1], heads // chunk.k.shape[2]
     block = block_size(length, window)
-    blocks = -(-length // block)
     cached = jnp.sum(held >= 0, axis=1, dtype=jnp.int32)
     first, last = (
         jnp.repeat(jnp.pad(index, ((0, 0), (0, -length % block))), per_group, axis=1)
-        for index in _visible_range(positions, cached, front, window)
+        for index in _visible_range(chunk.positions, cached, front, window)
     )
-    options = _Options(
-        rows=block * per_group,
-        groups=_group_blocks(blocks, block, front, window),
-        front=front,
-        queries=block,
-        scale=scale,
-        soft_cap=soft_cap,
-    )
-    return first, last, options
+    groups = _group_blocks(-(-length // block), block, front, window)
+    return first, last, _Options(block * per_group, groups, front, block, settings)
 
 
-def _arrange(q, k, v, keys, values, held, options):
+def _arrange(chunk, options):
     """Rows of queries [B, K, T N/K, H], and keys and values [B, K, S, H] in time."""
-    key_heads, more = k.shape[2], -k.shape[1] % options.queries
-    if held.shape[1]:
-        past = ring.chronological(KVCache(keys, values, held))
-        k = jnp.concatenate([past.keys.astype(k.dtype), k], axis=1)
-        v = jnp.concatenate([past.values.astype(v.dtype), v], axis=1)
-    k, v = (jnp.pad(array, ((0, 0), (0, more), (0, 0), (0, 0))) for array in (k, v))
-    rows = _to_rows(q, key_heads, options)
-    return rows, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    rows = _to_rows(chunk.q, chunk.k.shape[2], options)
+    more = -chunk.q.shape[1] % options.queries
+    k, v = (
+        jnp.swapaxes(jnp.pad(array, ((0, 0), (0, more), (0, 0), (0, 0))), 1, 2)
+        for array in keys_in_time(chunk)
+    )
+    return rows, k, v
 
 
 def _to_rows(array, key_heads, options):
@@ -234,7 +194,9 @@ def _row_gradients(arrays, first, last, log_total, inner, out_cotangent, options
         weights = jnp.exp(scores - rows(log_total))
         cotangent = rows(out_cotangent)
         dweights = einsum_float32("bkmh,bksh->bkms", cotangent, values)
-        dscores = weights * (dweights - rows(inner)) * cap_derivative * options.scale
+        dscores = (
+            weights * (dweights - rows(inner)) * cap_derivative * options.settings.scale
+        )
         dscores = dscores.astype(q.dtype)
         dq = einsum_float32("bkms,bksh->bkmh", dscores, keys)
         # The row block is transposed rather than the larger weights.
@@ -256,12 +218,12 @@ def _row_gradients(arrays, first, last, log_total, inner, out_cotangent, options
 
 def _scores(queries, keys, first, last, start, options):
     """Scores [B, K, rows, span], float32, and the derivative of the soft cap."""
-    scores = options.scale * einsum_float32("bkmh,bksh->bkms", queries, keys)
+    scores = options.settings.scale * einsum_float32("bkmh,bksh->bkms", queries, keys)
     cap_derivative = 1.0
-    if options.soft_cap is not None:
-        capped = jnp.tanh(scores / options.soft_cap)
+    if options.settings.soft_cap is not None:
+        capped = jnp.tanh(scores / options.settings.soft_cap)
         cap_derivative = 1.0 - capped * capped
-        scores = options.soft_cap * capped
+        scores = options.settings.soft_cap * capped
     key = start + jnp.arange(keys.shape[2], dtype=jnp.int32)[None, None]
     visible = (key >= first[:, :, None]) & (key <= last[:, :, None])
     return jnp.where(visible[:, None], scores, HIDDEN), cap_derivative

@@ -8,34 +8,23 @@ key that the query may see.
 import jax
 import jax.numpy as jnp
 
+from recurrentgemma.kernels.local_attention.chunk import Chunk, Settings
+from recurrentgemma.kernels.local_attention.reference import HIDDEN
 from recurrentgemma.kernels.precision import einsum_float32
 
-HIDDEN = -1e30
-"""Score of a key that is not seen."""
 
-
-def supports(q, k, v, positions, keys, values, held, **options) -> str | None:
+def supports(chunk: Chunk, *, settings: Settings) -> str | None:
     """Why these arguments do not fit, or None."""
-    del k, v, positions, keys, values, options
-    if q.shape[1] != 1:
-        return f"it takes one query a row, not {q.shape[1]}"
-    return None if held.shape[1] else "it takes a cache"
+    del settings
+    if chunk.q.shape[1] != 1:
+        return f"it takes one query a row, not {chunk.q.shape[1]}"
+    return None if chunk.cache.positions.shape[1] else "it takes a cache"
 
 
-def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    positions: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    held: jax.Array,
-    *,
-    window: int | None,
-    scale: float,
-    soft_cap: float | None,
-) -> tuple[jax.Array, jax.Array]:
+def attend(chunk: Chunk, *, settings: Settings) -> tuple[jax.Array, jax.Array]:
     """See `reference.attend`; T = 1."""
+    q, k, v, positions, (keys, values, held) = chunk
+    window, scale, soft_cap = settings
     batch, head_dim = q.shape[0], q.shape[3]
     groups = q.reshape(batch, k.shape[2], -1, head_dim)
     distance = positions - held

@@ -3,30 +3,20 @@
 import jax
 import jax.numpy as jnp
 
+from recurrentgemma.kernels.local_attention.chunk import Chunk, Settings
 from recurrentgemma.kernels.precision import einsum_float32
 
 HIDDEN = -1e30
 """Score of a key that is not seen."""
 
 
-def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    positions: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    held: jax.Array,
-    *,
-    window: int | None,
-    scale: float,
-    soft_cap: float | None,
-) -> tuple[jax.Array, jax.Array]:
+def attend(chunk: Chunk, *, settings: Settings) -> tuple[jax.Array, jax.Array]:
     """The output, and the logarithm of the sum of weights, float32 [B, T, N].
 
-    See `local_attention`; keys, values and held are those of the cache, with 0 slots if
-    there is none. `local_attention` writes the cache.
+    See `local_attention`, which writes the cache.
     """
+    q, k, v, positions, (keys, values, held) = chunk
+    window, scale, soft_cap = settings
     batch, length, _, head_dim = q.shape
     # Cached keys are of segment 0, which the chunk's first start of a document ends.
     segments = jnp.cumsum(positions == 0, axis=1)

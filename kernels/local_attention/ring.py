@@ -31,19 +31,27 @@ def chronological(cache: KVCache) -> KVCache:
     return KVCache(*(_take_rows(array, order) for array in cache))
 
 
+def empty(keys: jax.Array, values: jax.Array, slots: int) -> KVCache:
+    """A cache without tokens, for keys and values like these [B, T, K, H]."""
+    batch, _, *rest = keys.shape
+    shape = (batch, slots, *rest)
+    return KVCache(
+        jnp.zeros(shape, keys.dtype),
+        jnp.zeros(shape, values.dtype),
+        jnp.full(shape[:2], -1, jnp.int32),
+    )
+
+
 def write(
-    cache: KVCache | None,
-    keys: jax.Array,
-    values: jax.Array,
-    positions: jax.Array,
-    slots: int,
+    cache: KVCache, keys: jax.Array, values: jax.Array, positions: jax.Array
 ) -> KVCache:
     """The cache after a chunk of right-padded rows; see `local_attention`.
 
-    cache=None is an empty one of `slots` slots. Only the row's last document stays.
+    Only the row's last document stays.
     """
-    if cache is not None and positions.shape[1] == 1:
+    if positions.shape[1] == 1:
         return _write_one(cache, keys, values, positions)
+    slots = cache.positions.shape[1]
     length = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)[:, None]
     newest = jnp.max(
         jnp.where(_column_index(positions) == length - 1, positions, -1),
@@ -56,12 +64,6 @@ def write(
     source = jnp.maximum(length - 1 - age, 0)
     # Positions count within a document, so a token of an earlier one would be negative.
     chunk_positions = jnp.maximum(newest - age, -1)
-    if cache is None:
-        batch, _, *rest = keys.shape
-        empty = jnp.zeros((batch, slots, *rest), keys.dtype)
-        cache = KVCache(
-            empty, empty.astype(values.dtype), jnp.full((batch, slots), -1, jnp.int32)
-        )
     restarted = jnp.any(positions == 0, axis=1, keepdims=True)
     kept_positions = jnp.where(restarted, -1, cache.positions)
 

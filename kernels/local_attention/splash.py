@@ -16,8 +16,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask,
 )
 
-from recurrentgemma.kernels.local_attention import ring
-from recurrentgemma.kernels.local_attention.ring import KVCache
+from recurrentgemma.kernels.dispatch import differentiable
+from recurrentgemma.kernels.local_attention.chunk import Chunk, Settings, keys_in_time
 from recurrentgemma.kernels.precision import kernel_precision_of
 
 LANES = 128
@@ -46,10 +46,10 @@ EMPTY = -1
 """Segment of a slot that holds no token; the documents of a chunk count from 0."""
 
 
-def supports(
-    q: jax.Array, k: jax.Array, v: jax.Array, *_: Any, **__: Any
-) -> str | None:
+def supports(chunk: Chunk, *, settings: Settings) -> str | None:
     """Why the kernel cannot take these arguments, or None."""
+    del settings
+    q, k, v, *_ = chunk
     if q.shape[3] % HEAD_MULTIPLE:
         return f"heads of {q.shape[3]} channels are no multiple of {HEAD_MULTIPLE}"
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
@@ -61,76 +61,52 @@ def supports(
 
 
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    positions: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    held: jax.Array,
-    *,
-    window: int | None,
-    scale: float,
-    soft_cap: float | None,
-    interpret: bool = False,
+    chunk: Chunk, *, settings: Settings, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """The output, and the logarithm of the sum of weights; see `blocked.attend`."""
-    layout = _Layout.of(q, k, held, window)
-    arrays = _arrange(q, k, v, keys, values, held, layout, scale)
+    """See `reference.attend`."""
+    layout = _Layout.of(chunk, settings)
     tables = _prepare(layout)
     kernel = splash_attention_kernel.SplashAttentionKernel(
         *tables.tree_flatten()[0],
         **{
             **tables.kwargs,
-            "attn_logits_soft_cap": soft_cap,
+            "attn_logits_soft_cap": settings.soft_cap,
             "save_residuals": True,
             "interpret": interpret,
         },
     )
-    ids = _segments(positions, held, layout)
-    with _precision(q):
+    arrays = *_arrange(chunk, layout, settings.scale), _segments(chunk, layout)
+    with _precision(chunk.q):
         out, (log_total,) = jax.vmap(
             lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids)
-        )(*arrays, ids)
-    length = q.shape[1]
+        )(*arrays)
+    length = chunk.q.shape[1]
     return tuple(jnp.swapaxes(array, 1, 2)[:, :length] for array in (out, log_total))
 
 
 def gradients(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    positions: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    held: jax.Array,
-    out: jax.Array,
-    log_total: jax.Array,
-    out_gradient: jax.Array,
+    arguments: tuple[Chunk],
+    results: tuple[jax.Array, jax.Array],
+    upstream: tuple[jax.Array, jax.Array],
     *,
-    window: int | None,
-    scale: float,
-    soft_cap: float | None,
+    settings: Settings,
     interpret: bool = False,
-) -> tuple[jax.Array, ...]:
+) -> tuple[Chunk]:
     """See `blocked.gradients`.
 
     jax offers the kernels of the gradient through `jax.vjp` alone, which would compute
     the output again. The function behind it takes results that are there already; it is
     not public, and has had these arguments from jax 0.7.2 to 0.10.2 at least.
     """
-    layout = _Layout.of(q, k, held, window)
-
-    def arrange(q, k, v, keys, values):
-        return _arrange(q, k, v, keys, values, held, layout, scale)
-
-    arrays, pull_back = jax.vjp(arrange, q, k, v, keys, values)
+    (chunk,) = arguments
+    layout = _Layout.of(chunk, settings)
+    arrange = functools.partial(_arrange, layout=layout, scale=settings.scale)
+    arrays, pull_back = jax.vjp(arrange, chunk)
     tables = _prepare(layout)
-    ids = _segments(positions, held, layout)
     # The queries appended at the end have an output gradient of 0: they add nothing.
-    results = (
+    of_queries = (
         jnp.swapaxes(_extend(array, layout.num_queries), 1, 2)
-        for array in (out, log_total, out_gradient)
+        for array in (*results, upstream[0])
     )
 
     def row(q, k, v, ids, out, log_total, out_gradient):
@@ -141,14 +117,15 @@ def gradients(
         return splash_attention_kernel._splash_attention_bwd(
             False,
             *(tables.kwargs[name] for name in BACKWARD_OPTIONS),
-            soft_cap,
+            settings.soft_cap,
             interpret,
             residuals,
             out_gradient,
         )[3:6]
 
-    with _precision(q):
-        return pull_back(jax.vmap(row)(*arrays, ids, *results))
+    with _precision(chunk.q):
+        of_arrays = jax.vmap(row)(*arrays, _segments(chunk, layout), *of_queries)
+    return differentiable(pull_back(of_arrays))
 
 
 class _Layout(NamedTuple):
@@ -164,43 +141,40 @@ class _Layout(NamedTuple):
     block: int
 
     @classmethod
-    def of(cls, q, k, held, window) -> "_Layout":
-        _, length, heads, _ = q.shape
-        front = held.shape[1]
+    def of(cls, chunk: Chunk, settings: Settings) -> "_Layout":
+        _, length, heads, _ = chunk.q.shape
+        front = chunk.cache.positions.shape[1]
         block = min(LARGEST_BLOCK, _round_up(length, LANES))
         queries = _round_up(length, block)
         keys = _round_up(front + queries, block)
-        return cls(heads, k.shape[2] == 1, queries, keys, window, front, block)
+        multi_query = chunk.k.shape[2] == 1
+        return cls(heads, multi_query, queries, keys, settings.window, front, block)
 
 
-def _arrange(q, k, v, keys, values, held, layout, scale):
+def _arrange(chunk, layout, scale):
     """Scaled queries [B, N, T, H]; keys and values [B, K, S, H] in time, or [B, S, H]."""
-    if layout.front:
-        past = ring.chronological(KVCache(keys, values, held))
-        k = jnp.concatenate([past.keys.astype(k.dtype), k], axis=1)
-        v = jnp.concatenate([past.values.astype(v.dtype), v], axis=1)
-    q = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    q = (chunk.q.astype(jnp.float32) * scale).astype(chunk.q.dtype)
     sizes = (layout.num_queries, layout.num_keys, layout.num_keys)
     q, k, v = (
         jnp.swapaxes(_extend(array, size), 1, 2)
-        for array, size in zip((q, k, v), sizes, strict=True)
+        for array, size in zip((q, *keys_in_time(chunk)), sizes, strict=True)
     )
     return (q, k[:, 0], v[:, 0]) if layout.multi_query else (q, k, v)
 
 
-def _segments(positions, held, layout) -> splash_attention_kernel.SegmentIds:
+def _segments(chunk, layout) -> splash_attention_kernel.SegmentIds:
     """Documents of the queries and of the keys; those of the cache come before 1."""
-    segments = jnp.cumsum(positions == 0, axis=1, dtype=jnp.int32)
+    segments = jnp.cumsum(chunk.positions == 0, axis=1, dtype=jnp.int32)
     # Cached keys lie in time order: the empty slots come first.
-    filled = jnp.sum(held >= 0, axis=1, keepdims=True, dtype=jnp.int32)
+    held = chunk.cache.positions >= 0
+    filled = jnp.sum(held, axis=1, keepdims=True, dtype=jnp.int32)
     slot = jnp.arange(layout.front, dtype=jnp.int32)[None]
     cached = jnp.where(slot >= layout.front - filled, 0, EMPTY)
+    keys = jnp.concatenate([cached, segments], axis=1)
     # A query that saw no key would divide by zero: padding goes on as the last segment.
     return splash_attention_kernel.SegmentIds(
         q=_extend(segments, layout.num_queries, mode="edge"),
-        kv=_extend(
-            jnp.concatenate([cached, segments], axis=1), layout.num_keys, mode="edge"
-        ),
+        kv=_extend(keys, layout.num_keys, mode="edge"),
     )
 
 

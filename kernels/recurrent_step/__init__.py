@@ -17,7 +17,7 @@ from recurrentgemma.kernels.dispatch import (
 )
 from recurrentgemma.kernels.recurrent_step import reference
 from recurrentgemma.kernels.recurrent_step.reference import StepParameters
-from recurrentgemma.kernels.rg_lru.gates import Gate, count_blocks, expected_gate
+from recurrentgemma.kernels.rg_lru.gates import Gate, expected_gates
 
 __all__ = ["Gate", "StepParameters", "recurrent_step"]
 
@@ -65,22 +65,13 @@ def recurrent_step(
     return call(RECURRENT_STEP, implementation, *arguments)
 
 
-def _for_kernel(name):
-    function = imported_late(f"{__name__}.pallas_tpu", name)
-
-    def run(x, parameters, positions, h, conv_state, **interpret):
-        leaves = jax.tree.leaves(parameters)
-        return function(x, conv_state, positions, h, *leaves, **interpret)
-
-    return run
-
-
+PALLAS_TPU = f"{__name__}.pallas_tpu"
 IMPLEMENTATIONS = {
     "pallas_tpu": Implementation(
-        _for_kernel("step"),
+        imported_late(PALLAS_TPU, "step"),
         kernel_for="tpu",
         default_on=("tpu",),
-        supports=_for_kernel("supports"),
+        supports=imported_late(PALLAS_TPU, "supports"),
     ),
     "reference": Implementation(reference.step, default_on=EVERYWHERE),
 }
@@ -105,7 +96,6 @@ def _validate(x, parameters, positions, h, conv_state):
         f"parameters.{name}": getattr(parameters, name)
         for name in ("recurrence_gate", "input_gate")
     }
-    groups = count_blocks(*next(iter(gates.items())))
     taps, floating = (*parameters.conv_kernel.shape, 1)[0], jnp.floating
     expected = {
         "x": (x, x.shape, floating),
@@ -116,6 +106,4 @@ def _validate(x, parameters, positions, h, conv_state):
         "h": (h, (batch, width), jnp.float32),
         "conv_state": (conv_state, (batch, taps - 1, width), x.dtype),
     }
-    for name, gate in gates.items():
-        expected |= expected_gate(name, gate, groups, width)
-    check_arrays(expected)
+    check_arrays(expected | expected_gates(gates, width))

@@ -16,16 +16,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from recurrentgemma.kernels.dispatch import takes
 from recurrentgemma.kernels.linear_scan.block_sizes import LANES
-from recurrentgemma.kernels.linear_scan.pallas_tpu import cost, dot, like
-from recurrentgemma.kernels.rg_lru.pallas_tpu import (
-    HOLD,
-    STEP,
-    factor,
-    gates,
-    inverse_root,
-    scan_decay,
-)
-from recurrentgemma.kernels.rg_lru.reference import log_decay
+from recurrentgemma.kernels.linear_scan.tpu_programs import cost, dot
+from recurrentgemma.kernels.recurrent_step.reference import StepParameters
+from recurrentgemma.kernels.rg_lru.pallas_tpu import gates
+from recurrentgemma.kernels.rg_lru.reference import log_decay, scan_decay
+from recurrentgemma.kernels.rg_lru.steps import scan_input
 
 MAX_ROWS = 64
 """Rows of a step of the grid."""
@@ -77,12 +72,10 @@ def _kernel(
 
     def recur(tile, here, slab):
         at = (tile, here)
-        state = _recurrence(
-            convolved[at],
-            *(recurrence_logits[at], input_logits[at], log_decays[:, slab]),
-            wide_positions[tile, :],
-            h[tile, slab],
-        )
+        found = gates(recurrence_logits[at], input_logits[at], log_decays[:, slab])
+        position = wide_positions[tile, :]
+        state = scan_decay(found.a, position) * h[tile, slab]
+        state = state + scan_input(convolved[at], found, position)
         new_h[tile, slab] = state
         y[tile, slab] = state.astype(y.dtype)
 
@@ -98,7 +91,7 @@ def _kernel(
             (input_kernel, input_bias, input_logits),
         ):
             matrix = matrices[i].astype(inputs.dtype)
-            product = dot(inputs, matrix, (((1,), (0,)), ((), ())))
+            product = dot(inputs, matrix, 1, 0)
             logits[...] = _rounded(product + _row(biases, row), x.dtype)
         for_each_tile(recur, i * block)
 
@@ -127,14 +120,6 @@ def _convolution(inputs, position, kernel, bias):
     return total, moved
 
 
-def _recurrence(x, recurrence_logits, input_logits, log_decays, position, h):
-    """The state of a tile after the step."""
-    kind = jnp.clip(position.astype(jnp.float32), HOLD, STEP)
-    _, gate, a, u = gates(recurrence_logits, input_logits, log_decays)
-    value = factor(u * inverse_root(u), kind) * gate * x
-    return scan_decay(a, kind) * h + jnp.where(kind == HOLD, 0.0, value)
-
-
 def _rounded(x: jax.Array, dtype) -> jax.Array:
     """float32, with the digits of another dtype."""
     return x.astype(dtype).astype(jnp.float32)
@@ -150,18 +135,19 @@ def _row(array, index: jax.Array) -> jax.Array:
 @partial(jax.jit, static_argnames="interpret")
 def step(
     x: jax.Array,
-    conv_state: jax.Array,
+    parameters: StepParameters,
     positions: jax.Array,
     h: jax.Array,
-    *arrays: jax.Array,
+    conv_state: jax.Array,
+    *,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `recurrent_step`; arrays are the leaves of its parameters."""
-    conv_kernel, conv_bias, *gate_arrays, a_param = arrays
+    """See `recurrent_step`."""
+    conv_kernel, conv_bias, *gates, a_param = parameters
     batch = len(x)
-    blocks, block, _ = gate_arrays[0].shape
+    blocks, block, _ = gates[0].kernel.shape
     rows = batch if batch <= TILE_ROWS else MAX_ROWS
-    together = blocks_together(gate_arrays[0])
+    together = blocks_together(gates[0].kernel)
     channels = together * block
 
     def of_channels(height: int):
@@ -182,7 +168,7 @@ def step(
     taps = conv_kernel.shape[0]
     arguments = (
         x, state, positions[:, None], h, conv_kernel, conv_bias[None],
-        *gate_arrays, a_param[None],
+        *gates[0], *gates[1], a_param[None],
     )  # fmt: skip
     y, h, state = pl.pallas_call(
         _kernel,
@@ -193,7 +179,9 @@ def step(
             *(of_channels(1), matrix, biases, matrix, biases, of_channels(1)),
         ],
         out_specs=[of_rows, of_rows, state_spec],
-        out_shape=[like(x), like(h), like(state)],
+        out_shape=[
+            jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (x, h, state)
+        ],
         input_output_aliases={1: 2, 3: 1},
         scratch_shapes=[
             *[pltpu.VMEM((rows, block), jnp.float32)] * 3,
@@ -203,9 +191,7 @@ def step(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary")
         ),
-        cost_estimate=cost(
-            (4 * block + 20) * x.size, 6 * x.size, *arguments, x, h, state
-        ),
+        cost_estimate=cost(x.size, 4 * block + 20, 6, *arguments, x, h, state),
         interpret=interpret,
     )(*arguments)
     return y, h, state[None] if batch == 1 else jnp.swapaxes(state, 0, 1)
@@ -218,9 +204,15 @@ def blocks_together(matrices: jax.Array) -> int:
     return max(n for n in range(1, blocks + 1) if blocks % n == 0 and n <= fitting)
 
 
-def supports(x: jax.Array, conv_state: jax.Array, *arrays: jax.Array) -> str | None:
-    """Why a shape does not fit, or None; see `step`."""
-    matrices = arrays[4]
+def supports(
+    x: jax.Array,
+    parameters: StepParameters,
+    positions: jax.Array,
+    h: jax.Array,
+    conv_state: jax.Array,
+) -> str | None:
+    """Why a shape does not fit, or None."""
+    matrices = parameters.recurrence_gate.kernel
     block = matrices.shape[1]
     if block % LANES:
         return f"it takes gate blocks of a multiple of {LANES} channels, not {block}"
@@ -228,7 +220,7 @@ def supports(x: jax.Array, conv_state: jax.Array, *arrays: jax.Array) -> str | N
         return f"a gate block of {block} channels does not fit in on-chip memory"
     if conv_state.shape[1] == 0:
         return "it takes a convolution of at least two taps"
-    return _DTYPES(x, conv_state, *arrays)
+    return _DTYPES(x, parameters, positions, h, conv_state)
 
 
 def _bytes_of_a_block(matrices: jax.Array) -> int:

@@ -6,7 +6,6 @@ nothing but the arguments and the result is kept for it.
 """
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
@@ -35,14 +34,9 @@ from recurrentgemma.kernels.linear_scan.block_sizes import LANES, gate_block_siz
 from recurrentgemma.kernels.rg_lru import composed, reference
 from recurrentgemma.kernels.rg_lru.gates import (
     Gate,
-    count_blocks,
-    expected_gate,
-    logits,
-    with_products,
+    Inputs,
+    expected_gates,
 )
-
-PALLAS_TPU, PALLAS_GPU = f"{__name__}.pallas_tpu", f"{__name__}.pallas_gpu"
-PALLAS_TPU_WITH_GATES = f"{__name__}.with_gates_pallas_tpu"
 
 
 def rg_lru(
@@ -89,157 +83,79 @@ def rg_lru(
     """
     gates = {"recurrence_gate": recurrence_gate, "input_gate": input_gate}
     _validate(x, gates, a_param, positions, h0)
+    options = {}
     if linear_scan is not None:
-        check_implementation("linear_scan", linear_scan, LINEAR_SCAN.table)
+        implementation = _that_scans(implementation, linear_scan)
+        options = {"linear_scan": linear_scan}
     if h0 is None:
         h0 = jnp.zeros((x.shape[0], x.shape[2]), jnp.float32)
-    arguments = (x, recurrence_gate, input_gate, a_param, positions, h0)
-    return call(
-        _op(recurrence_gate), implementation, *arguments, linear_scan=linear_scan
-    )
+    inputs = Inputs(x, recurrence_gate, input_gate, a_param, positions, h0)
+    return call(_op(recurrence_gate), implementation, inputs, **options)
 
 
-def rg_lru_gradients(
-    x: jax.Array,
-    recurrence_gate: Gate | jax.Array,
-    input_gate: Gate | jax.Array,
-    a_param: jax.Array,
-    positions: jax.Array,
-    h0: jax.Array,
-    y: jax.Array,
-    y_gradient: jax.Array,
-    last_gradient: jax.Array,
-    *,
-    implementation: str | None = None,
-) -> tuple[Any, ...]:
+def _that_scans(implementation, linear_scan) -> str:
+    """The implementation that takes the name of a scan."""
+    check_implementation("linear_scan", linear_scan, LINEAR_SCAN.table)
+    if implementation not in (None, "composed"):
+        check_implementation("implementation", implementation, IMPLEMENTATIONS)
+        raise NotImplementedError(
+            f"rg_lru: {implementation} cannot run: linear_scan={linear_scan!r} is for "
+            "the implementation 'composed'; leave the choice to implementation=None."
+        )
+    return "composed"
+
+
+def rg_lru_gradients(*arrays: Any, implementation: str | None = None) -> Inputs:
     """Gradients of the arguments of `rg_lru`, None for positions.
 
     Args:
-      x, recurrence_gate, input_gate, a_param, positions, h0: its arguments.
-      y: its result.
-      y_gradient: gradient of y [B, T, E], in y's dtype.
-      last_gradient: gradient of h_last [B, E], float32.
+      *arrays: its arguments, h0 included; its result y; the gradients of y [B, T, E], in
+        y's dtype, and of h_last [B, E], float32.
       implementation: as of `rg_lru`.
     """
-    return gradient(
-        _op(recurrence_gate),
-        implementation,
-        (x, recurrence_gate, input_gate, a_param, positions, h0),
-        (y, None),
-        (y_gradient, last_gradient),
-        linear_scan=None,
+    *arguments, y, y_gradient, last_gradient = arrays
+    inputs, upstream = Inputs(*arguments), (y_gradient, last_gradient)
+    op = _op(inputs.recurrence_gate)
+    (found,) = gradient(op, implementation, (inputs,), (y, None), upstream)
+    return found
+
+
+def _supports_kernels_for_tpu(inputs):
+    gate = inputs.recurrence_gate
+    if not isinstance(gate, Gate):
+        return TPU_DTYPES(inputs)
+    width = gate.kernel.shape[1]
+    if width % LANES:
+        return f"blocks of the gates must be multiples of {LANES} wide, not {width}"
+    x = inputs.x
+    if gate_block_sizes(x.shape, width, x.dtype.itemsize, gradient=True) is None:
+        return f"a gate block of {width} channels does not fit in on-chip memory"
+    return TPU_DTYPES(x)
+
+
+def _kernel(module, platform, supports, **fields):
+    functions = (
+        imported_late(f"{__name__}.{module}", name)
+        for name in ("recurrence", "gradients")
     )
-
-
-def _supports(takes, *arguments, linear_scan):
-    if linear_scan is not None:
-        return f"linear_scan={linear_scan!r} is for the implementation 'composed'"
-    return takes(*arguments)
-
-
-def _supports_one_step(*arguments, linear_scan):
-    return _supports(takes_one_step, *arguments, linear_scan=linear_scan)
-
-
-def _supports_kernels_for_tpu(x, recurrence_gate, *arguments, linear_scan):
-    if isinstance(recurrence_gate, Gate):
-        width = recurrence_gate.kernel.shape[1]
-        if width % LANES:
-            return f"blocks of the gates must be multiples of {LANES} wide, not {width}"
-        if gate_block_sizes(x.shape, width, x.dtype.itemsize, gradient=True) is None:
-            return f"a gate block of {width} channels does not fit in on-chip memory"
-        return _supports(TPU_DTYPES, x, linear_scan=linear_scan)
-    arguments = (x, recurrence_gate, *arguments)
-    return _supports(TPU_DTYPES, *arguments, linear_scan=linear_scan)
-
-
-def _kernel(module, *arguments, linear_scan, **interpret):
-    """A kernel that takes logits."""
-    del linear_scan
-    x, recurrence_gate, input_gate, a_param, positions, h0 = arguments
-    gates = logits(x, recurrence_gate), logits(x, input_gate)
-    kernel = imported_late(module, "recurrence")
-    return kernel(x, *gates, _rows(a_param, h0), positions, h0, **interpret)
-
-
-@with_products
-def _kernel_gradient(arguments, results, upstream, *, module, linear_scan, **interpret):
-    del linear_scan
-    *inputs, a_param, positions, h0 = arguments
-    kernel = imported_late(module, "gradients")
-    *gradients, of_a_param, of_h0 = kernel(
-        *inputs, _rows(a_param, h0), positions, h0, results[0], *upstream, **interpret
-    )
-    return *gradients, jnp.sum(of_a_param, axis=0), None, of_h0
-
-
-def _kernel_for_tpu(*arguments, linear_scan, **interpret):
-    x, recurrence_gate, input_gate, a_param, positions, h0 = arguments
-    if not isinstance(recurrence_gate, Gate):
-        return _kernel(PALLAS_TPU, *arguments, linear_scan=linear_scan, **interpret)
-    kernel = imported_late(PALLAS_TPU_WITH_GATES, "recurrence")
-    gates = (*recurrence_gate, *input_gate)
-    return kernel(x, *gates, _rows(a_param, h0), positions, h0, **interpret)
-
-
-def _kernel_for_tpu_gradient(arguments, results, upstream, *, linear_scan, **interpret):
-    x, *gates, a_param, positions, h0 = arguments
-    if not isinstance(gates[0], Gate):
-        return _kernel_gradient(
-            arguments, results, upstream,
-            module=PALLAS_TPU, linear_scan=linear_scan, **interpret,
-        )  # fmt: skip
-    kernel = imported_late(PALLAS_TPU_WITH_GATES, "gradients")
-    of_x, *of_parameters, of_h0 = kernel(
-        *(x, *gates[0], *gates[1], _rows(a_param, h0), positions, h0),
-        *(results[0], *upstream),
-        **interpret,
-    )
-    # Those of the parameters come for each row.
-    parameters = (*gates[0], *gates[1], a_param)
-    *of_gates, of_a_param = (
-        jnp.sum(found, axis=0).astype(parameter.dtype)
-        for found, parameter in zip(of_parameters, parameters, strict=True)
-    )
-    return of_x, Gate(*of_gates[:2]), Gate(*of_gates[2:]), of_a_param, None, of_h0
-
-
-def _rows(a_param, h0):
-    """[E] as [B, E]: kernels take what belongs to a row from arrays with rows."""
-    return jnp.broadcast_to(a_param[None], h0.shape)
-
-
-def _from_logits(module, platform, dtypes, **fields):
-    return Implementation(
-        partial(_kernel, module),
-        partial(_kernel_gradient, module=module),
-        kernel_for=platform,
-        supports=partial(_supports, dtypes),
-        **fields,
-    )
+    return Implementation(*functions, kernel_for=platform, supports=supports, **fields)
 
 
 IMPLEMENTATIONS = {
     "one_step": Implementation(
-        reference.one_step, default_on=EVERYWHERE, supports=_supports_one_step
+        reference.one_step, default_on=EVERYWHERE, supports=takes_one_step
     ),
-    "pallas_tpu": Implementation(
-        _kernel_for_tpu,
-        _kernel_for_tpu_gradient,
-        kernel_for="tpu",
-        default_on=("tpu",),
-        supports=_supports_kernels_for_tpu,
+    "pallas_tpu": _kernel(
+        "with_gates_pallas_tpu", "tpu", _supports_kernels_for_tpu, default_on=("tpu",)
     ),
-    "pallas_tpu_from_logits": _from_logits(
-        PALLAS_TPU, "tpu", TPU_DTYPES, default_on=("tpu",)
+    "pallas_tpu_from_logits": _kernel(
+        "pallas_tpu", "tpu", TPU_DTYPES, default_on=("tpu",)
     ),
     "composed": Implementation(
         composed.recurrence, composed.gradients, default_on=EVERYWHERE
     ),
-    "pallas_gpu": _from_logits(PALLAS_GPU, "cuda", GPU_DTYPES),
-    "reference": Implementation(
-        reference.recurrence, supports=partial(_supports, lambda *_: None)
-    ),
+    "pallas_gpu": _kernel("pallas_gpu", "cuda", GPU_DTYPES),
+    "reference": Implementation(reference.recurrence),
 }
 """The kernel "pallas_tpu" has the products inside, where the gates come as parameters;
 "pallas_tpu_from_logits" takes any blocks, after the products."""
@@ -266,10 +182,8 @@ def _validate(x, gates, a_param, positions, h0) -> None:
             "input_gate: expected parameters or logits like recurrence_gate, got the "
             "other of both; pass two Gates or two arrays."
         )
-    for name, gate in gates.items():
-        if isinstance(gate, Gate):
-            groups = count_blocks("recurrence_gate", gates["recurrence_gate"])
-            expected |= expected_gate(name, gate, groups, width)
-        else:
-            expected[name] = (gate, x.shape, jnp.floating)
+    if isinstance(gates["recurrence_gate"], Gate):
+        expected |= expected_gates(gates, width)
+    else:
+        expected |= {name: (g, x.shape, jnp.floating) for name, g in gates.items()}
     check_arrays(expected)

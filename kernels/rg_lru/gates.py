@@ -7,7 +7,7 @@ copies sequences either way, which is what `with_gates_pallas_tpu.py` is for.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,22 +26,32 @@ class Gate(NamedTuple):
     """[G, out], floating point."""
 
 
-def count_blocks(name: str, gate: Gate) -> int:
-    """Number of blocks G; a ValueError if this is no gate of arrays."""
-    check_kind(name, gate, Gate)
-    check_array(f"{name}.kernel", gate.kernel)
-    return gate.kernel.shape[0] if gate.kernel.ndim else 0
+class Inputs(NamedTuple):
+    """The arguments of `rg_lru`, or their gradients."""
+
+    x: Any
+    recurrence_gate: Any
+    """A `Gate`, or logits like x; so is the input gate."""
+    input_gate: Any
+    a_param: Any
+    positions: Any
+    """None among gradients."""
+    h0: Any
 
 
-def expected_gate(name: str, gate: Gate, groups: int, width: int) -> dict[str, Any]:
-    """What `check_arrays` expects of a gate with this number of blocks and channels."""
-    check_kind(name, gate, Gate)
-    block = width / max(groups, 1)
-    shape = (groups, block, block)
-    return {
-        f"{name}.kernel": (gate.kernel, shape, jnp.floating),
-        f"{name}.bias": (gate.bias, shape[:2], jnp.floating),
-    }
+def expected_gates(gates: Mapping[str, Gate], width: int) -> dict[str, Any]:
+    """What `check_arrays` expects of gates with as many blocks as the first of them."""
+    expected, groups = {}, None
+    for name, gate in gates.items():
+        check_kind(name, gate, Gate)
+        check_array(f"{name}.kernel", gate.kernel)
+        if groups is None:
+            groups = gate.kernel.shape[0] if gate.kernel.ndim else 0
+        block = width / max(groups, 1)
+        shape = (groups, block, block)
+        expected[f"{name}.kernel"] = (gate.kernel, shape, jnp.floating)
+        expected[f"{name}.bias"] = (gate.bias, shape[:2], jnp.floating)
+    return expected
 
 
 def product(x: jax.Array, gate: Gate | jax.Array) -> jax.Array:
@@ -62,11 +72,6 @@ def product(x: jax.Array, gate: Gate | jax.Array) -> jax.Array:
     return _to_sequence(y.astype(x.dtype), x.shape)
 
 
-def logits(x: jax.Array, gate: Gate | jax.Array) -> jax.Array:
-    """`product` whose gradient multiplies in x's dtype too."""
-    return _logits(x, gate)
-
-
 def _forward(x, gate):
     return product(x, gate), (x, gate)
 
@@ -79,32 +84,37 @@ def _backward(residuals, upstream):
     return of_x.astype(x.dtype), of_gate
 
 
-_logits = custom_vjp(product, _forward, _backward)
+logits = custom_vjp(product, _forward, _backward)
+"""`product` whose gradient multiplies in x's dtype too."""
 
 
-def with_products(gradients: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+def from_logits(inputs: Inputs) -> Inputs:
+    """The same inputs with the logits of both gates."""
+    x, recurrence_gate, input_gate, *_ = inputs
+    return inputs._replace(
+        recurrence_gate=logits(x, recurrence_gate), input_gate=logits(x, input_gate)
+    )
+
+
+def with_products(gradients: Callable[..., tuple[Inputs]]) -> Callable[..., Any]:
     """Gradients of an op whose gates are `Gate`s, from those of the op from logits.
 
     Args:
-      gradients: an `Implementation.gradient` whose first arguments are x and the logits
-        of two gates.
+      gradients: an `Implementation.gradient` of inputs with logits.
     """
 
     @functools.wraps(gradients)
     def of_gates(arguments, results, upstream, **options):
-        x, *gates, a_param, positions, h0 = arguments
-        if not isinstance(gates[0], Gate):
-            return gradients(arguments, results, upstream, **options)
-        from_logits = (x, *(logits(x, gate) for gate in gates), a_param, positions, h0)
-        of_x, *of_logits, of_a_param, _, of_h0 = gradients(
-            from_logits, results, upstream, **options
-        )
-        of_x, of_parameters = of_x.astype(jnp.float32), []
-        for gate, of_gate in zip(gates, of_logits, strict=True):
-            through_gate, of_gate = _product_gradients(x, gate, of_gate)
+        (inputs,) = arguments
+        (found,) = gradients((from_logits(inputs),), results, upstream, **options)
+        if not isinstance(inputs.recurrence_gate, Gate):
+            return (found,)
+        of_x, of_gates = found.x.astype(jnp.float32), {}
+        for name in ("recurrence_gate", "input_gate"):
+            gate, of_logits = getattr(inputs, name), getattr(found, name)
+            through_gate, of_gates[name] = _product_gradients(inputs.x, gate, of_logits)
             of_x += through_gate
-            of_parameters.append(of_gate)
-        return of_x.astype(x.dtype), *of_parameters, of_a_param, None, of_h0
+        return (found._replace(x=of_x.astype(inputs.x.dtype), **of_gates),)
 
     return of_gates
 

@@ -16,27 +16,20 @@ takes about forty forward, five of them such functions.
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from recurrentgemma.kernels.linear_scan import triton_programs as gpu
 from recurrentgemma.kernels.linear_scan.pallas_gpu import scan_of, summaries
-from recurrentgemma.kernels.linear_scan.triton_programs import (
-    Before,
-    PerChunk,
-    PerStep,
-    call,
-    choose_schedule,
-    first_state,
-    for_each_step,
-    load,
-    load_before,
-    store_last,
-)
-from recurrentgemma.kernels.rg_lru.reference import (
-    DECAY_SCALE,
-    SMALLEST_RADICAND,
-    log_decay,
+from recurrentgemma.kernels.rg_lru.gates import Inputs, from_logits, with_products
+from recurrentgemma.kernels.rg_lru.reference import log_decay, scan_decay
+from recurrentgemma.kernels.rg_lru.steps import (
+    SMALLEST_SQUARE,
+    Gates,
+    a_param_gradient,
+    step_gradients,
 )
 
 UNROLL, GRADIENT_UNROLL = 32, 16
@@ -48,8 +41,6 @@ SERIES = tuple(math.log(2.0) ** n / math.factorial(n) for n in range(1, 5))
 """Of (a - 1) / log2 a. The fifth term is at most 1e-7 of the first."""
 LARGEST_INVERSE_GATE = 1e18
 """Gates below its inverse count as that. Its square is finite."""
-SMALLEST_SQUARE = 1e-30
-"""Keeps the reciprocal of a square root finite."""
 
 
 def _read(schedule, x, recurrence, input_, positions, a_param):
@@ -64,9 +55,9 @@ def _read(schedule, x, recurrence, input_, positions, a_param):
         inverse = jnp.minimum(_inverse_gate(input_t, ops), LARGEST_INVERSE_GATE)
         square = jnp.maximum(u * inverse * inverse, SMALLEST_SQUARE)
         x_t = jnp.where(position < 0, 0.0, u * ops.rsqrt(square) * x_t)
-        return x_t, _scan_decay(a, position)
+        return x_t, scan_decay(a, position)
 
-    return [*map(load, (x, recurrence, input_, positions))], scan_inputs
+    return [*map(gpu.load, (x, recurrence, input_, positions))], scan_inputs
 
 
 def _read_adjoint(schedule, dy, recurrence, positions, a_param):
@@ -76,9 +67,9 @@ def _read_adjoint(schedule, dy, recurrence, positions, a_param):
     def scan_inputs(dy_t, recurrence_t, position):
         r = ops.reciprocal(_inverse_gate(recurrence_t, ops))
         a, _ = _decay(r, log2_decay, ops)
-        return dy_t, _scan_decay(a, position)
+        return dy_t, scan_decay(a, position)
 
-    return [*map(load, (dy, recurrence, positions))], scan_inputs
+    return [*map(gpu.load, (dy, recurrence, positions))], scan_inputs
 
 
 def _gradient_kernel(
@@ -94,31 +85,21 @@ def _gradient_kernel(
         dy_t, x_t, recurrence_t, input_t, position, before = inputs
         r = ops.reciprocal(_inverse_gate(recurrence_t, ops))
         i = ops.reciprocal(_inverse_gate(input_t, ops))
-        a, u = _decay(r, log2_decay, ops)
-        inverse_root = ops.rsqrt(jnp.maximum(u, SMALLEST_SQUARE))
+        gates = Gates(r, i, *_decay(r, log2_decay, ops))
         g = dy_t + c
-        factor = jnp.where(position == 0, 1.0, u * inverse_root)
-        x_gradient = jnp.where(position < 0, 0.0, g * factor * i)
-        # d sqrt(1 - a^2) / d log a = -a^2 / sqrt(1 - a^2), bounded.
-        slope = a * jnp.minimum(inverse_root, SMALLEST_RADICAND**-0.5)
-        d_log_a = a * g * (before - slope * i * x_t)
-        # Where a document starts or the state is held, the gates do not matter.
-        per_gate = jnp.where(position > 0, d_log_a * r, 0.0)
-        results = (
-            x_gradient,
-            per_gate * decay * (1.0 - r),
-            x_gradient * x_t * (1.0 - i),
+        *gradients, of_log_decay = step_gradients(
+            g, before, x_t, gates, decay, position, ops.rsqrt
         )
-        return (_scan_decay(a, position) * g, total + per_gate), results
+        c = scan_decay(gates.a, position) * g
+        return (c, total + of_log_decay), tuple(gradients)
 
-    loads = [*map(load, (dy, x, recurrence, input_, positions))]
-    loads.append(load_before(y, y_before, h0))
-    c = first_state(d_last, products, ends, schedule)
+    loads = [*map(gpu.load, (dy, x, recurrence, input_, positions))]
+    loads.append(gpu.load_before(y, y_before, h0))
+    c = gpu.first_state(d_last, products, ends, schedule)
     carry, outputs = (c, jnp.zeros_like(c)), [dx, d_recurrence, d_input]
-    c, total = for_each_step(step, carry, loads, outputs, schedule)
-    slope = -DECAY_SCALE * jax.nn.sigmoid(a_param[...].astype(jnp.float32))
-    d_a_param[...] = slope * total
-    store_last(dh, c, schedule)
+    c, total = gpu.for_each_step(step, carry, loads, outputs, schedule)
+    d_a_param[...] = a_param_gradient(a_param[...], total)
+    gpu.store_last(dh, c, schedule)
 
 
 def _inverse_gate(logits, ops):
@@ -136,58 +117,45 @@ def _decay(r, log2_decay, ops):
     return less + 1.0, jnp.abs(less * (less + 2.0))
 
 
-def _scan_decay(a, position):
-    return jnp.where(position == 0, 0.0, jnp.where(position < 0, 1.0, a))
-
-
 @partial(jax.jit, static_argnames="interpret")
 def recurrence(
-    x: jax.Array,
-    recurrence_logits: jax.Array,
-    input_logits: jax.Array,
-    a_param: jax.Array,
-    positions: jax.Array,
-    h0: jax.Array,
-    interpret: bool = False,
+    inputs: Inputs, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """See `rg_lru`; a_param is [B, E] here, one for each row."""
-    schedule = choose_schedule(
-        (x, recurrence_logits, input_logits), UNROLL, False, interpret
-    )
-    position = PerStep(positions)
-    arrays = (x, recurrence_logits, input_logits, position, a_param)
+    """See `rg_lru`."""
+    *sequences, a_param, positions, h0 = from_logits(inputs)
+    schedule = gpu.choose_schedule(sequences, UNROLL, False, interpret)
+    arrays = (*sequences, gpu.PerStep(positions), a_param)
     return scan_of("rg_lru", _read, arrays, h0, schedule)
 
 
+@with_products
 @partial(jax.jit, static_argnames="interpret")
 def gradients(
-    x: jax.Array,
-    recurrence_logits: jax.Array,
-    input_logits: jax.Array,
-    a_param: jax.Array,
-    positions: jax.Array,
-    h0: jax.Array,
-    y: jax.Array,
-    y_gradient: jax.Array,
-    last_gradient: jax.Array,
+    arguments: tuple[Inputs],
+    results: tuple[jax.Array, Any],
+    upstream: tuple[jax.Array, jax.Array],
+    *,
     interpret: bool = False,
-) -> tuple[jax.Array, ...]:
-    """See `composed.gradients`."""
-    sequences = (x, recurrence_logits, input_logits)
-    schedule = choose_schedule(sequences, GRADIENT_UNROLL, True, interpret)
-    position = PerStep(positions)
-    adjoint = (y_gradient, recurrence_logits, position, a_param)
-    batch, _, width = x.shape
+) -> tuple[Inputs]:
+    """See `Implementation.gradient`."""
+    [(*sequences, a_param, positions, h0)] = arguments
+    y, _ = results
+    y_gradient, last_gradient = upstream
+    schedule = gpu.choose_schedule(sequences, GRADIENT_UNROLL, True, interpret)
+    position = gpu.PerStep(positions)
+    adjoint = (y_gradient, sequences[1], position, a_param)
+    batch, _, width = y.shape
     per_chunk = jax.ShapeDtypeStruct((batch, schedule.chunks, width), jnp.float32)
-    *results, d_a_param, dh = call(
+    *of_sequences, of_a_param, of_h0 = gpu.call(
         partial(_gradient_kernel, schedule=schedule),
         "rg_lru_gradient",
         (
-            *(y_gradient, *sequences, position, a_param, y, Before(y)),
+            *(y_gradient, *sequences, position, a_param, y, gpu.Before(y)),
             *(h0, last_gradient),
             *summaries("rg_lru_adjoint", _read_adjoint, adjoint, schedule, True),
         ),
-        (*sequences, PerChunk(per_chunk), h0),
+        (*sequences, gpu.PerChunk(per_chunk), h0),
         schedule,
     )
-    return *results, d_a_param.sum(1).astype(a_param.dtype), dh
+    of_a_param = of_a_param.sum((0, 1)).astype(a_param.dtype)
+    return (Inputs(*of_sequences, of_a_param, None, of_h0),)

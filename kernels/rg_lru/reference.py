@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from recurrentgemma.kernels.linear_scan.reference import scan
-from recurrentgemma.kernels.rg_lru.gates import Gate, product
+from recurrentgemma.kernels.rg_lru.gates import Inputs, product
 
 DECAY_SCALE = 8.0
 """c of the paper: the decay is a^(c r)."""
@@ -42,49 +42,42 @@ def log_decay(a_param: jax.Array) -> jax.Array:
     return -DECAY_SCALE * softplus
 
 
-def recurrence(
-    x: jax.Array,
-    recurrence_gate: Gate | jax.Array,
-    input_gate: Gate | jax.Array,
-    a_param: jax.Array,
-    positions: jax.Array,
-    h0: jax.Array,
-    *,
-    linear_scan: None,
-) -> tuple[jax.Array, jax.Array]:
-    """See `rg_lru`."""
-    del linear_scan
-    inputs = _scan_inputs(x, recurrence_gate, input_gate, a_param, positions)
-    y, h_last = scan(*inputs, h0, reverse=False)
-    return y.astype(x.dtype), h_last
-
-
-def one_step(
-    x: jax.Array,
-    recurrence_gate: Gate | jax.Array,
-    input_gate: Gate | jax.Array,
-    a_param: jax.Array,
-    positions: jax.Array,
-    h0: jax.Array,
-    *,
-    linear_scan: None,
-) -> tuple[jax.Array, jax.Array]:
-    """The same for T = 1, without a loop."""
-    del linear_scan
-    scan_input, a = _scan_inputs(x, recurrence_gate, input_gate, a_param, positions)
-    h = a[:, 0] * h0 + scan_input[:, 0]
-    return h.astype(x.dtype)[:, None], h
-
-
-def _scan_inputs(x, recurrence_gate, input_gate, a_param, positions):
-    r, i = (
-        jax.nn.sigmoid(product(x, gate).astype(jnp.float32))
-        for gate in (recurrence_gate, input_gate)
-    )
-    log_a = log_decay(a_param)[None, None] * r
-    starts, holds = (positions == 0)[..., None], (positions < 0)[..., None]
+def gate_values(
+    recurrence_logits: jax.Array, input_logits: jax.Array, a_param: jax.Array
+) -> tuple[jax.Array, ...]:
+    """r_t, i_t, log a_t / r_t, a_t and 1 - a_t^2, float32."""
+    r = jax.nn.sigmoid(recurrence_logits.astype(jnp.float32))
+    i = jax.nn.sigmoid(input_logits.astype(jnp.float32))
+    c = log_decay(a_param)[None, None]
+    log_a = c * r
     # 1 - a^2 in this form keeps its digits where a is close to 1.
-    multiplier = sqrt_bounded_derivative(-jnp.expm1(2.0 * log_a))
-    multiplier = jnp.where(starts, 1.0, multiplier)
-    a = jnp.where(starts, 0.0, jnp.where(holds, 1.0, jnp.exp(log_a)))
-    return jnp.where(holds, 0.0, multiplier * (i * x.astype(jnp.float32))), a
+    return r, i, c, jnp.exp(log_a), -jnp.expm1(2.0 * log_a)
+
+
+def scan_decay(a: jax.Array, position: jax.Array) -> jax.Array:
+    """The decay of the scan: 0 where a document starts, 1 where the state is held."""
+    return jnp.where(position == 0, 0.0, jnp.where(position < 0, 1.0, a))
+
+
+def recurrence(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+    """See `rg_lru`."""
+    scan_input, a = _scan_inputs(inputs)
+    y, h_last = scan(scan_input, a, inputs.h0, reverse=False)
+    return y.astype(inputs.x.dtype), h_last
+
+
+def one_step(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+    """The same for T = 1, without a loop."""
+    scan_input, a = _scan_inputs(inputs)
+    h = a[:, 0] * inputs.h0 + scan_input[:, 0]
+    return h.astype(inputs.x.dtype)[:, None], h
+
+
+def _scan_inputs(inputs):
+    x, recurrence_gate, input_gate, a_param, positions, _ = inputs
+    logits = product(x, recurrence_gate), product(x, input_gate)
+    _, i, _, a, u = gate_values(*logits, a_param)
+    position = positions[..., None]
+    multiplier = jnp.where(position == 0, 1.0, sqrt_bounded_derivative(u))
+    scan_input = multiplier * (i * x.astype(jnp.float32))
+    return jnp.where(position < 0, 0.0, scan_input), scan_decay(a, position)

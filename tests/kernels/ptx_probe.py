@@ -27,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from recurrentgemma.kernels.linear_scan import pallas_gpu as linear_scan
 from recurrentgemma.kernels.rg_lru import pallas_gpu as rg_lru
+from recurrentgemma.kernels.rg_lru.gates import Inputs
 
 # What NVIDIA publishes of the H100 SXM.
 H100 = """
@@ -70,9 +71,10 @@ def main() -> None:
         x, a, h = like(shape, dtype), like(shape, decay_dtype), like(shape[::2])
         jax.jit(linear_scan.scan, static_argnums=3).lower(x, a, h, False).compile()
         jax.jit(linear_scan.gradients).lower(a, h, x, x, h).compile()
-        arguments = (x, x, x, h, like(shape[:2], jnp.int32), h)
-        jax.jit(rg_lru.recurrence).lower(*arguments).compile()
-        jax.jit(rg_lru.gradients).lower(*arguments, x, x, h).compile()
+        positions, a_param = like(shape[:2], jnp.int32), like(shape[2:])
+        inputs = Inputs(x, x, x, a_param, positions, h)
+        jax.jit(rg_lru.recurrence).lower(inputs).compile()
+        jax.jit(rg_lru.gradients).lower((inputs,), (x, None), (x, h)).compile()
 
     kernels: dict[str, dict[str, int]] = {}
     for file in DUMP.glob("*.ptx"):

@@ -1,6 +1,7 @@
 """float32 operands are multiplied as float32, in every op, kernel and gradient."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,12 @@ from recurrentgemma.kernels import (
     recurrent_step,
     rg_lru,
 )
-from recurrentgemma.kernels.local_attention import splash
+from recurrentgemma.kernels.local_attention import ring, splash
+from recurrentgemma.kernels.local_attention.chunk import Chunk, Settings
 from recurrentgemma.kernels.precision import custom_vjp, einsum_float32
 from recurrentgemma.kernels.recurrent_step import pallas_tpu as step_kernel
 from recurrentgemma.kernels.rg_lru import with_gates_pallas_tpu as gate_kernels
+from recurrentgemma.kernels.rg_lru.gates import Inputs
 
 B, T, BLOCK = 2, 16, 128
 
@@ -137,24 +140,23 @@ def kernel_calls(dtype):
     """Every kernel with products, forward and backward, with its arguments."""
     x = jnp.ones((B, T, 2 * BLOCK), dtype)
     h = jnp.ones((B, 2 * BLOCK))
-    gate = jnp.ones((2, BLOCK, BLOCK), dtype), jnp.ones((2, BLOCK))
-    arguments = (x, *gate, *gate, h, jnp.ones((B, T), jnp.int32), h)
-    yield gate_kernels.recurrence, arguments
-    yield gate_kernels.gradients, (*arguments, x, x, h)
+    vector = jnp.ones(2 * BLOCK)
+    gate = Gate(jnp.ones((2, BLOCK, BLOCK), dtype), jnp.ones((2, BLOCK)))
+    inputs = Inputs(x, gate, gate, vector, jnp.ones((B, T), jnp.int32), h)
+    yield gate_kernels.recurrence, (inputs,)
+    yield gate_kernels.gradients, ((inputs,), (x, None), (x, h))
 
     taps, state = jnp.ones((4, 2 * BLOCK), dtype), jnp.ones((B, 3, 2 * BLOCK), dtype)
-    vector = jnp.ones(2 * BLOCK)
-    parameters = (taps, vector, *gate, *gate, vector)
-    step = x[:, 0], state, jnp.ones(B, jnp.int32), h
-    yield step_kernel.step, (*step, *parameters)
+    parameters = StepParameters(taps, vector, gate, gate, vector)
+    positions = jnp.ones(B, jnp.int32)
+    yield step_kernel.step, (x[:, 0], parameters, positions, h, state)
 
     q, k = jnp.ones((B, T, 2, BLOCK), dtype), jnp.ones((B, T, 1, BLOCK), dtype)
-    arrays = q, k, k, jnp.ones((B, T), jnp.int32), k[:, :0], k[:, :0]
-    arrays = (*arrays, jnp.ones((B, 0), jnp.int32))
-    options = {"window": 8, "scale": 1.0, "soft_cap": None}
-    yield lambda *a: splash.attend(*a, **options), arrays
-    results = q, jnp.ones((B, T, 2)), q
-    yield lambda *a: splash.gradients(*a, **options), (*arrays, *results)
+    chunk = Chunk(q, k, k, jnp.ones((B, T), jnp.int32), ring.empty(k, k, 0))
+    settings = Settings(window=8, scale=1.0, soft_cap=None)
+    yield partial(splash.attend, settings=settings), (chunk,)
+    results = q, jnp.ones((B, T, 2))
+    yield partial(splash.gradients, settings=settings), ((chunk,), results, results)
 
 
 @pytest.mark.parametrize(

@@ -201,12 +201,8 @@ def test_the_kernel_over_many_blocks(monkeypatch, capfd, batch, races):
     monkeypatch.setattr(pallas_tpu, "MATRIX_BYTES", 0)
     jax.clear_caches()
     inputs = random_inputs(batch)
-    x, parameters, positions, h, conv_state = inputs
     with watched(capfd, races) as interpret:
-        results = pallas_tpu.step(
-            *(x, conv_state, positions, h, *jax.tree.leaves(parameters)),
-            interpret=interpret,
-        )
+        results = pallas_tpu.step(*inputs, interpret=interpret)
     expected = define(inputs)
     for name, array in zip(("y", "h", "conv_state"), results, strict=True):
         assert_close(array, expected[name], "scan")
