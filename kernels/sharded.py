@@ -21,6 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from recurrentgemma.kernels import linear_scan as scan_op
 from recurrentgemma.kernels import local_attention as attention_op
 from recurrentgemma.kernels import rg_lru as rg_lru_op
+from recurrentgemma.kernels.checks import check_arrays, check_kind, check_sequence
 from recurrentgemma.kernels.local_attention import KVCache, ring
 
 
@@ -37,6 +38,16 @@ class SequenceSharding:
     mesh: Mesh
     sequence: str
     batch: str | None = None
+
+    def __post_init__(self):
+        check_kind("mesh", self.mesh, Mesh)
+        axes = [*self.mesh.axis_names]
+        for name, axis in {"sequence": self.sequence, "batch": self.batch}.items():
+            given = isinstance(axis, str) and axis in axes
+            if not given and not (name == "batch" and axis is None):
+                raise ValueError(
+                    f"{name}: expected a mesh axis of {axes}, got {axis!r}; name one."
+                )
 
     @property
     def shards(self) -> int:
@@ -59,6 +70,7 @@ def linear_scan(
       ValueError: as there, or T is no multiple of the number of shards.
       NotImplementedError: as there.
     """
+    _check(sharding, scan_op, x, a, h0, reverse=reverse, implementation=implementation)
 
     def on_shard(x, a, h0):
         def run(x, h0):
@@ -88,6 +100,11 @@ def rg_lru(
       ValueError: as there, or T is no multiple of the number of shards.
       NotImplementedError: as there.
     """
+    check_sequence(x, "B, T, E")
+    logits = {"recurrence_logits": recurrence_logits, "input_logits": input_logits}
+    check_arrays({name: (one, x.shape, jnp.floating) for name, one in logits.items()})
+    arrays = x, recurrence_logits, input_logits, a_param, positions, h0
+    _check(sharding, rg_lru_op, *arrays, implementation=implementation)
 
     def on_shard(x, recurrence_logits, input_logits, a_param, positions, h0):
         def run(x, h0):
@@ -133,6 +150,9 @@ def local_attention(
       ValueError: as there, or T is no multiple of the number of shards.
       NotImplementedError: as there.
     """
+    options = {"window": window, "scale": scale, "soft_cap": soft_cap}
+    options |= {"positions": positions, "implementation": implementation}
+    _check(sharding, attention_op, q, k, v, cache=cache, **options)
     _check_length(q, sharding)
     if cache is None:
         batch, length, *rest = k.shape
@@ -225,6 +245,12 @@ def _first_state(x, h0, sharding):
     if h0 is None:
         return jnp.zeros((x.shape[0], x.shape[-1]), jnp.float32)
     return h0
+
+
+def _check(sharding, op, *arguments, **options):
+    """Lets an op check its arguments while they still have their names and shapes."""
+    check_kind("sharding", sharding, SequenceSharding)
+    jax.eval_shape(lambda: op(*arguments, **options))
 
 
 def _check_length(x, sharding):
