@@ -21,6 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from recurrentgemma.kernels import linear_scan as scan_op
 from recurrentgemma.kernels import local_attention as attention_op
 from recurrentgemma.kernels import rg_lru as rg_lru_op
+from recurrentgemma.kernels.checks import check_arrays, check_kind, check_sequence
 from recurrentgemma.kernels.local_attention import KVCache, ring
 
 
@@ -37,6 +38,16 @@ class SequenceSharding:
     mesh: Mesh
     sequence: str
     batch: str | None = None
+
+    def __post_init__(self):
+        check_kind("mesh", self.mesh, Mesh)
+        axes = [*self.mesh.axis_names]
+        for name, axis in {"sequence": self.sequence, "batch": self.batch}.items():
+            given = isinstance(axis, str) and axis in axes
+            if not given and not (name == "batch" and axis is None):
+                raise ValueError(
+                    f"{name}: expected a mesh axis of {axes}, got {axis!r}; name one."
+                )
 
     @property
     def shards(self) -> int:
@@ -58,6 +69,7 @@ def linear_scan(
     Raises:
       As there, and a ValueError if T is no multiple of the number of shards.
     """
+    _check(sharding, scan_op, x, a, h0, reverse=reverse, implementation=implementation)
 
     op = partial(scan_op, reverse=reverse, implementation=implementation)
     return _recurrence(op, x, (a,), h0, sharding, reverse)
@@ -79,6 +91,11 @@ def rg_lru(
     Raises:
       As there, and a ValueError if T is no multiple of the number of shards.
     """
+    check_sequence(x, "B, T, E")
+    logits = {"recurrence_logits": recurrence_logits, "input_logits": input_logits}
+    check_arrays({name: (one, x.shape, jnp.floating) for name, one in logits.items()})
+    arrays = x, recurrence_logits, input_logits, a_param, positions, h0
+    _check(sharding, rg_lru_op, *arrays, implementation=implementation)
 
     op = partial(rg_lru_op, implementation=implementation)
     others = (recurrence_logits, input_logits, a_param, positions)
@@ -106,6 +123,9 @@ def local_attention(
     Raises:
       As there, and a ValueError if T is no multiple of the number of shards.
     """
+    options = {"window": window, "scale": scale, "soft_cap": soft_cap}
+    options |= {"positions": positions, "implementation": implementation}
+    _check(sharding, attention_op, q, k, v, cache=cache, **options)
     _check_length(q, sharding)
     if cache is None:
         cache = ring.empty(k, v, k.shape[1] if window is None else window)
@@ -197,6 +217,12 @@ def _after_row(cache, positions, sharding) -> KVCache:
         return jax.lax.psum(own_array, sharding.sequence)
 
     return KVCache(*(choose(array) for array in cache))
+
+
+def _check(sharding, op, *arguments, **options):
+    """Lets an op check its arguments while they still have their names and shapes."""
+    check_kind("sharding", sharding, SequenceSharding)
+    jax.eval_shape(lambda: op(*arguments, **options))
 
 
 def _check_length(x, sharding):

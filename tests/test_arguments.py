@@ -9,6 +9,7 @@ import inspect
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -29,9 +30,19 @@ from recurrentgemma import (
 )
 from recurrentgemma import cache as cache_lib
 from recurrentgemma.cache import Cache
+from recurrentgemma.generation import batch_jobs
 from recurrentgemma.generation import prefix as prefix_lib
+from recurrentgemma.generation.batch_jobs import BatchJob
 from recurrentgemma.generation.history import History
-from recurrentgemma.kernels import Gate, KVCache, StepParameters
+from recurrentgemma.generation.model_digest import model_digest
+from recurrentgemma.kernels import (
+    Gate,
+    KVCache,
+    StepParameters,
+    complex_rg_lru,
+    sharded,
+)
+from recurrentgemma.kernels.sharded import SequenceSharding
 from tests.models import random_model, tiny_config
 
 VALUES = {
@@ -181,7 +192,7 @@ LEGAL = {
     "Chat.stream": {"text": {"text"}},
     "Chat.save": {"path": PATHS},
     "Chat.load": {"path": PATHS},
-    "Prefix": {},
+    "Prefix": {"model_digest": {"text"}},
     "Prefix.take": {},
     "Prefix.repeat": {"count": {"1"}},
     "Prefix.check_model": {"model_digest": {"text"}},
@@ -210,6 +221,14 @@ LEGAL = {
         "sharding": {"None", "class"},
     },
     "save": {"path": PATHS, "tokenizer": {"None"}},
+    "batch_jobs.BatchJob": {
+        "source": PATHS,
+        "target": PATHS,
+        "max_new_tokens": {"1"},
+        "seed": {"0", "1"},
+        "stop": STRINGS,
+    },
+    "batch_jobs.BatchJob.run": {"batch_size": {"1"}, "progress": {"None", "class"}},
     "cache.take": {},
     "cache.repeat": {"count": {"1"}},
     "cache.concatenate": {},
@@ -239,10 +258,28 @@ LEGAL = {
     "kernels.Gate": {},
     "kernels.KVCache": {},
     "kernels.StepParameters": {},
+    "complex_rg_lru.complex_rg_lru": {"h0": {"None"}, "implementation": {"None"}},
+    "complex_rg_lru.complex_linear_scan": {
+        "h0": {"None"},
+        "reverse": {"True", "False"},
+        "implementation": {"None"},
+    },
+    "sharded.SequenceSharding": {"batch": {"None"}},
+    "sharded.linear_scan": {
+        "h0": {"None"},
+        "reverse": {"True", "False"},
+        "implementation": {"None"},
+    },
+    "sharded.rg_lru": {"h0": {"None"}, "implementation": {"None"}},
+    "sharded.local_attention": {
+        "cache": {"None"},
+        "window": {"None", "1"},
+        "scale": NUMBERS,
+        "soft_cap": {"None", "1", "0.5", "large"},
+        "implementation": {"None"},
+    },
 }
 GOLDEN = Path(__file__).parent / "golden" / "sampler"
-MADE_BY_OTHERS = {"Prefix"}
-"""Classes whose instances are made by the functions here."""
 
 
 def _all_of(function):
@@ -287,7 +324,8 @@ def good(tmp_path_factory):
     )
     seen = np.zeros((2, config.vocab_size), bool)
     history = History(np.ones(2, np.int32), np.ones(2, np.int32), seen)
-    prefix = Prefix(cache, history, sampler._model_digest)
+    digest = model_digest(model)
+    prefix = Prefix(cache, history, digest)
     tokens = np.zeros((2, 3), np.int32)
     x = np.zeros((2, 3, 4), np.float32)
     gate = Gate(np.zeros((2, 2, 2), np.float32), np.zeros((2, 2), np.float32))
@@ -295,10 +333,12 @@ def good(tmp_path_factory):
     q, k = np.zeros((2, 3, 2, 4), np.float32), np.zeros((2, 3, 1, 4), np.float32)
     text = {"max_new_tokens": 1, "sampling": Sampling(), "seed": 0, "stop": ()}
     text |= {"end_tokens": None}
-    one = prefix.history.num_tokens[:1]
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n')
+    job = BatchJob(prompts, folder / "texts", max_new_tokens=1)
+    sharding = SequenceSharding(jax.make_mesh((1,), ("time",)), "time")
     chat = Chat(sampler)
-    row = Prefix(cache, History(one, one, seen[:1]), sampler._model_digest)
-    chat._prefix = row
+    chat._now = prefix.take([0]), 1
 
     def in_rg_lru(gate):
         kernels.rg_lru(x, gate, gate, x[0, 0], tokens)
@@ -338,7 +378,10 @@ def good(tmp_path_factory):
         "Chat.stream": (chat.stream, {"text": "a"}),
         "Chat.save": (chat.save, {"path": folder / "chat"}),
         "Chat.load": (chat.load, {"path": folder / "chat"}),
-        "Prefix": (Prefix, {}),
+        "Prefix": (
+            Prefix,
+            {"cache": cache, "history": history, "model_digest": digest},
+        ),
         "Prefix.take": (prefix.take, {"rows": [0]}),
         "Prefix.repeat": (prefix.repeat, {"count": 1}),
         "Prefix.check_model": (
@@ -360,6 +403,11 @@ def good(tmp_path_factory):
             save,
             {"path": folder / "model", "model": model, "tokenizer": tokenizer},
         ),
+        "batch_jobs.BatchJob": (
+            BatchJob,
+            {"source": prompts, "target": folder / "texts"},
+        ),
+        "batch_jobs.BatchJob.run": (job.run, {"sampler": sampler}),
         "cache.take": (cache_lib.take, {"cache": cache, "rows": [0]}),
         "cache.repeat": (cache_lib.repeat, {"cache": cache, "count": 1}),
         "cache.concatenate": (cache_lib.concatenate, {"caches": [cache]}),
@@ -411,6 +459,54 @@ def good(tmp_path_factory):
                 "soft_cap": None,
             },
         ),
+        "complex_rg_lru.complex_rg_lru": (
+            complex_rg_lru.complex_rg_lru,
+            {
+                "x": x,
+                "recurrence_logits": x[..., :2],
+                "input_logits": x[..., :2],
+                "a_param": x[0, 0, :2],
+                "a_imag_param": x[0, 0, :2],
+                "positions": tokens,
+            },
+        ),
+        "complex_rg_lru.complex_linear_scan": (
+            complex_rg_lru.complex_linear_scan,
+            {"x": x, "a": x},
+        ),
+        "sharded.SequenceSharding": (
+            SequenceSharding,
+            {"mesh": sharding.mesh, "sequence": "time"},
+        ),
+        "sharded.linear_scan": (
+            sharded.linear_scan,
+            {"x": x, "a": x, "sharding": sharding},
+        ),
+        "sharded.rg_lru": (
+            sharded.rg_lru,
+            {
+                "x": x,
+                "recurrence_logits": x,
+                "input_logits": x,
+                "a_param": x[0, 0],
+                "positions": tokens,
+                "sharding": sharding,
+            },
+        ),
+        "sharded.local_attention": (
+            sharded.local_attention,
+            {
+                "q": q,
+                "k": k,
+                "v": k,
+                "positions": tokens,
+                "cache": None,
+                "window": 4,
+                "scale": 1.0,
+                "soft_cap": None,
+                "sharding": sharding,
+            },
+        ),
         "kernels.Gate": (_made_into(Gate, in_rg_lru), gate._asdict()),
         "kernels.KVCache": (
             _made_into(KVCache, in_attention),
@@ -428,6 +524,14 @@ def _public():
     names = set()
     spaces = {"": (recurrentgemma, recurrentgemma.__all__)}
     spaces["kernels."] = (kernels, kernels.__all__)
+    spaces["batch_jobs."] = (batch_jobs, ["BatchJob"])
+    for name, module in (("complex_rg_lru", complex_rg_lru), ("sharded", sharded)):
+        own = [
+            one
+            for one, value in vars(module).items()
+            if one[0] != "_" and getattr(value, "__module__", "") == module.__name__
+        ]
+        spaces[f"{name}."] = (module, own)
     for space, (module, public) in spaces.items():
         for name in public:
             value = getattr(module, name)
@@ -465,8 +569,6 @@ def test_every_argument_is_checked_and_named(good, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     walked, named, problems = 0, 0, []
     for name, (function, arguments) in good.items():
-        if name in MADE_BY_OTHERS:
-            continue
         for argument in _signature(function):
             legal = LEGAL[name].get(argument, set())
             for label in sorted(VALUES.keys() - legal):

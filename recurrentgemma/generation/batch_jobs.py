@@ -46,12 +46,10 @@ _DIGEST_LENGTH = 16
 
 
 class Line(NamedTuple):
-    """A line of the input."""
+    """A line of the input: its number, from 1, the line and what it holds."""
 
     number: int
-    """From 1."""
     data: bytes
-    """As it stands in the file."""
     fields: dict[str, Any]
 
 
@@ -90,14 +88,14 @@ class BatchJob:
         """
         self.source = check.path("source", source)
         self.target = check.path("target", target)
-        self._copy = self._copy_of_stream()
+        self._input = self._opened()
         self.max_new_tokens = check.positive_integer("max_new_tokens", max_new_tokens)
         self.sampling = check.instance("sampling", sampling, Sampling, "a Sampling")
         self.seed = check_seed(seed)
         self.stop = check.strings("stop", stop)
         self.num_prompts = sum(1 for _ in self._lines())
         """Lines of the input."""
-        if self.num_prompts == 0:
+        if not self.num_prompts:
             raise ValueError(f"{source} is empty: expected a JSON object on each line.")
         check_seed(seed + self.num_prompts)
         if self.target.is_dir():
@@ -126,11 +124,13 @@ class BatchJob:
             was.
           OSError: the output cannot be written; the records in it stay valid.
         """
+        check.instance("sampler", sampler, Sampler, "a Sampler")
+        check.function("progress", progress)
         batch_size = check.positive_integer("batch_size", batch_size)
         digest_of = self._digests(sampler)
-        with self._opened_alone() as file:
+        with self._locked_output() as file:
             finished = self._finished(digest_of)
-            numbers = [n for n in range(1, self.num_prompts + 1) if n not in finished]
+            waiting = [n for n in range(1, self.num_prompts + 1) if n not in finished]
             running: dict[int, Line] = {}
 
             def prompts():
@@ -139,32 +139,29 @@ class BatchJob:
                         running[line.number] = line
                         yield line.fields["prompt"]
 
+            def show(written):
+                if progress is not None:
+                    progress(len(finished) + written, self.num_prompts)
+
             samples = sampler.iterate(
                 prompts(),
                 batch_size=batch_size,
                 max_new_tokens=self.max_new_tokens,
                 sampling=self.sampling,
-                seed=[self.seed + number for number in numbers],
+                seed=[self.seed + number for number in waiting],
                 stop=self.stop,
             )
-            progress = progress or (lambda done, total: None)
-            progress(len(finished), self.num_prompts)
-            written = 0
-            for index, sample in samples:
-                line = running.pop(numbers[index])
+            show(0)
+            for written, (index, sample) in enumerate(samples, start=1):
+                line = running.pop(waiting[index])
                 file.write(_record(line, digest_of(line), sample))
                 file.flush()
-                written += 1
-                progress(len(finished) + written, self.num_prompts)
-        return written
+                show(written)
+        return len(waiting)
 
     @contextlib.contextmanager
-    def _opened_alone(self) -> Iterator[BinaryIO]:
-        """The output, to append to, which no other run has open.
-
-        Raises:
-          ValueError: another run has it open.
-        """
+    def _locked_output(self) -> Iterator[BinaryIO]:
+        """The output, to append to; ValueError if another run has it open."""
         self.target.parent.mkdir(parents=True, exist_ok=True)
         with self.target.open("ab") as file:
             try:
@@ -178,35 +175,25 @@ class BatchJob:
 
     def _lines(self) -> Iterator[Line]:
         """The lines of the input, checked."""
-        with self._opened_input() as file:
-            for number, data in enumerate(file, start=1):
-                data = data.rstrip(b"\r\n")
-                try:
-                    yield Line(number, data, _parse_input(data))
-                except ValueError as error:
-                    raise ValueError(
-                        f"{self.source}, line {number}: {error}"
-                    ) from error
+        self._input.seek(0)
+        for number, data in enumerate(self._input, start=1):
+            data = data.rstrip(b"\r\n")
+            try:
+                yield Line(number, data, _parse_input(data))
+            except ValueError as error:
+                raise ValueError(f"{self.source}, line {number}: {error}") from error
 
-    @contextlib.contextmanager
-    def _opened_input(self) -> Iterator[BinaryIO]:
-        if self._copy is None:
-            with self.source.open("rb") as file:
-                yield file
-        else:
-            self._copy.seek(0)
-            yield self._copy
-
-    def _copy_of_stream(self) -> BinaryIO | None:
-        """An input that can be read only once, as a file without a name, which is gone
-        with the process; None if the input is a regular file."""
-        with self.source.open("rb") as stream, contextlib.ExitStack() as files:
-            if self.source.is_file():
-                return None
-            copy = files.enter_context(tempfile.TemporaryFile())
-            shutil.copyfileobj(stream, copy)
-            weakref.finalize(self, files.pop_all().close)
-            return copy
+    def _opened(self) -> BinaryIO:
+        """The input; one that can be read only once is copied to a file without a name,
+        which is gone with the process."""
+        file = self.source.open("rb")
+        weakref.finalize(self, file.close)
+        if self.source.is_file():
+            return file
+        copy = tempfile.TemporaryFile()  # noqa: SIM115  closed with the job
+        weakref.finalize(self, copy.close)
+        shutil.copyfileobj(file, copy)
+        return copy
 
     def _digests(self, sampler: Sampler) -> Callable[[Line], str]:
         """The digest of a line's text."""
@@ -231,79 +218,44 @@ class BatchJob:
         return digest_of
 
     def _finished(self, digest_of: Callable[[Line], str]) -> set[int]:
-        """Numbers of the lines with a record; what was cut off is removed.
+        """Numbers of the lines with a record; a record that was cut off is removed.
 
         Raises:
-          ValueError: there is anything else in the output.
+          ValueError: there is anything else in the output, or two records of a line.
         """
+        finished, size = set(), 0
         if not self.target.is_file():
-            return set()
-        digests, size = self._recorded()
-        known = {
-            line.number
-            for line in self._lines()
-            if digests.get(line.number) == digest_of(line)
-        }
-        if strange := sorted(digests.keys() - known):
-            raise self._refusal(f"the record of line {strange[0]}")
-        if size < self.target.stat().st_size:
-            os.truncate(self.target, size)
-        return known
-
-    def _recorded(self) -> tuple[dict[int, str], int]:
-        """The digests in the output by line, and the size of all whole records."""
-        digests, size = {}, 0
+            return finished
+        digests = {line.number: digest_of(line) for line in self._lines()}
         with self.target.open("rb") as file:
             for number, data in enumerate(file, start=1):
                 start = data[: len(_RECORD_START)]
-                if not data.endswith(b"\n"):
-                    if not _RECORD_START.startswith(start):
-                        raise self._refusal(f"its line {number}")
+                if not data.endswith(b"\n") and _RECORD_START.startswith(start):
+                    os.truncate(self.target, size)
                     break
                 try:
                     record = json.loads(data)
-                    line, digest = int(record["line"]), record["digest"]
+                    line, digest = record["line"], record["digest"]
+                    if not data.endswith(b"\n") or digests[line] != digest:
+                        raise ValueError("another text")
                 except (ValueError, TypeError, KeyError, RecursionError) as error:
-                    raise self._refusal(f"its line {number}") from error
-                if line in digests:
+                    raise ValueError(
+                        f"{self.target}: its line {number} is not of this job, but of "
+                        "another input, other settings or another model; give another "
+                        "output, or remove this one."
+                    ) from error
+                if line in finished:
                     raise ValueError(
                         f"{self.target}: expected one record of each line, got a second "
                         f"one of line {line} in its line {number}; remove one of them"
                     )
-                digests[line] = digest
+                finished.add(line)
                 size += len(data)
-        return digests, size
-
-    def _refusal(self, what: str) -> ValueError:
-        return ValueError(
-            f"{self.target}: {what} is not of this job, but of another input, other "
-            "settings or another model; give another output, or remove this one."
-        )
+        return finished
 
 
 def _parse_input(data: bytes) -> dict[str, Any]:
-    text = data.decode("utf-8")
-    try:
-        fields: Any = _parse_json(text) if text.strip() else None
-    except RecursionError as error:
-        raise ValueError("expected less deeply nested JSON") from error
-    prompt = fields.get("prompt") if isinstance(fields, dict) else None
-    if type(prompt) is not str:
-        raise ValueError(
-            'expected a JSON object with a "prompt" string, got '
-            f"{text[:60].strip() or 'an empty line'}"
-        )
-    prompt.encode("utf-8")
-    taken = [name for name in OUTPUT_FIELDS if name in fields]
-    if taken:
-        raise ValueError(
-            f'expected no field "{taken[0]}", which the output has; rename it'
-        )
-    return fields
-
-
-def _parse_json(text: str) -> Any:
-    """JSON, of which every number can be written again."""
+    """The fields of a line, of which every number can be written again."""
 
     def finite(number: str) -> float:
         if not math.isfinite(float(number)):
@@ -312,7 +264,22 @@ def _parse_json(text: str) -> Any:
             )
         return float(number)
 
-    return json.loads(text, parse_float=finite, parse_constant=finite)
+    text = data.decode("utf-8").strip() or "null"
+    try:
+        fields: Any = json.loads(text, parse_float=finite, parse_constant=finite)
+    except RecursionError as error:
+        raise ValueError("expected less deeply nested JSON") from error
+    prompt = fields.get("prompt") if isinstance(fields, dict) else None
+    if type(prompt) is not str:
+        got = text[:60] if data.strip() else "an empty line"
+        raise ValueError(f'expected a JSON object with a "prompt" string, got {got}')
+    prompt.encode("utf-8")
+    for name in OUTPUT_FIELDS:
+        if name in fields:
+            raise ValueError(
+                f'expected no field "{name}", which the output has; rename it'
+            )
+    return fields
 
 
 def _record(line: Line, digest: str, sample: Sample) -> bytes:

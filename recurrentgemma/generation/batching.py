@@ -6,11 +6,12 @@ new, and gives the slot of a finished row to the next request. All rows are of o
 so that this is one copy, and no row sees another.
 """
 
-import dataclasses
+import collections
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,7 @@ import numpy as np
 
 from recurrentgemma import cache as cache_lib
 from recurrentgemma.cache import Cache
-from recurrentgemma.generation.chunk_reader import (
-    ChunkReader,
-    Progress,
-    make_room,
-    same_room,
-)
+from recurrentgemma.generation.chunk_reader import ChunkReader, Progress
 from recurrentgemma.generation.history import History
 from recurrentgemma.generation.prefix import Prefix
 from recurrentgemma.generation.programs import (
@@ -33,10 +29,10 @@ from recurrentgemma.generation.programs import (
     decode_block,
     place_row,
 )
-from recurrentgemma.generation.sampling import Sampling
+from recurrentgemma.generation.requests import Request, Settings
+from recurrentgemma.generation.results import Sample
 from recurrentgemma.generation.speculation import speculate_block
 from recurrentgemma.generation.stop_strings import TextUntilStop
-from recurrentgemma.tokenizer import Tokenizer
 
 # Streaming: steps before the first text, and how often text should come after it.
 _FIRST_STEPS = 4
@@ -44,104 +40,25 @@ _STREAM_INTERVAL_S = 0.1
 
 _make_rewindable = jax.jit(cache_lib.make_rewindable, static_argnums=(1, 2))
 
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A text to continue."""
-
-    index: int
-    """Place of its sample among the results."""
-    prompt_tokens: list[int]
-    """What comes after the prefix; at least one token without a prefix."""
-    max_new_tokens: int
-    seed: int
-    prefix: Prefix | None = None
-    """One row, already read."""
-    is_read: bool = False
-    """Whether the prefix holds the prompt already."""
-
-    def read(self, vocab_size: int) -> tuple[list[int], History]:
-        """The tokens to read before the first draw, and the history after them."""
-        start = (
-            History.empty(vocab_size) if self.prefix is None else self.prefix.history
-        )
-        return start.read([] if self.is_read else self.prompt_tokens)
-
-
 _BLANK = Request(0, [0], max_new_tokens=1, seed=0)
 """The content of a slot before its first request."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """What a block gave to a row."""
 
     request: Request
-    text: str
-    """Empty without a tokenizer; never splits a character, ends before a stop string."""
-    tokens: list[int]
-    log_probs: np.ndarray
-    """float32 [len(tokens)]."""
-    logits: np.ndarray | None
-    """float32 [len(tokens), V], if kept."""
-    num_calls: int
-    """Calls of the model that the tokens took; fewer than tokens with a draft."""
+    piece: Sample
+    """Its text never splits a character and ends before a stop string."""
     is_last: bool
     """Whether the row is finished."""
-    ended: bool
-    """Whether an end token or a stop string ended the row here."""
 
 
-class _Row:
+class _Row(NamedTuple):
     """A request in a slot."""
 
-    def __init__(self, request: Request, settings: "Settings"):
-        self._request = request
-        self._end_mask = settings.end_mask
-        self._text = None
-        if settings.tokenizer is not None:
-            self._text = TextUntilStop(settings.tokenizer, settings.stop)
-
-    def take(self, output: BlockOutput, slot: int, count: int, is_done: bool) -> Part:
-        """The row's share of a block, cut at a stop string."""
-        tokens = np.asarray(output.tokens)[slot, :count].tolist()
-        ended = bool(tokens) and bool(self._end_mask[tokens[-1]])
-        text = ""
-        if self._text is not None:
-            shown = self._text.push(tokens[:-1] if ended else tokens)
-            text = shown.text
-            if shown.stopped_after is not None:
-                tokens, ended = tokens[: shown.stopped_after], True
-            elif is_done:
-                text += self._text.flush()
-        count = len(tokens)
-        logits = output.logits
-        return Part(
-            request=self._request,
-            text=text,
-            tokens=tokens,
-            log_probs=np.asarray(output.log_probs)[slot, :count],
-            logits=None if logits is None else np.asarray(logits[slot, :count]),
-            num_calls=int(output.calls[slot]),
-            is_last=is_done or ended,
-            ended=ended,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What holds for all rows of a run."""
-
-    tokenizer: Tokenizer | None
-    sampling: Sampling
-    end_mask: np.ndarray
-    """bool [V], true at the tokens that end a row: which they are compiles nothing."""
-    stop: Sequence[str] = ()
-    keep_logits: bool = False
-    streams: bool = False
-    """Whether parts should come several times a second."""
-    num_draft_tokens: int = 0
-    """How many tokens the draft model proposes at once; 0 without one."""
+    request: Request
+    text: TextUntilStop
 
 
 class Generation:
@@ -152,45 +69,42 @@ class Generation:
         readers: Sequence[ChunkReader],
         settings: Settings,
         requests: Iterable[Request],
-        batch_size: int,
+        batch_size: int | None = None,
         *,
-        reads_together: bool = False,
         progress: Progress | None = None,
     ):
         """Reads nothing yet.
 
         Args:
-          readers: the model and, if there is one, the draft: a smaller model of the
-            same tokens that proposes them.
+          readers: the model and, if there is one, the draft model.
           settings: common to all rows.
           requests: taken one by one, as slots become free. Where taking one fails, the
             rows before it are finished first.
-          batch_size: number of slots; fewer if there are fewer requests.
-          reads_together: whether all requests, at most `batch_size`, are read as one
-            batch. Otherwise each is read alone: nothing is padded to the longest.
+          batch_size: number of slots; fewer if there are fewer requests. Each request
+            is read alone then: nothing is padded to the longest. None reads all
+            requests as one batch.
           progress: called while requests are read.
         """
         self._readers = readers
         self._models = tuple(reader.model for reader in readers)
-        self._settings = settings
+        self.settings = settings
         self._failures: list[Exception] = []
         self._waiting = _until_failure(requests, self._failures)
         self._batch_size = batch_size
-        self._reads_together = reads_together
         self._progress = progress
         self._state: DecodeState | None = None
         self._rows: list[_Row | None] = []
 
     def __iter__(self) -> Iterator[Part]:
         first = list(itertools.islice(self._waiting, self._batch_size))
-        if first and self._reads_together:
+        if first and self._batch_size is None:
             self._state = self._read(first)
-            self._rows = [_Row(request, self._settings) for request in first]
+            self._rows = [self._row(request) for request in first]
         elif first:
             self._state = self._read([_BLANK] * len(first))
             self._rows = [None] * len(first)
             self._waiting = itertools.chain(first, self._waiting)
-        count = _FIRST_STEPS if self._settings.streams else BLOCK_STEPS
+        count = _FIRST_STEPS if self.settings.streams else BLOCK_STEPS
         while True:
             for slot, row in enumerate(self._rows):
                 if row is None and (request := next(self._waiting, None)):
@@ -199,10 +113,10 @@ class Generation:
             if idle == len(self._rows):
                 break
             # A slot that becomes free is filled at once while there are requests.
-            no_more = idle or self._reads_together
+            no_more = idle or self._batch_size is None
             start = time.perf_counter()
             yield from self._decode(count, len(self._rows) if no_more else 1)
-            if self._settings.streams:
+            if self.settings.streams:
                 rate = count / (time.perf_counter() - start)
                 count = max(1, min(BLOCK_STEPS, int(rate * _STREAM_INTERVAL_S)))
             for reader in self._readers:
@@ -210,40 +124,40 @@ class Generation:
         if self._failures:
             raise self._failures[0]
 
+    def samples(self) -> Iterator[tuple[int, Sample]]:
+        """The sample of each request, by its index, as they finish."""
+        pieces = collections.defaultdict(list)
+        for request, piece, is_last in self:
+            pieces[request.index].append(piece)
+            if is_last:
+                yield request.index, Sample.join(pieces.pop(request.index))
+
     def close(self) -> None:
         """Frees the memory of the rows; nothing more comes."""
         self._state, self._rows, self._waiting = None, [], iter(())
 
-    def prefix(self, slot: int, model_digest: str) -> Prefix:
-        """A copy of what a slot has read and written so far.
-
-        Raises:
-          ValueError: nothing was read yet, or the run was closed.
-        """
+    def cache(self, slot: int) -> Cache:
+        """A copy of the model's cache after what a slot has read and written so far."""
         if self._state is None:
             raise ValueError(
                 "stream: expected one under way for its prefix, got one that is not "
                 "begun or is closed; take the first text first"
             )
         cache = cache_lib.take(self._state.caches[0], [slot])
-        if self._settings.num_draft_tokens:
+        if self.settings.num_draft_tokens:
             cache = _make_rewindable(cache, self._models[0].config, 0)
-        rows = (np.array(leaf[slot : slot + 1]) for leaf in self._state.history)
-        return Prefix(cache, History(*rows), model_digest)
+        return cache
 
     def _decode(self, count: int, stop_at: int) -> list[Part]:
         """One block; the parts of all rows."""
-        state, settings = self._state, self._settings
+        state, settings = self._state, self.settings
         assert state is not None
         before = np.array(state.steps)
-        run: Callable = functools.partial(decode_block, self._models[0])
-        if settings.num_draft_tokens:
-            run = functools.partial(
-                speculate_block,
-                self._models,
-                num_draft_tokens=settings.num_draft_tokens,
-            )
+        run, count_of_draft = decode_block, settings.num_draft_tokens
+        if count_of_draft:
+            run = functools.partial(speculate_block, num_draft_tokens=count_of_draft)
         state, output = run(
+            self._models,
             state,
             settings.sampling,
             settings.end_mask,
@@ -253,16 +167,13 @@ class Generation:
         )
         drawn, done = np.asarray(state.steps) - before, np.array(state.done)
         # The logits, which may be large, are taken row by row.
-        output = output._replace(
-            tokens=np.asarray(output.tokens),
-            log_probs=np.asarray(output.log_probs),
-            calls=np.asarray(output.calls),
-        )
+        logits = output.logits
+        output = jax.device_get(output._replace(logits=None))._replace(logits=logits)
         parts = []
         for slot, row in enumerate(self._rows):
             if row is None:
                 continue
-            part = row.take(output, slot, drawn[slot], bool(done[slot]))
+            part = self._part(row, slot, output, drawn[slot], bool(done[slot]))
             parts.append(part)
             if part.is_last:
                 done[slot] = True
@@ -270,30 +181,61 @@ class Generation:
         self._state = state._replace(done=jnp.asarray(done))
         return parts
 
+    def _part(
+        self, row: _Row, slot: int, output: BlockOutput, count: int, is_done: bool
+    ) -> Part:
+        """The row's share of a block, cut at a stop string."""
+        tokens = np.asarray(output.tokens)[slot, :count].tolist()
+        ended = bool(tokens) and bool(self.settings.end_mask[tokens[-1]])
+        text, stopped = row.text.push(tokens[:-1] if ended else tokens)
+        if stopped is not None:
+            tokens, ended = tokens[:stopped], True
+        elif is_done:
+            text += row.text.flush()
+        count, logits = len(tokens), output.logits
+        piece = Sample(
+            text=text,
+            prompt_tokens=row.request.prompt_tokens,
+            tokens=tokens,
+            log_probs=np.asarray(output.log_probs)[slot, :count],
+            ended=ended,
+            num_calls=int(output.calls[slot]),
+            logits=None if logits is None else np.asarray(logits[slot, :count]),
+        )
+        return Part(row.request, piece, is_done or ended)
+
+    def _row(self, request: Request) -> _Row:
+        text = TextUntilStop(self.settings.tokenizer, self.settings.stop)
+        return _Row(request, text)
+
     def _place(self, slot: int, request: Request) -> None:
         """Reads a request into a slot that is free."""
         state, row = self._state, self._read([request])
         assert state is not None
         # Global attention: the longer of the two sets the size.
         pairs = [
-            same_room(pair, model.config)
-            for model, *pair in zip(self._models, state.caches, row.caches, strict=True)
+            reader.same_room(pair)
+            for reader, *pair in zip(
+                self._readers, state.caches, row.caches, strict=True
+            )
         ]
         caches, new = zip(*pairs, strict=True)
         self._state = place_row(
             state._replace(caches=caches), row._replace(caches=new), np.int32(slot)
         )
-        self._rows[slot] = _Row(request, self._settings)
+        self._rows[slot] = self._row(request)
 
     def _read(self, requests: list[Request]) -> DecodeState:
         """The state after all tokens of each request but the last."""
         vocab_size = self._models[0].config.vocab_size
-        num_draft_tokens = self._settings.num_draft_tokens
+        num_draft_tokens = self.settings.num_draft_tokens
         read = [request.read(vocab_size) for request in requests]
         unread = [tokens for tokens, _ in read]
         history = History.concatenate([after for _, after in read])
         limits = np.array([request.max_new_tokens for request in requests], np.int32)
         room = int(max(history.num_tokens + limits)) + num_draft_tokens
+        if self.settings.sampling.repetition_penalty is None:
+            history = history._replace(seen=None)
         # The draft knows the prompt, but not the prefix: no text depends on it.
         caches = [self._starting_cache(requests, room)]
         caches += [
@@ -316,22 +258,18 @@ class Generation:
         )
 
     def _starting_cache(self, requests: list[Request], room: int) -> Cache:
-        """A new cache with the prefix of each request, and room for so many tokens."""
+        """A new cache with the prefixes, which all requests have or none, and room for
+        so many tokens."""
         reader = self._readers[0]
-        prefixes = [request.prefix for request in requests]
-        if not any(prefixes):
-            return reader.new_cache(len(requests), room)
         caches = [
-            reader.new_cache(1, room)
-            if prefix is None
-            else make_room(prefix.cache, reader.model.config, room)
-            for prefix in prefixes
+            reader.make_room(request.prefix.cache, room)
+            for request in requests
+            if request.prefix is not None
         ]
-        if all(prefix is prefixes[0] for prefix in prefixes) and len(prefixes) > 1:
-            return cache_lib.repeat(caches[0], len(caches))
-        if len(caches) > 1:
-            return cache_lib.concatenate(same_room(caches, reader.model.config))
-        return jax.tree.map(jnp.copy, caches[0])
+        if not caches:
+            return reader.new_cache(len(requests), room)
+        joined = cache_lib.concatenate(reader.same_room(caches))
+        return joined if len(caches) > 1 else jax.tree.map(jnp.copy, joined)
 
 
 def _until_failure(
@@ -342,3 +280,47 @@ def _until_failure(
         yield from requests
     except Exception as error:  # noqa: BLE001  the run raises it at its end
         failures.append(error)
+
+
+class TextStream(Iterator[str]):
+    """The text of one prompt as it comes; pieces that never split a character.
+
+    Joined, the pieces are the text of a call with the same arguments. The memory does
+    not grow with the text.
+    """
+
+    def __init__(self, generation: Generation, history: History, model_digest: str):
+        """`history` is that of the prompt; the run has one request."""
+        self._generation = generation
+        self._parts = iter(generation)
+        self._history = history
+        self._model_digest = model_digest
+        self.ended = False
+        """Whether an end token or a stop string has come."""
+
+    def __next__(self) -> str:
+        while True:
+            piece = next(self._parts).piece
+            self.ended = piece.ended
+            _, self._history = self._history.read(piece.tokens)
+            if piece.text:
+                return piece.text
+
+    def close(self) -> None:
+        """Frees the memory of the text; the stream ends, without a prefix."""
+        self._parts = iter(())
+        self._generation.close()
+
+    def prefix(self) -> Prefix:
+        """The prompt and what was written so far, to continue from.
+
+        Raises:
+          ValueError: there are stop strings, past which the model has read already;
+            nothing was taken from the stream yet; or it was closed.
+        """
+        if self._generation.settings.stop:
+            raise ValueError(
+                "stop: expected none for a prefix, as the model reads past a stop "
+                "string; continue from the text instead"
+            )
+        return Prefix(self._generation.cache(0), self._history, self._model_digest)

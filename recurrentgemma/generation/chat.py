@@ -23,6 +23,8 @@ from recurrentgemma.tokenizer import END_OF_TURN
 MAX_UNDO = 16
 """Turns that can be taken back; each costs the memory of a prefix."""
 
+_NOTHING: tuple[Prefix | None, int] = (None, 0)
+"""The prefix of a conversation without turns, and their number."""
 # A model that was taught to take turns ends this answer within a few words.
 _PROBE = "Reply with one word only: yes or no?"
 _PROBE_TOKENS = 16
@@ -75,16 +77,14 @@ class Chat:
         self._tokenizer = sampler.tokenizer
         self._end_of_turn = self._tokenizer.special_id(END_OF_TURN)
         self._was_checked = False
-        self._prefix: Prefix | None = None
-        self._num_turns = 0
-        self._earlier: collections.deque[tuple[Prefix | None, int]] = collections.deque(
-            maxlen=MAX_UNDO
-        )
+        self._now = _NOTHING
+        self._earlier = collections.deque(maxlen=MAX_UNDO)
 
     @property
     def num_tokens(self) -> int:
         """Length of the conversation in tokens."""
-        return 0 if self._prefix is None else int(self._prefix.num_tokens[0])
+        prefix, _ = self._now
+        return 0 if prefix is None else int(prefix.num_tokens[0])
 
     def send(self, text: str) -> str:
         """Says something; returns the whole answer. See `stream`."""
@@ -106,21 +106,29 @@ class Chat:
         if not isinstance(text, str) or not text.strip():
             check.refuse("text", "something to say", text)
         self._check_model()
+        before = self._now
+        prefix, num_turns = before
         stream = self.sampler.stream(
             self._turn(text),
             max_new_tokens=self.max_new_tokens,
             sampling=self.sampling,
-            seed=self.seed + self._num_turns,
-            prefix=self._prefix,
+            seed=self.seed + num_turns,
+            prefix=prefix,
         )
-        before = self._prefix, self._num_turns
+
+        def check_unchanged():
+            if self._now is not before:
+                raise ValueError(
+                    "stream: expected it to be read before the next turn, got a "
+                    "conversation that has changed since; say it again"
+                )
 
         def pieces():
             for piece in stream:
-                self._check_unchanged(before)
+                check_unchanged()
                 yield piece
-            self._check_unchanged(before)
-            self._go_on(stream.prefix(), self._num_turns + 1)
+            check_unchanged()
+            self._go_on(stream.prefix(), num_turns + 1)
 
         return pieces()
 
@@ -132,11 +140,11 @@ class Chat:
         """
         if not self._earlier:
             raise ValueError("There is no turn to take back.")
-        self._prefix, self._num_turns = self._earlier.pop()
+        self._now = self._earlier.pop()
 
     def reset(self) -> None:
         """Forgets the conversation."""
-        self._prefix, self._num_turns = None, 0
+        self._now = _NOTHING
         self._earlier.clear()
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -146,9 +154,10 @@ class Chat:
           ValueError: nothing was said yet, or the file cannot be written.
         """
         path = check.path("path", path)
-        if self._prefix is None:
+        prefix, _ = self._now
+        if prefix is None:
             raise ValueError("There is nothing to save: nothing was said yet.")
-        self._prefix.save(path)
+        prefix.save(path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Continues a saved conversation, or any text that was read, instead of this.
@@ -159,27 +168,21 @@ class Chat:
         prefix = Prefix.load(path, self.sampler.model)
         if prefix.batch_size != 1:
             raise ValueError(f"{path} holds {prefix.batch_size} texts; expected one.")
-        self._go_on(prefix, self._num_turns)
+        self._go_on(prefix, self._now[1])
 
     def _go_on(self, prefix: Prefix, num_turns: int) -> None:
-        self._earlier.append((self._prefix, self._num_turns))
-        self._prefix, self._num_turns = prefix, num_turns
-
-    def _check_unchanged(self, before: tuple[Prefix | None, int]) -> None:
-        if self._prefix is not before[0] or self._num_turns != before[1]:
-            raise ValueError(
-                "stream: expected it to be read before the next turn, got a "
-                "conversation that has changed since; say it again"
-            )
+        self._earlier.append(self._now)
+        self._now = (prefix, num_turns)
 
     def _turn(self, text: str) -> list[int]:
         """The tokens of a turn, behind those of the conversation."""
-        if self._prefix is None:
+        prefix, _ = self._now
+        if prefix is None:
             return self._tokenizer.format_turn(
                 f"{self.system}\n\n{text}" if self.system else text
             )
         # An answer that was cut off, or a text that is no conversation, ends here.
-        ended = self._prefix.history.last_token[0] == self._end_of_turn
+        ended = prefix.history.last_token[0] == self._end_of_turn
         return [
             *([] if ended else [self._end_of_turn]),
             *self._tokenizer.encode("\n", add_bos=False),

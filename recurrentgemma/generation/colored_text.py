@@ -9,16 +9,14 @@ background, down to a probability of 1 in 1000:
 import dataclasses
 import html
 import math
-from collections.abc import Iterator
 
 import numpy as np
 
 from recurrentgemma.tokenizer import Tokenizer
 
 _DARKEST_PROBABILITY = 1e-3
-"""Probability of a token that gets the darkest background, and of any below it."""
 _DARKEST = (232, 122, 65)
-"""Its background, red, green and blue; black text on it stays readable."""
+"""The darkest background, red, green and blue; black text on it stays readable."""
 _WHITE = 255
 _STYLE = (
     "font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere;"
@@ -49,10 +47,8 @@ class ColoredText:
             for probability in (1, 0.1, 0.01, _DARKEST_PROBABILITY)
         )
         text = "".join(_span(*piece) for piece in self.pieces)
-        return "".join(
-            f'<pre style="{_STYLE}">{lines}</pre>'
-            for lines in (text, f"probability {legend}")
-        )
+        lines = text, f"probability {legend}"
+        return "".join(f'<pre style="{_STYLE}">{line}</pre>' for line in lines)
 
 
 class HasLogProbs:
@@ -67,21 +63,15 @@ class HasLogProbs:
         Args:
           tokenizer: the tokenizer of the model that gave the log-probabilities.
         """
-        return ColoredText(list(_pieces(tokenizer, self.tokens, self.log_probs)))
-
-
-def _pieces(
-    tokenizer: Tokenizer, tokens: list[int], log_probs: np.ndarray
-) -> Iterator[tuple[str, float]]:
-    """Whole characters, each with the sum of its tokens' log-probabilities."""
-    decoder, waiting = tokenizer.stream_decoder(), 0.0
-    for token, log_prob in zip(tokens, log_probs, strict=True):
-        waiting += float(log_prob)
-        if text := decoder.push([token]):
-            yield text, waiting
-            waiting = 0.0
-    if text := decoder.flush():
-        yield text, waiting
+        pieces, decoder, waiting = [], tokenizer.stream_decoder(), 0.0
+        for token, log_prob in zip(self.tokens, self.log_probs, strict=True):
+            waiting += float(log_prob)
+            if text := decoder.push([token]):
+                pieces.append((text, waiting))
+                waiting = 0.0
+        if text := decoder.flush():
+            pieces.append((text, waiting))
+        return ColoredText(pieces)
 
 
 def _span(text: str, log_prob: float) -> str:

@@ -19,7 +19,8 @@ class History(NamedTuple):
     num_tokens: Any
     """int32 [B], number of tokens, the last one included; 0 before the first."""
     seen: Any
-    """bool [B, V], which tokens the row holds, for repetition penalties."""
+    """bool [B, V], which tokens the row holds, for repetition penalties; None on a
+    device where there is no penalty."""
 
     @classmethod
     def empty(cls, vocab_size: int) -> "History":
@@ -35,9 +36,6 @@ class History(NamedTuple):
     def read(self, tokens: Sequence[int]) -> tuple[list[int], "History"]:
         """Reads on, on the host; the history has one row.
 
-        Args:
-          tokens: the next token ids; there may be none.
-
         Returns:
           The tokens that the cache is to see now, and the history after `tokens`.
         """
@@ -50,12 +48,9 @@ class History(NamedTuple):
         return known[:-1], History(last, count, seen)
 
     def append(self, token, is_new) -> "History":
-        """One more token for some rows, on the device.
-
-        Args:
-          token: int32 [B].
-          is_new: bool [B]; the other rows stay as they are.
-        """
+        """One more token, int32 [B], on the device, for the rows where `is_new`."""
         token = jnp.where(is_new, token, self.last_token)
-        seen = self.seen.at[jnp.arange(len(token)), token].set(True)
+        seen = self.seen
+        if seen is not None:
+            seen = seen.at[jnp.arange(len(token)), token].set(True)
         return History(token, self.num_tokens + is_new, seen)

@@ -33,7 +33,6 @@ class ModelDigest:
     """
 
     def __init__(self, model: Griffin):
-        """Computes nothing yet."""
         self._model = model
         self._leaves: Sequence[weakref.ref] = ()
         self._digest = ""
@@ -63,13 +62,11 @@ def model_digest(model: Griffin) -> str:
 
 def digest_of_norms(model: Griffin) -> str:
     """The digest in prefixes of versions 1 and 2: of norm scales and `a_param`."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
-    # The last key is the variable's.
-    names = [jax.tree_util.keystr(path[-2:-1], simple=True) for path, _ in leaves]
+    # The last key of a path is the variable's.
     chosen = [
         leaf
-        for name, (_, leaf) in zip(names, leaves, strict=True)
-        if name in _EVERY_FINE_TUNING
+        for path, leaf in jax.tree.leaves_with_path(model)
+        if jax.tree_util.keystr(path[-2:-1], simple=True) in _EVERY_FINE_TUNING
     ]
     return _join(model, jax.device_get(chosen))
 

@@ -13,11 +13,13 @@ import numpy as np
 
 from recurrentgemma import _validation as check
 from recurrentgemma import cache as cache_lib
-from recurrentgemma.generation.chunk_reader import ChunkReader, Progress, make_room
+from recurrentgemma.cache import Cache
+from recurrentgemma.generation.chunk_reader import ChunkReader, Progress
 from recurrentgemma.generation.history import History
 from recurrentgemma.generation.prefix import Prefix
 from recurrentgemma.generation.programs import CHUNK_SIZES
-from recurrentgemma.tokenizer import Tokenizer
+from recurrentgemma.generation.requests import Inputs, num_bytes
+from recurrentgemma.generation.results import Score
 
 PIECE_TOKENS = CHUNK_SIZES[-1]
 """A stream is read as soon as this many tokens of it are there."""
@@ -35,145 +37,106 @@ class Piece(NamedTuple):
     """Length of the text in bytes of UTF-8; None if only the tokens are known."""
 
 
-def is_whole(text: Text) -> bool:
-    """Whether all of a text is there, rather than lines that are yet to come."""
-    return isinstance(text, str | bytes | Sequence | np.ndarray | jax.Array)
-
-
-def pieces_of(
-    text: Text, tokenizer: Tokenizer | None, vocab_size: int, *, begin: bool
-) -> Iterator[Piece]:
-    """A text as tokens: all of it, or some lines of an iterator at a time.
-
-    Args:
-      text: see `Text`; each line of an iterator is tokenised by itself.
-      tokenizer: needed for text.
-      vocab_size: ids are below it.
-      begin: whether the begin token comes first; not before token ids.
+def pieces_of(text: Text, inputs: Inputs, *, begin: bool) -> Iterable[Piece]:
+    """A text as tokens, checked; with `begin`, the begin token before it (ids have it).
 
     Returns:
-      Pieces; of an iterator, pieces of at least `PIECE_TOKENS` tokens but for the last.
-
-    Raises:
-      ValueError: the text is none of these; of an item when its turn comes.
+      A list of at most one piece; for an iterator of lines, each tokenised by itself,
+      an iterator of pieces of at least `PIECE_TOKENS` tokens but for the last.
     """
     if isinstance(text, str | bytes):
-        return iter([_encode(text, tokenizer, begin)])
+        return [Piece(inputs.tokens("text", text, begin=begin), num_bytes(text))]
     check.series("text", text, "a text, an open file or token ids")
-    if not is_whole(text):
-        return _pieces_of_items(text, tokenizer, vocab_size, begin)
+    if not isinstance(text, Sequence | np.ndarray | jax.Array):
+        return _pieces_of_items(text, inputs, begin)
     if any(isinstance(item, str | bytes) for item in text):
         raise ValueError(
             "text: expected one text, an open file or token ids, got a list with "
             "texts; use score_many for several, or join them"
         )
-    tokens = check.token_ids("text", text, vocab_size)
-    return iter([Piece(tokens, None)] if tokens else [])
+    tokens = check.token_ids("text", text, inputs.vocab_size)
+    return [Piece(tokens, None)] if tokens else []
 
 
-def _encode(text: str | bytes, tokenizer: Tokenizer | None, begin: bool) -> Piece:
-    if tokenizer is None:
-        raise ValueError("tokenizer: expected one to read text, got None")
-    tokens = tokenizer.encode(text, add_bos=begin)
-    return Piece(tokens, len(text if isinstance(text, bytes) else text.encode()))
-
-
-def _pieces_of_items(
-    items: Iterable, tokenizer: Tokenizer | None, vocab_size: int, begin: bool
-) -> Iterator[Piece]:
+def _pieces_of_items(items: Iterable, inputs: Inputs, begin: bool) -> Iterator[Piece]:
     tokens: list[int] = []
-    num_bytes: int | None = None
+    size: int | None = None
     was_text: bool | None = None
     for item in items:
         is_text = isinstance(item, str | bytes)
         if was_text not in (None, is_text):
             check.refuse("text", "lines alone or token ids alone", item)
         if is_text:
-            line = _encode(item, tokenizer, begin and was_text is None)
-            tokens += line.tokens
-            num_bytes = (num_bytes or 0) + (line.num_bytes or 0)
+            tokens += inputs.tokens("text", item, begin=begin and was_text is None)
+            size = (size or 0) + (num_bytes(item) or 0)
         else:
-            tokens += check.token_ids("text", [item], vocab_size)
+            tokens += check.token_ids("text", [item], inputs.vocab_size)
         was_text = is_text
         if len(tokens) >= PIECE_TOKENS:
-            yield Piece(tokens, num_bytes)
-            tokens, num_bytes = [], None
-    if tokens or num_bytes is not None:
-        yield Piece(tokens, num_bytes)
+            yield Piece(tokens, size)
+            tokens, size = [], None
+    if tokens or size is not None:
+        yield Piece(tokens, size)
 
 
-class RowReader:
-    """One text that is read on and on; at any time, the text so far is a prefix.
+def read(
+    reader: ChunkReader,
+    pieces: Iterable[Piece],
+    prefix: Prefix | None,
+    model_digest: str,
+    progress: Progress | None = None,
+) -> Prefix:
+    """The prefix after all pieces of a text; a list of pieces is all there is.
 
-    The last token is always held back, so the first one of a text is only fed, never
-    scored.
+    `prefix`, one row that comes before the text, stays valid.
+
+    Raises:
+      ValueError: there are no tokens at all.
     """
+    before = 0
 
-    def __init__(
-        self, reader: ChunkReader, model_digest: str, prefix: Prefix | None = None
-    ):
-        """Starts after `prefix`, which stays valid, or with nothing.
+    def show(done: int, total: int | None):
+        assert progress is not None
+        is_whole = isinstance(pieces, Sequence)
+        progress(*((done, total) if is_whole else (before + done, None)))
 
-        Raises:
-          ValueError: the prefix has more than one row or was made by another model.
-        """
-        self._reader = reader
-        self._digest = model_digest
-        if prefix is None:
-            self._cache = reader.new_cache(1, 1)
-            self._history = History.empty(reader.model.config.vocab_size)
-        else:
-            prefix.check_model(model_digest)
-            if prefix.batch_size != 1:
-                raise ValueError(
-                    f"prefix: expected one row, got {prefix.batch_size}; take one"
-                )
-            self._cache, self._history = prefix.cache, prefix.history
-        # A cache that somebody else holds must not be donated.
-        self._is_shared = prefix is not None
+    cache, history = _start(reader, prefix)
+    # What somebody else holds must not be donated.
+    cache = jax.tree.map(jnp.copy, cache)
+    for piece in pieces:
+        before = int(history.num_tokens[0])
+        fed, history = history.read(piece.tokens)
+        cache = reader.make_room(cache, int(history.num_tokens[0]))
+        if fed:
+            cache = reader.read(cache, [fed], None if progress is None else show)
+    if not history.num_tokens[0]:
+        raise ValueError("text: expected at least one token, got none")
+    return Prefix(cache, history, model_digest)
 
-    def read(self, tokens: list[int], progress: Progress | None = None) -> None:
-        """Reads on; `tokens` may be empty."""
-        fed = self._feed(tokens)
-        if not fed:
-            return
-        if self._is_shared:
-            self._cache = jax.tree.map(jnp.copy, self._cache)
-            self._is_shared = False
-        self._cache = self._reader.read(self._cache, [fed], progress)
 
-    def score(self, tokens: list[int]) -> np.ndarray:
-        """Reads on; the log-probabilities of the tokens, float32 [len(tokens)].
+def score(
+    reader: ChunkReader,
+    pieces: Iterable[Piece],
+    prefix: Prefix | None,
+    model_digest: str,
+) -> Iterator[Score]:
+    """The scores of each piece of a text; arguments as for `read`."""
+    cache, history = _start(reader, prefix)
+    for piece in pieces:
+        fed, history = history.read(piece.tokens)
+        cache = reader.make_room(cache, int(history.num_tokens[0]))
+        row = [*fed, *history.last_token.tolist()]
+        [log_probs], cache = reader.score(cache, [row])
+        # Nothing comes before the first token of all.
+        tokens = piece.tokens[len(piece.tokens) - len(log_probs) :]
+        after = Prefix(cache, history, model_digest)
+        yield Score(tokens, log_probs, piece.num_bytes, after)
 
-        There is one less for the first tokens of a text.
-        """
-        fed = self._feed(tokens)
-        row = [*fed, *self._history.last_token.tolist()]
-        [scores], self._cache = self._reader.score(self._cache, [row])
-        return scores
 
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens read so far."""
-        return int(self._history.num_tokens[0])
-
-    def prefix(self) -> Prefix:
-        """The text so far.
-
-        Raises:
-          ValueError: it has no tokens.
-        """
-        if self.num_tokens == 0:
-            raise ValueError("text: expected at least one token, got none")
-        self._is_shared = True
-        return Prefix(self._cache, self._history, self._digest)
-
-    def _feed(self, tokens: list[int]) -> list[int]:
-        """The tokens that the cache is to see now: all but the last."""
-        fed, self._history = self._history.read(tokens)
-        config = self._reader.model.config
-        self._cache = make_room(self._cache, config, self.num_tokens)
-        return fed
+def _start(reader: ChunkReader, prefix: Prefix | None) -> tuple[Cache, History]:
+    if prefix is None:
+        return reader.new_cache(1, 1), History.empty(reader.model.config.vocab_size)
+    return prefix.cache, prefix.history
 
 
 def score_rows(
@@ -188,9 +151,8 @@ def score_rows(
     Args:
       reader: the model.
       rows: token ids, at least one in each row.
-      batch_size: rows at a time; fewer if there are fewer.
-      prefix: what comes before each row, one row, but for its last token, with which
-        the rows begin.
+      batch_size: most rows at a time.
+      prefix: one row, which comes before each; the rows begin with its last token.
       progress: called after each batch with the rows scored so far, and all.
     """
     batch_size = min(batch_size, len(rows))
@@ -203,7 +165,7 @@ def score_rows(
         if prefix is None:
             cache = reader.new_cache(batch_size, room)
         else:
-            cache = make_room(prefix.cache, reader.model.config, room)
+            cache = reader.make_room(prefix.cache, room)
             cache = cache_lib.repeat(cache, batch_size)
         # The last batch is filled up: another size would be another program.
         padding = [[0]] * (batch_size - len(waiting))

@@ -32,6 +32,9 @@ class Prefix:
       >>> prefix.save("book.prefix")
       >>> prefix = Prefix.load("book.prefix", model)
       >>> answers = sampler(questions, prefix=prefix)
+
+    Raises:
+      ValueError: a field is of another type, or the numbers of rows differ.
     """
 
     cache: Cache
@@ -41,6 +44,14 @@ class Prefix:
     tokens, the begin token included; NumPy arrays."""
     model_digest: str
     """`model_digest` of the model that read the text."""
+
+    def __post_init__(self):
+        check.instance("cache", self.cache, Cache, "a Cache")
+        check.instance("history", self.history, History, "a History")
+        check.string("model_digest", self.model_digest)
+        rows, expected = len(self.history.num_tokens), self.cache.batch_size
+        if rows != expected:
+            check.refuse("history", f"the {expected} rows of the cache", rows)
 
     def __repr__(self) -> str:
         tokens = ", ".join(map(str, self.num_tokens))
@@ -117,25 +128,19 @@ class Prefix:
         _check_digest(str(path), stored.model_digest, now)
         stored = prefix_file.translate(stored, model.config)
         rows = stored.arrays.get("last_token", np.zeros(0)).size
-        like = jax.eval_shape(
+        vocab_size = model.config.vocab_size
+        cache = jax.eval_shape(
             lambda: model.init_cache(max(rows, 1), capacity=stored.capacity)
         )
-        vocab_size = model.config.vocab_size
-        shapes = {name: leaf.shape for name, leaf in _named(like).items()}
-        shapes |= {"last_token": (rows,), "num_tokens": (rows,)}
-        shapes["seen"] = (rows, math.ceil(vocab_size / 8))
-        prefix_file.check_arrays(path, stored, shapes, vocab_size)
-        arrays = stored.arrays
-        leaves = [
-            jnp.asarray(arrays[name], leaf.dtype) for name, leaf in _named(like).items()
-        ]
+        row = jax.ShapeDtypeStruct((rows,), np.int32)
+        bits = jax.ShapeDtypeStruct((rows, math.ceil(vocab_size / 8)), np.uint8)
+        expected = _named(cache) | History(row, row, bits)._asdict()
+        arrays = prefix_file.fitting(path, stored.arrays, expected, vocab_size)
+        leaves = [jnp.asarray(arrays[name]) for name in _named(cache)]
+        seen = np.unpackbits(arrays["seen"], axis=1, count=vocab_size).astype(bool)
         return cls(
-            cache=jax.tree.unflatten(jax.tree.structure(like), leaves),
-            history=History(
-                arrays["last_token"].astype(np.int32),
-                arrays["num_tokens"].astype(np.int32),
-                np.unpackbits(arrays["seen"], axis=1, count=vocab_size).astype(bool),
-            ),
+            cache=jax.tree.unflatten(jax.tree.structure(cache), leaves),
+            history=History(arrays["last_token"], arrays["num_tokens"], seen),
             model_digest=digest,
         )
 
@@ -166,10 +171,9 @@ def concatenate(prefixes: Sequence[Prefix]) -> Prefix:
 
 def _named(tree: Any) -> dict[str, Any]:
     """The leaves by path, in the order of `jax.tree.leaves`."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
-        for path, leaf in leaves
+        for path, leaf in jax.tree.leaves_with_path(tree)
     }
 
 

@@ -10,8 +10,9 @@ of the content leaves the metadata out.
 
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -28,15 +29,15 @@ _SHARED_POSITIONS = {
     "global_attention": "global_key_positions",
 }
 """Names in version 1 of the positions that the layers of a kind shared."""
+_COUNT = re.compile("[1-9][0-9]{0,9}")
 
 
 class Stored(NamedTuple):
-    """What a file holds."""
+    """What a file holds; the capacity is None for a cache without a bound."""
 
     version: int
     model_digest: str
     capacity: int | None
-    """Capacity of the cache; None of a cache that needs none."""
     arrays: dict[str, np.ndarray]
 
 
@@ -86,24 +87,19 @@ def read(path: Path) -> Stored:
     if (
         metadata.get("content_digest") != _content_digest(arrays, covered)
         or "model_digest" not in metadata
-        or not (capacity is None or re.fullmatch("[1-9][0-9]{0,9}", capacity))
+        or not (capacity is None or _COUNT.fullmatch(capacity))
     ):
         raise ValueError(
             f"{path} is damaged: its arrays do not fit their digest. Read the text again."
         )
-    return Stored(
-        version,
-        metadata["model_digest"],
-        None if capacity is None else int(capacity),
-        arrays,
-    )
+    size = None if capacity is None else int(capacity)
+    return Stored(version, metadata["model_digest"], size, arrays)
 
 
 def _check_version(path: Path, version: str) -> int:
-    if not re.fullmatch("[1-9][0-9]{0,9}", version):
-        raise ValueError(
-            f"{path}: expected a version from 1 to {VERSION} of the prefix format, got "
-            f"{version!r}; read the text again"
+    if not _COUNT.fullmatch(version):
+        _refuse(
+            path, f"a version from 1 to {VERSION} of the prefix format", repr(version)
         )
     if int(version) > VERSION:
         raise ValueError(
@@ -118,55 +114,55 @@ def translate(stored: Stored, config: GriffinConfig) -> Stored:
     capacity."""
     if stored.version > 1:
         return stored
-    shared = {name: stored.arrays.get(name) for name in _SHARED_POSITIONS.values()}
-    arrays = {name: x for name, x in stored.arrays.items() if name not in shared}
+    arrays = dict(stored.arrays)
+    shared = {
+        kind: arrays.pop(name)
+        for kind, name in _SHARED_POSITIONS.items()
+        if name in arrays
+    }
     for layer, kind in enumerate(config.block_types):
-        positions = shared.get(_SHARED_POSITIONS.get(kind, ""))
-        if positions is not None:
-            arrays[f"layers.{layer}.positions"] = positions
-    positions = shared[_SHARED_POSITIONS["global_attention"]]
-    if positions is not None:
-        stored = stored._replace(capacity=positions.shape[-1])
+        if kind in shared:
+            arrays[f"layers.{layer}.positions"] = shared[kind]
+    if "global_attention" in shared:
+        stored = stored._replace(capacity=shared["global_attention"].shape[-1])
     return stored._replace(arrays=arrays)
 
 
-def check_arrays(
-    path: Path, stored: Stored, shapes: dict[str, tuple[int, ...]], vocab_size: int
-) -> None:
-    """Raises ValueError unless these are the arrays of a prefix.
+def fitting(
+    path: Path,
+    arrays: Mapping[str, np.ndarray],
+    expected: Mapping[str, Any],
+    vocab_size: int,
+) -> dict[str, np.ndarray]:
+    """The arrays of a file in the dtypes of its model, `expected`.
 
-    Args:
-      path: for the error.
-      stored: what the file holds.
-      shapes: shape of each array.
-      vocab_size: V; token ids are below it.
+    Raises:
+      ValueError: an array is missing, unknown, of another shape, or out of its range.
     """
-    found = {name: array.shape for name, array in stored.arrays.items()}
-    if strange := sorted(dict(found.items() ^ shapes.items())):
-        name = strange[0]
-        raise ValueError(
-            f"{path}: expected {name} of shape {shapes.get(name)}, got "
-            f"{found.get(name)}; read the text again"
+    for name in sorted(arrays.keys() | expected.keys()):
+        found, wanted = (
+            getattr(side.get(name), "shape", None) for side in (arrays, expected)
         )
-    if stored.arrays["seen"].dtype != np.uint8:
-        raise ValueError(
-            f"{path}: expected seen as uint8, got {stored.arrays['seen'].dtype}; read "
-            "the text again"
-        )
-    limits = {
-        "last_token": (0, vocab_size - 1),
-        "num_tokens": (1, np.iinfo(np.int32).max),
-        "next_position": (0, np.iinfo(np.int32).max),
-    }
-    for name, (least, most) in limits.items():
-        array = stored.arrays[name]
+        if found != wanted:
+            _refuse(path, f"{name} of shape {wanted}", found)
+    if arrays["seen"].dtype != np.uint8:
+        _refuse(path, "seen as uint8", arrays["seen"].dtype)
+    largest = np.iinfo(np.int32).max
+    for name, least, most in (
+        ("last_token", 0, vocab_size - 1),
+        ("num_tokens", 1, largest),
+        ("next_position", 0, largest),
+    ):
+        array = arrays[name]
         is_integer = np.issubdtype(array.dtype, np.integer)
         wrong = array[(array < least) | (array > most)] if is_integer else array
         if wrong.size:
-            raise ValueError(
-                f"{path}: expected {name} from {least} to {most}, got {wrong[0]}; "
-                "read the text again"
-            )
+            _refuse(path, f"{name} from {least} to {most}", wrong[0])
+    return {name: arrays[name].astype(expected[name].dtype) for name in expected}
+
+
+def _refuse(path: Path, expected: str, got: Any) -> NoReturn:
+    raise ValueError(f"{path}: expected {expected}, got {got}; read the text again")
 
 
 def _content_digest(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> str:

@@ -12,7 +12,8 @@ then take its slot. Caches are donated and updated in place, except by scoring.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ CHUNK_SIZES = (16, 128, 1024)
 """Tokens of a row that one prefill call reads, smallest first."""
 BLOCK_STEPS = 64
 """Most steps of a decode block."""
+MAX_BATCH_SIZES = 8
+"""Batch sizes whose programs stay in memory: those that ran last."""
 
 # A chunk padded by at most a quarter is cheaper than the smaller ones it replaces.
 _FILLED = 0.75
@@ -50,6 +53,11 @@ class DecodeState(NamedTuple):
     done: jax.Array
     """bool [B], whether the row draws no more."""
 
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return self.done.shape[0]
+
 
 class BlockOutput(NamedTuple):
     """Tokens that a block drew: the first entries of each row, as many as its steps."""
@@ -57,23 +65,41 @@ class BlockOutput(NamedTuple):
     tokens: jax.Array
     """int32 [B, BLOCK_STEPS]."""
     log_probs: jax.Array
-    """Log-probabilities of the tokens under the unfiltered model, float32
-    [B, BLOCK_STEPS]."""
+    """Log-probabilities under the unfiltered model, float32 [B, BLOCK_STEPS]."""
     logits: jax.Array | None
     """The model's logits before every token, float32 [B, BLOCK_STEPS, V], if kept."""
     calls: jax.Array
     """Calls of the model for each row, int32 [B]."""
 
+    @classmethod
+    def empty(cls, batch_size: int, vocab_size: int | None) -> "BlockOutput":
+        """An output for a block to fill; no logits if vocab_size is None."""
+        shape = (batch_size, BLOCK_STEPS)
+        return cls(
+            jnp.zeros(shape, jnp.int32),
+            jnp.zeros(shape, jnp.float32),
+            None if vocab_size is None else jnp.zeros((*shape, vocab_size)),
+            jnp.zeros((batch_size,), jnp.int32),
+        )
 
-def empty_output(batch_size: int, vocab_size: int | None) -> BlockOutput:
-    """An output for a block to fill; no logits if vocab_size is None."""
-    shape = (batch_size, BLOCK_STEPS)
-    return BlockOutput(
-        jnp.zeros(shape, jnp.int32),
-        jnp.zeros(shape, jnp.float32),
-        None if vocab_size is None else jnp.zeros((*shape, vocab_size), jnp.float32),
-        jnp.zeros((batch_size,), jnp.int32),
-    )
+
+class Program:
+    """`jax.jit` of a function, with the programs of the last few batch sizes.
+
+    The first cache or state among the arguments tells the batch size. Programs live as
+    long as the function that `jax.jit` got, which is another one for each batch size.
+    """
+
+    def __init__(self, function: Callable[..., Any], **options: Any):
+        functools.update_wrapper(self, function)
+        self.jitted = functools.lru_cache(MAX_BATCH_SIZES)(
+            lambda _: jax.jit(meshes.as_program(function), **options)
+        )
+        """The compiled function for a batch size."""
+
+    def __call__(self, *arguments: Any, **static: Any) -> Any:
+        batch_size = next(x.batch_size for x in arguments if hasattr(x, "batch_size"))
+        return self.jitted(batch_size)(*arguments, **static)
 
 
 def plan_chunks(length: int) -> list[int]:
@@ -97,24 +123,16 @@ def new_cache(model: Griffin, *, batch_size: int, capacity: int | None) -> Cache
     return model.init_cache(batch_size, capacity=capacity)
 
 
-@functools.partial(jax.jit, donate_argnames=("cache",))
-@meshes.as_program
+@functools.partial(Program, donate_argnames=("cache",))
 def read_chunk(
     model: Griffin, cache: Cache, tokens: jax.Array, lengths: jax.Array
 ) -> Cache:
-    """The cache after the first `lengths` tokens of each row.
-
-    Args:
-      model: the model.
-      cache: B rows; donated.
-      tokens: int32 [B, T].
-      lengths: int32 [B], 0 to T.
-    """
-    return model(tokens, _positions(cache, tokens, lengths), cache)[1]
+    """The cache, which is donated, after the first `lengths` tokens, int32 [B], of each
+    row of `tokens`, int32 [B, T]."""
+    return model(tokens, positions_of(cache, tokens, lengths), cache)[1]
 
 
-@jax.jit
-@meshes.as_program
+@Program
 def score_chunk(
     model: Griffin,
     cache: Cache,
@@ -124,17 +142,13 @@ def score_chunk(
 ) -> tuple[jax.Array, Cache]:
     """Log-probabilities of the tokens that follow, and the cache after the chunk.
 
-    Args:
-      model: the model.
-      cache: B rows; not donated, so that it stays a prefix.
-      tokens: int32 [B, T], T at most 128 or a multiple of it.
-      targets: int32 [B, T], the token after each of `tokens`.
-      lengths: int32 [B], 0 to T.
+    Arguments as for `read_chunk`, but the cache stays valid; `targets`, int32 [B, T],
+    are the tokens after each of `tokens`; T is at most 128 or a multiple of it.
 
     Returns:
       float32 [B, T] (meaningless past a row's length), and the cache.
     """
-    hidden, cache = model(tokens, _positions(cache, tokens, lengths), cache)
+    hidden, cache = model(tokens, positions_of(cache, tokens, lengths), cache)
     batch_size, length, width = hidden.shape
     part = min(length, _SCORED_TOKENS)
 
@@ -152,19 +166,17 @@ def score_chunk(
     return log_probs.swapaxes(0, 1).reshape(batch_size, length), cache
 
 
-@functools.partial(jax.jit, donate_argnames=("state",))
-@meshes.as_program
+@functools.partial(Program, donate_argnames=("state",))
 def place_row(state: DecodeState, row: DecodeState, slot: jax.Array) -> DecodeState:
-    """`state` with the only row of `row` in a slot; `state` is donated."""
+    """`state`, which is donated, with the only row of `row` in a slot."""
     return jax.tree.map(lambda all_, one: all_.at[slot].set(one[0]), state, row)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("keep_logits",), donate_argnames=("state",)
+    Program, static_argnames=("keep_logits",), donate_argnames=("state",)
 )
-@meshes.as_program
 def decode_block(
-    model: Griffin,
+    models: tuple[Griffin],
     state: DecodeState,
     sampling: Sampling,
     end_mask: jax.Array,
@@ -176,7 +188,7 @@ def decode_block(
     """Draws up to `count` tokens for each row; fewer when enough rows are done.
 
     Args:
-      model: the model.
+      models: the model alone.
       state: B rows, one cache; donated.
       sampling: how tokens are chosen.
       end_mask: bool [V], true at the tokens that end a row.
@@ -184,8 +196,8 @@ def decode_block(
       stop_at: int32 scalar, the number of rows done at which the block ends.
       keep_logits: whether the output holds logits (static).
     """
-    vocab_size = model.config.vocab_size
-    output = empty_output(len(state.steps), vocab_size if keep_logits else None)
+    [model] = models
+    vocab_size = model.config.vocab_size if keep_logits else None
 
     def unfinished(carry):
         step, state, _ = carry
@@ -200,31 +212,39 @@ def decode_block(
         logits = model.logits(hidden)[:, 0]
         keys = row_keys(state.seeds, state.steps)
         token = sample(logits, keys, sampling, history.seen)
+        counts = jnp.where(state.done, 0, 1)
         output = BlockOutput(
             output.tokens.at[:, step].set(token),
             output.log_probs.at[:, step].set(log_prob(logits, token)),
             output.logits.at[:, step].set(logits) if keep_logits else None,
-            output.calls + jnp.where(state.done, 0, 1),
+            output.calls + counts,
         )
-        return step + 1, _advance(state, cache, token, end_mask), output
+        state = advance(state, (cache,), token[:, None], counts, end_mask)
+        return step + 1, state, output
 
     with jax.named_scope("decode_block"):
+        output = BlockOutput.empty(state.batch_size, vocab_size)
         carry = (jnp.int32(0), state, output)
-        _, state, output = jax.lax.while_loop(unfinished, draw, carry)
-    return state, output
+        return jax.lax.while_loop(unfinished, draw, carry)[1:]
 
 
-def _advance(
-    state: DecodeState, cache: Cache, token: jax.Array, end_mask: jax.Array
+def advance(
+    state: DecodeState,
+    caches: tuple[Cache, ...],
+    tokens: jax.Array,
+    counts: jax.Array,
+    end_mask: jax.Array,
 ) -> DecodeState:
-    """The state after each row that was not done drew `token`, int32 [B]."""
-    history = state.history.append(token, ~state.done)
-    steps = state.steps + ~state.done
+    """The state after the first `counts`, int32 [B], of `tokens`, int32 [B, K]."""
+    history = state.history
+    for place in range(tokens.shape[1]):
+        history = history.append(tokens[:, place], place < counts)
+    steps = state.steps + counts
     done = state.done | end_mask[history.last_token] | (steps >= state.limits)
-    return state._replace(caches=(cache,), history=history, steps=steps, done=done)
+    return state._replace(caches=caches, history=history, steps=steps, done=done)
 
 
-def _positions(cache: Cache, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+def positions_of(cache: Cache, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
     """int32 [B, T]: each row continued for its length, then padding."""
     steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     positions = cache.next_position[:, None] + steps

@@ -1,11 +1,11 @@
-"""What a `Sampler` gives back: samples, scores, and text as it comes."""
+"""What a `Sampler` gives back: samples and scores."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 
-from recurrentgemma.generation.batching import Generation
 from recurrentgemma.generation.colored_text import HasLogProbs
 from recurrentgemma.generation.prefix import Prefix
 
@@ -31,6 +31,20 @@ class Sample(HasLogProbs):
     logits: np.ndarray | None = None
     """The model's logits before each of `tokens`, float32 [len(tokens), V], if asked
     for."""
+
+    @classmethod
+    def join(cls, pieces: Sequence[Self]) -> Self:
+        """The sample whose text came in these pieces."""
+        logits = [piece.logits for piece in pieces if piece.logits is not None]
+        return cls(
+            text="".join(piece.text for piece in pieces),
+            prompt_tokens=pieces[0].prompt_tokens,
+            tokens=[token for piece in pieces for token in piece.tokens],
+            log_probs=np.concatenate([piece.log_probs for piece in pieces]),
+            ended=pieces[-1].ended,
+            num_calls=sum(piece.num_calls for piece in pieces),
+            logits=np.concatenate(logits) if logits else None,
+        )
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -75,45 +89,3 @@ class Score(HasLogProbs):
         if not self.num_bytes:
             return float("nan")
         return -self.total_log_prob / np.log(2) / self.num_bytes
-
-
-class TextStream(Iterator[str]):
-    """The text of one prompt as it comes; pieces that never split a character.
-
-    Joined, the pieces are the text of a call with the same arguments. The memory does
-    not grow with the text.
-    """
-
-    def __init__(self, generation: Generation, *, model_digest: str, has_stop: bool):
-        self._generation = generation
-        self._parts = iter(generation)
-        self._model_digest = model_digest
-        self._has_stop = has_stop
-        self.ended = False
-        """Whether an end token or a stop string has come."""
-
-    def __next__(self) -> str:
-        while True:
-            part = next(self._parts)
-            self.ended = part.ended
-            if part.text:
-                return part.text
-
-    def close(self) -> None:
-        """Frees the memory of the text; the stream ends, without a prefix."""
-        self._parts = iter(())
-        self._generation.close()
-
-    def prefix(self) -> Prefix:
-        """The prompt and what was written so far, to continue from.
-
-        Raises:
-          ValueError: there are stop strings, past which the model has read already;
-            nothing was taken from the stream yet; or it was closed.
-        """
-        if self._has_stop:
-            raise ValueError(
-                "stop: expected none for a prefix, as the model reads past a stop "
-                "string; continue from the text instead"
-            )
-        return self._generation.prefix(0, self._model_digest)

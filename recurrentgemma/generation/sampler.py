@@ -14,24 +14,24 @@ import jax
 import numpy as np
 
 from recurrentgemma import _validation as check
-from recurrentgemma.generation.batching import Generation, Part, Request, Settings
+from recurrentgemma.generation import prefill
+from recurrentgemma.generation.batching import Generation, TextStream
 from recurrentgemma.generation.chunk_reader import ChunkReader, Progress
-from recurrentgemma.generation.model_digest import ModelDigest
-from recurrentgemma.generation.prefill import (
-    RowReader,
-    Text,
-    is_whole,
-    pieces_of,
-    score_rows,
-)
+from recurrentgemma.generation.prefill import Piece, Text
 from recurrentgemma.generation.prefix import Prefix
-from recurrentgemma.generation.results import Sample, Score, TextStream
+from recurrentgemma.generation.requests import (
+    Inputs,
+    Prompt,
+    Request,
+    is_list,
+    num_bytes,
+    one_each,
+    positive,
+)
+from recurrentgemma.generation.results import Sample, Score
 from recurrentgemma.generation.sampling import Sampling, check_seed
 from recurrentgemma.griffin import Griffin
-from recurrentgemma.tokenizer import END_OF_TURN, Tokenizer
-
-Prompt = str | bytes | Sequence[int]
-"""A text (bytes are UTF-8), or token ids (the begin token first, usually)."""
+from recurrentgemma.tokenizer import Tokenizer
 
 MAX_DRAFT_TOKENS = 32
 """Most tokens that a draft may propose at a time."""
@@ -76,20 +76,17 @@ class Sampler:
             compiles anything. False compiles each when it is needed first: for a
             single prompt.
 
-        Programs stay in memory for each batch size that was used (tens of MB for a
-        small model); `jax.clear_caches()` frees them.
+        The programs of the last eight batch sizes stay in memory.
 
         Raises:
           ValueError: the tokenizer has more pieces than the model has embeddings; the
             draft has another vocabulary; num_draft_tokens is out of its range.
         """
         check.instance("model", model, Griffin, "a Griffin model")
-        for name, value, kind, expected in (
-            ("tokenizer", tokenizer, Tokenizer, "a Tokenizer or None"),
-            ("draft", draft, Griffin, "a Griffin model or None"),
-        ):
-            if value is not None:
-                check.instance(name, value, kind, expected)
+        if tokenizer is not None:
+            check.instance("tokenizer", tokenizer, Tokenizer, "a Tokenizer or None")
+        if draft is not None:
+            check.instance("draft", draft, Griffin, "a Griffin model or None")
         check.boolean("compile_ahead", compile_ahead)
         vocab_size = model.config.vocab_size
         if draft is not None and draft.config.vocab_size != vocab_size:
@@ -106,11 +103,12 @@ class Sampler:
         self.model = model
         self.tokenizer = tokenizer
         self.draft = draft
-        self._digest_of_model = ModelDigest(model)
         self.num_draft_tokens = check.integer(
             "num_draft_tokens", num_draft_tokens, least=1, most=MAX_DRAFT_TOKENS
         )
         models = [model] if draft is None else [model, draft]
+        proposed = 0 if draft is None else self.num_draft_tokens
+        self._inputs = Inputs(model, tokenizer, num_draft_tokens=proposed)
         self._readers = [ChunkReader(m, compile_ahead=compile_ahead) for m in models]
 
     def __repr__(self) -> str:
@@ -168,40 +166,47 @@ class Sampler:
             that is not in the vocabulary, the prefix was made by another model, or
             there is no tokenizer for text.
         """
-        check.series("prompts", prompts, "a list of at least one")
         check.boolean("return_logits", return_logits)
         check.function("progress", progress)
-        prompts = list(prompts)
+        prompts = list(check.series("prompts", prompts, "a list of at least one"))
         if not prompts:
             raise ValueError("prompts: expected a list of at least one, got none")
-        num_samples = _count("num_samples", num_samples)
         count = len(prompts)
-        rows = count * num_samples
-        limits = _each("max_new_tokens", max_new_tokens, count, _count)
-        if not _is_list(seed):
+        rows = count * positive("num_samples", num_samples)
+        limits = one_each("max_new_tokens", max_new_tokens, count, positive)
+        if not is_list(seed):
             seed = [check_seed(seed) + i for i in range(rows)]
-        seeds = _each("seed", seed, rows, lambda _, one: check_seed(one))
-        prefixes = self._prefix_rows(prefix, count)
-        requests = [
-            [
-                Request(i * num_samples + copy, tokens, limits[i], one, prefixes[i])
-                for copy, one in enumerate(seeds[i * num_samples :][:num_samples])
-            ]
+        seeds = one_each("seed", seed, rows, lambda _, one: check_seed(one))
+        prefixes = self._inputs.prefix_rows(prefix, count)
+        asked = [
+            Request(
+                i * num_samples,
+                self._inputs.tokens(f"prompts[{i}]", prompt, begin=prefix is None),
+                limits[i],
+                seeds[i * num_samples],
+                prefixes[i],
+            )
             for i, prompt in enumerate(prompts)
-            for tokens in [self._encode(f"prompts[{i}]", prompt, prefixes[i])]
         ]
-        # The longest first, so that none begins when the others are done.
-        requests.sort(key=lambda copies: -copies[0].max_new_tokens)
-        slots = rows if batch_size is None else _count("batch_size", batch_size)
-        generation = Generation(
-            self._readers,
-            self._settings(sampling, end_tokens, stop, keep_logits=return_logits),
-            itertools.chain(*requests) if num_samples == 1 else self._forked(requests),
-            slots,
-            reads_together=rows <= slots,
-            progress=progress,
+
+        def requests():
+            # The longest first, so that none begins when the others are done.
+            for request in sorted(asked, key=lambda request: -request.max_new_tokens):
+                if num_samples > 1:
+                    request = self._read(request)
+                for i in range(request.index, request.index + num_samples):
+                    yield dataclasses.replace(request, index=i, seed=seeds[i])
+
+        if batch_size is not None:
+            batch_size = positive("batch_size", batch_size)
+            batch_size = batch_size if batch_size < rows else None
+        settings = self._inputs.settings(
+            sampling, end_tokens, stop, keep_logits=return_logits
         )
-        samples = dict(_samples(generation))
+        generation = Generation(
+            self._readers, settings, requests(), batch_size, progress=progress
+        )
+        samples = dict(generation.samples())
         return [samples[i] for i in range(rows)]
 
     def stream(
@@ -223,29 +228,16 @@ class Sampler:
         Raises:
           ValueError: as for a call, at once.
         """
-        self._require_tokenizer()
+        self._inputs.tokenizer()
         check.function("progress", progress)
-        [row] = self._prefix_rows(prefix, 1)
-        request = Request(
-            0,
-            self._encode("prompt", prompt, row),
-            _count("max_new_tokens", max_new_tokens),
-            check_seed(seed),
-            row,
-        )
-        settings = self._settings(sampling, end_tokens, stop, streams=True)
-        return TextStream(
-            Generation(
-                self._readers,
-                settings,
-                [request],
-                1,
-                reads_together=True,
-                progress=progress,
-            ),
-            model_digest=self._model_digest,
-            has_stop=bool(settings.stop),
-        )
+        [row] = self._inputs.prefix_rows(prefix, 1)
+        tokens = self._inputs.tokens("prompt", prompt, begin=row is None)
+        limit = positive("max_new_tokens", max_new_tokens)
+        request = Request(0, tokens, limit, check_seed(seed), row)
+        settings = self._inputs.settings(sampling, end_tokens, stop, streams=True)
+        _, history = request.read(self._inputs.vocab_size)
+        run = Generation(self._readers, settings, [request], progress=progress)
+        return TextStream(run, history, self._inputs.model_digest())
 
     def iterate(
         self,
@@ -273,7 +265,7 @@ class Sampler:
             is no seed for a prompt, when all prompts before it have their samples.
         """
         check.series("prompts", prompts, "an iterable of prompts")
-        limit = _count("max_new_tokens", max_new_tokens)
+        limit = positive("max_new_tokens", max_new_tokens)
         if check.is_series(seed):
             seeds = iter(seed)  # pyright: ignore
         else:
@@ -281,7 +273,7 @@ class Sampler:
 
         def requests():
             for i, prompt in enumerate(prompts):
-                tokens = self._encode(f"prompts[{i}]", prompt, None)
+                tokens = self._inputs.tokens(f"prompts[{i}]", prompt, begin=True)
                 one = next(seeds, None)
                 if one is None:
                     raise ValueError(
@@ -290,9 +282,9 @@ class Sampler:
                     )
                 yield Request(i, tokens, limit, check_seed(one))
 
-        settings = self._settings(sampling, end_tokens, stop)
-        slots = _count("batch_size", batch_size)
-        return _samples(Generation(self._readers, settings, requests(), slots))
+        settings = self._inputs.settings(sampling, end_tokens, stop)
+        slots = positive("batch_size", batch_size)
+        return Generation(self._readers, settings, requests(), slots).samples()
 
     def prefill(
         self,
@@ -317,17 +309,7 @@ class Sampler:
             for text, or the text is empty.
         """
         check.function("progress", progress)
-        reader, pieces = self._open(text, prefix)
-        for piece in pieces:
-            before = reader.num_tokens
-            total = len(piece.tokens) if is_whole(text) else None
-
-            def show(read, _, before=before, total=total):
-                if progress is not None:
-                    progress(before + read if total is None else read, total)
-
-            reader.read(piece.tokens, show)
-        return reader.prefix()
+        return prefill.read(*self._open(text, prefix), progress)
 
     def score(self, text: Text, *, prefix: Prefix | None = None) -> Score:
         """The log-probability of every token of one text.
@@ -376,18 +358,18 @@ class Sampler:
         """
         check.series("texts", texts, "a list of texts")
         check.function("progress", progress)
-        slots = _count("batch_size", batch_size)
-        [before] = self._prefix_rows(prefix, 1)
+        slots = positive("batch_size", batch_size)
+        [before] = self._inputs.prefix_rows(prefix, 1)
         held = [] if before is None else before.history.last_token.tolist()
-        rows, num_bytes = [], []
+        rows, sizes = [], []
         for i, text in enumerate(texts):
-            rows.append([*held, *self._encode(f"texts[{i}]", text, before)])
-            data = text.encode() if isinstance(text, str) else text
-            num_bytes.append(len(data) if isinstance(data, bytes) else None)
-        scores = score_rows(self._readers[0], rows, slots, before, progress)
+            tokens = self._inputs.tokens(f"texts[{i}]", text, begin=before is None)
+            rows.append([*held, *tokens])
+            sizes.append(num_bytes(text))
+        scores = prefill.score_rows(self._readers[0], rows, slots, before, progress)
         return [
-            Score(list(row[1:]), log_probs, size)
-            for row, log_probs, size in zip(rows, scores, num_bytes, strict=True)
+            Score(row[1:], log_probs, size)
+            for row, log_probs, size in zip(rows, scores, sizes, strict=True)
         ]
 
     def score_stream(
@@ -404,146 +386,17 @@ class Sampler:
         Raises:
           ValueError: as for `prefill`; of a line when its turn comes.
         """
-        reader, pieces = self._open(text, prefix)
+        return prefill.score(*self._open(text, prefix))
 
-        def scores():
-            for piece in pieces:
-                log_probs = reader.score(piece.tokens)
-                # Nothing comes before the first token of all.
-                tokens = piece.tokens[len(piece.tokens) - len(log_probs) :]
-                yield Score(tokens, log_probs, piece.num_bytes, reader.prefix())
+    def _open(self, text: Text, prefix: Prefix | None):
+        """The arguments of a reader of a text."""
+        [row] = self._inputs.prefix_rows(prefix, 1)
+        pieces = prefill.pieces_of(text, self._inputs, begin=row is None)
+        return self._readers[0], pieces, row, self._inputs.model_digest()
 
-        return scores()
-
-    @property
-    def _model_digest(self) -> str:
-        return self._digest_of_model()
-
-    def _open(self, text, prefix):
-        """A reader after the prefix, and the pieces of the text."""
-        self._check_prefix(prefix)
-        reader = RowReader(self._readers[0], self._model_digest, prefix)
-        vocab_size = self.model.config.vocab_size
-        return reader, pieces_of(text, self.tokenizer, vocab_size, begin=prefix is None)
-
-    def _forked(self, requests: list[list[Request]]) -> Iterator[Request]:
-        """All copies of each request, whose prompt is read once: before the first."""
-        for copies in requests:
-            first = copies[0]
-            reader = RowReader(self._readers[0], self._model_digest, first.prefix)
-            reader.read(first.prompt_tokens)
-            prefix = reader.prefix()
-            for request in copies:
-                yield dataclasses.replace(request, prefix=prefix, is_read=True)
-
-    def _settings(self, sampling, end_tokens, stop, **others) -> Settings:
-        stop = check.strings("stop", stop)
-        if stop:
-            self._require_tokenizer()
-        return Settings(
-            tokenizer=self.tokenizer,
-            sampling=check.instance("sampling", sampling, Sampling, "a Sampling"),
-            end_mask=self._end_mask(end_tokens),
-            stop=stop,
-            num_draft_tokens=0 if self.draft is None else self.num_draft_tokens,
-            **others,
-        )
-
-    def _check_prefix(self, prefix: Prefix | None) -> None:
-        if prefix is not None:
-            check.instance("prefix", prefix, Prefix, "a Prefix or None")
-            prefix.check_model(self._model_digest)
-
-    def _prefix_rows(self, prefix: Prefix | None, count: int) -> list[Prefix | None]:
-        """The row that each of `count` prompts continues."""
-        if prefix is None:
-            return [None] * count
-        self._check_prefix(prefix)
-        if prefix.batch_size == 1:
-            return [prefix] * count
-        if prefix.batch_size != count:
-            raise ValueError(
-                f"prefix: expected one row{f' or {count}' if count > 1 else ''}, for "
-                f"as many texts, got {prefix.batch_size}"
-            )
-        return [prefix.take([i]) for i in range(count)]
-
-    def _encode(self, name: str, prompt: Prompt, prefix: Prefix | None) -> list[int]:
-        """The tokens of a prompt, checked."""
-        if isinstance(prompt, str | bytes):
-            return self._require_tokenizer().encode(prompt, add_bos=prefix is None)
-        tokens = check.token_ids(name, prompt, self.model.config.vocab_size)
-        if not tokens and prefix is None:
-            raise ValueError(
-                f"{name}: expected at least one token, got none; start from the begin "
-                "token"
-            )
-        return tokens
-
-    def _require_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise ValueError(
-                "tokenizer: expected one to work with text, got None; pass it to "
-                "Sampler, or use token ids"
-            )
-        return self.tokenizer
-
-    def _end_mask(self, end_tokens) -> np.ndarray:
-        """bool [V], true at the end tokens."""
-        vocab_size = self.model.config.vocab_size
-        if end_tokens is None:
-            tokenizer = self.tokenizer
-            if tokenizer is None:
-                raise ValueError(
-                    "end_tokens: expected a list of ids (it may be empty), as there is "
-                    "no tokenizer to ask, got None"
-                )
-            end_tokens = [tokenizer.eos_id]
-            try:
-                end_tokens.append(tokenizer.special_id(END_OF_TURN))
-            except ValueError:
-                pass  # A tokenizer without turns.
-        mask = np.zeros(vocab_size, bool)
-        mask[check.token_ids("end_tokens", end_tokens, vocab_size)] = True
-        return mask
-
-
-def _samples(generation: Generation) -> Iterator[tuple[int, Sample]]:
-    """The sample of each request, by its index, as they finish."""
-    parts: dict[int, list[Part]] = {}
-    for part in generation:
-        index = part.request.index
-        parts.setdefault(index, []).append(part)
-        if not part.is_last:
-            continue
-        row = parts.pop(index)
-        kept = [one.logits for one in row if one.logits is not None]
-        sample = Sample(
-            text="".join(one.text for one in row),
-            prompt_tokens=part.request.prompt_tokens,
-            tokens=[token for one in row for token in one.tokens],
-            log_probs=np.concatenate([one.log_probs for one in row]),
-            ended=part.ended,
-            num_calls=sum(one.num_calls for one in row),
-            logits=np.concatenate(kept) if kept else None,
-        )
-        yield index, sample
-
-
-def _count(name: str, value) -> int:
-    return check.integer(name, value, least=1, most=check.MAX_COUNT)
-
-
-def _is_list(value) -> bool:
-    return isinstance(value, Sequence | np.ndarray) and check.is_series(value)
-
-
-def _each(name: str, values, count: int, check_one) -> list[int]:
-    """One checked value for each of `count`; a single one holds for all."""
-    if _is_list(values):
-        if len(values) != count:
-            raise ValueError(
-                f"{name}: expected one for each of the {count} rows, got {len(values)}"
-            )
-        return [check_one(name, value) for value in values]
-    return [check_one(name, values)] * count
+    def _read(self, request: Request) -> Request:
+        """The request with its prompt read into its prefix."""
+        pieces = [Piece(request.prompt_tokens, None)]
+        digest = self._inputs.model_digest()
+        prefix = prefill.read(self._readers[0], pieces, request.prefix, digest)
+        return dataclasses.replace(request, prefix=prefix, is_read=True)

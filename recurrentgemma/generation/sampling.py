@@ -89,20 +89,16 @@ def _on_device(value: float) -> float:
     return 0.0 if abs(rounded) < np.finfo(np.float32).tiny else float(rounded)
 
 
-def _flatten(sampling):
-    fields = dataclasses.fields(Sampling)
-    return tuple(getattr(sampling, field.name) for field in fields), None
-
-
-def _unflatten(_, children):
+def _unflatten(names, values):
     # Past __post_init__: the leaves may be tracers, which cannot be compared.
     sampling = object.__new__(Sampling)
-    for field, value in zip(dataclasses.fields(Sampling), children, strict=True):
-        object.__setattr__(sampling, field.name, value)
+    vars(sampling).update(zip(names, values, strict=True))
     return sampling
 
 
-jax.tree_util.register_pytree_node(Sampling, _flatten, _unflatten)
+jax.tree_util.register_pytree_node(
+    Sampling, lambda one: (tuple(vars(one).values()), tuple(vars(one))), _unflatten
+)
 
 
 def check_seed(seed) -> int:
@@ -111,15 +107,8 @@ def check_seed(seed) -> int:
 
 
 def row_keys(seeds: jax.Array, steps: jax.Array) -> jax.Array:
-    """Keys for one step: `fold_in(key(seed), step)` for each row.
-
-    Args:
-      seeds: uint32 [B].
-      steps: int32 [B], how many tokens each row has drawn so far.
-
-    Returns:
-      A typed key array [B].
-    """
+    """Keys for one step of each row, `fold_in(key(seed), step)`: seeds, uint32 [B], and
+    numbers of tokens drawn so far, int32 [B], to a typed key array [B]."""
     return jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s), i))(seeds, steps)
 
 
@@ -129,17 +118,13 @@ def sample(
     sampling: Sampling,
     seen: jax.Array | None = None,
 ) -> jax.Array:
-    """Chooses a token for every row.
+    """Chooses a token for every row, int32 [B].
 
     Args:
       logits: [B, V] float32.
-      keys: typed key array [B], one for each row (see `row_keys`).
+      keys: [B], see `row_keys`.
       sampling: how to choose.
-      seen: bool [B, V], the tokens of each row so far; needed for a repetition penalty
-        alone.
-
-    Returns:
-      int32 [B].
+      seen: bool [B, V], the tokens so far; needed for a repetition penalty alone.
     """
     if sampling.repetition_penalty is not None:
         assert seen is not None, "a repetition penalty needs the tokens so far"
@@ -160,16 +145,9 @@ def sample(
 def penalize(
     logits: jax.Array, seen: jax.Array, penalty: float | jax.Array
 ) -> jax.Array:
-    """Makes tokens that were seen less likely (or, below 1, more likely).
+    """The logits [B, V], less of the tokens that were seen (or, below 1, more); finite.
 
-    Args:
-      logits: [B, V] float32.
-      seen: bool [B, V].
-      penalty: greater than 0.
-
-    Returns:
-      [B, V] float32, finite: where seen, a positive logit divided, a negative one
-      multiplied.
+    Where `seen`, bool [B, V], a positive one is divided and a negative one multiplied.
     """
     penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
     largest = jnp.finfo(logits.dtype).max
@@ -177,15 +155,8 @@ def penalize(
 
 
 def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Cuts each row to its top-k, then to its top-p, then to its min-p.
-
-    Args:
-      logits: [B, V] float32, already divided by the temperature.
-      sampling: its `top_k`, `top_p` and `min_p` are used.
-
-    Returns:
-      [B, V] float32: -inf where a token is cut, else unchanged.
-    """
+    """The logits [B, V], after the temperature, cut to top-k, then top-p, then min-p:
+    -inf where a token is cut."""
     if sampling.top_k is not None:
         logits = _keep_top(logits, jnp.ones_like(logits), sampling.top_k)
     if sampling.top_p is not None:
@@ -219,14 +190,7 @@ def _keep_top(logits, weights, target):
 
 
 def log_prob(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Log-probability of each row's token under the model: no temperature, no filter.
-
-    Args:
-      logits: [B, V] float32.
-      tokens: int32 [B].
-
-    Returns:
-      float32 [B], natural logarithm.
-    """
+    """Log-probability, in nats, of each row's token under the model, without temperature
+    and filters: logits [B, V] and int32 [B] to float32 [B]."""
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)

@@ -23,19 +23,19 @@ from recurrentgemma.generation.programs import (
     BLOCK_STEPS,
     BlockOutput,
     DecodeState,
-    empty_output,
+    Program,
+    advance,
+    positions_of,
 )
 from recurrentgemma.generation.sampling import Sampling, log_prob, row_keys, sample
 from recurrentgemma.griffin import Griffin
-from recurrentgemma.kernels import meshes
 
 
 @functools.partial(
-    jax.jit,
+    Program,
     static_argnames=("num_draft_tokens", "keep_logits"),
     donate_argnames=("state",),
 )
-@meshes.as_program
 def speculate_block(
     models: tuple[Griffin, Griffin],
     state: DecodeState,
@@ -55,9 +55,8 @@ def speculate_block(
       num_draft_tokens: K, at least 1 and less than BLOCK_STEPS (static).
     """
     model, draft = models
-    batch_size = len(state.steps)
-    vocab_size = model.config.vocab_size
-    output = empty_output(batch_size, vocab_size if keep_logits else None)
+    vocab_size = model.config.vocab_size if keep_logits else None
+    output = BlockOutput.empty(state.batch_size, vocab_size)
     before = state.steps
 
     def unfinished(carry):
@@ -73,10 +72,8 @@ def speculate_block(
         proposed, draft_cache = _propose(draft, state, sampling, num_draft_tokens)
         last_token = state.history.last_token[:, None]
         fed = jnp.concatenate([last_token, proposed], axis=1)
-        steps = jnp.arange(fed.shape[1], dtype=jnp.int32)[None]
-        positions = cache.next_position[:, None] + steps
-        positions = jnp.where(state.done[:, None], -1, positions)
-        hidden, cache = model(fed, positions, cache)
+        lengths = jnp.where(state.done, 0, fed.shape[1])
+        hidden, cache = model(fed, positions_of(cache, fed, lengths), cache)
         logits = model.logits(hidden)
         chosen = _choose(logits, proposed, state, sampling)
 
@@ -87,9 +84,10 @@ def speculate_block(
         counts = jnp.minimum(counts, state.limits - state.steps)
         counts = jnp.where(state.done, 0, counts)
 
+        steps = jnp.arange(fed.shape[1], dtype=jnp.int32)[None]
         column = (state.steps - before)[:, None] + steps
         column = jnp.where(steps < counts[:, None], column, BLOCK_STEPS)
-        row = jnp.arange(batch_size)[:, None]
+        row = jnp.arange(state.batch_size)[:, None]
 
         def put(all_, new):
             return all_.at[row, column].set(new, mode="drop")
@@ -98,14 +96,14 @@ def speculate_block(
             put(output.tokens, chosen),
             put(output.log_probs, jax.vmap(log_prob, 1, 1)(logits, chosen)),
             put(output.logits, logits) if keep_logits else None,
-            output.calls + jnp.where(state.done, 0, 1),
+            output.calls + ~state.done,
         )
-        rejected = jnp.where(state.done, 0, fed.shape[1] - counts)
+        rejected = lengths - counts
         caches = (
             rewind(cache, model.config, rejected),
             rewind(draft_cache, draft.config, rejected),
         )
-        return _advance(state, caches, chosen, counts, end_mask), output
+        return advance(state, caches, chosen, counts, end_mask), output
 
     with jax.named_scope("speculate_block"):
         return jax.lax.while_loop(unfinished, run, (state, output))
@@ -139,13 +137,3 @@ def _choose(logits, proposed, state, sampling):
         if place < proposed.shape[1]:
             history = history.append(proposed[:, place], True)
     return jnp.stack(chosen, axis=1)
-
-
-def _advance(state, caches, chosen, counts, end_mask):
-    """The state after the first `counts` of the chosen tokens, int32 [B, K + 1]."""
-    history = state.history
-    for place in range(chosen.shape[1]):
-        history = history.append(chosen[:, place], place < counts)
-    steps = state.steps + counts
-    done = state.done | end_mask[history.last_token] | (steps >= state.limits)
-    return state._replace(caches=caches, history=history, steps=steps, done=done)

@@ -1,53 +1,44 @@
 """The text of a row until a stop string, which may span tokens and is cut off."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from recurrentgemma.tokenizer import Tokenizer
-
-
-class Shown(NamedTuple):
-    """What some tokens add to the text that is shown."""
-
-    text: str
-    stopped_after: int | None
-    """How many of the tokens it took until a stop string was complete; None: none is."""
 
 
 class TextUntilStop:
     """Text of tokens that arrive bit by bit, until the first stop string.
 
-    What may become a stop string is held back; characters are never split.
+    What may become a stop string is held back; characters are never split. There is no
+    text without a tokenizer.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
-        self._decoder = tokenizer.stream_decoder()
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]):
+        self._decoder = None if tokenizer is None else tokenizer.stream_decoder()
         self._stop = stop
         self._held = ""
 
-    def push(self, tokens: Sequence[int]) -> Shown:
-        """The text that these tokens complete, without a stop string and what follows.
-
-        Raises:
-          ValueError: an id is negative.
-        """
+    def push(self, tokens: Sequence[int]) -> tuple[str, int | None]:
+        """The text that these tokens complete, without a stop string and what follows;
+        and how many of them it took until a stop string was complete, if one is."""
+        if self._decoder is None:
+            return "", None
         if not self._stop:
-            return Shown(self._decoder.push(tokens), None)
+            return self._decoder.push(tokens), None
         shown = ""
         for count, token in enumerate(tokens, start=1):
             self._held += self._decoder.push([token])
             found = [i for stop in self._stop if (i := self._held.find(stop)) >= 0]
             if found:
-                return Shown(shown + self._held[: min(found)], count)
+                return shown + self._held[: min(found)], count
             keep = max(_overlap(self._held, stop) for stop in self._stop)
             release = len(self._held) - keep
             shown += self._held[:release]
             self._held = self._held[release:]
-        return Shown(shown, None)
+        return shown, None
 
     def flush(self) -> str:
         """The text of what is held back: the row ends here."""
-        return self._held + self._decoder.flush()
+        return self._held + self._decoder.flush() if self._decoder else ""
 
 
 def _overlap(text: str, stop: str) -> int:

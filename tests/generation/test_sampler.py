@@ -1,3 +1,4 @@
+import dataclasses
 import gc
 import itertools
 import json
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from recurrentgemma.cache import Cache
 from recurrentgemma.config import GriffinConfig
-from recurrentgemma.generation import chunk_reader
+from recurrentgemma.generation import batching, chunk_reader
 from recurrentgemma.generation import programs as decoding
 from recurrentgemma.generation import sampling as sampling_lib
 from recurrentgemma.generation.history import History
@@ -169,7 +171,7 @@ def test_stream_never_splits_a_character(sampler):
 
 
 def test_the_default_end_tokens_are_end_and_end_of_turn(sampler):
-    mask = sampler._end_mask(None)
+    mask = sampler._inputs.end_mask(None)
     assert np.flatnonzero(mask).tolist() == [1, 5]
 
 
@@ -378,14 +380,55 @@ def test_a_thousand_calls_leave_nothing_behind(tiny):
         tiny([prompt], max_new_tokens=3, sampling=PLAIN, end_tokens=[])
 
     def count():
-        programs = (decoding.new_cache, decoding.read_chunk, decoding.decode_block)
-        return len(jax.live_arrays()), [f._cache_size() for f in programs]
+        programs = [decoding.read_chunk.jitted(1), decoding.decode_block.jitted(1)]
+        sizes = [f._cache_size() for f in (decoding.new_cache, *programs)]
+        return len(jax.live_arrays()), sizes
 
     generate(0), generate(39)
     before = count()
     for i in range(1000):
         generate(i)
     assert count() == before
+
+
+def test_programs_of_few_batch_sizes_are_kept():
+    """The memory of the others is free, however many there were."""
+    client = jax.devices()[0].client
+    gc.collect()
+    before = len(client.live_executables())
+    program = decoding.Program(lambda cache: cache.next_position + 1)
+    for batch_size in range(1, 2 * decoding.MAX_BATCH_SIZES):
+        program(Cache((), np.zeros(batch_size, np.int32)))
+    gc.collect()
+    assert len(client.live_executables()) - before == decoding.MAX_BATCH_SIZES
+    for one in (decoding.read_chunk, decoding.score_chunk, decoding.decode_block):
+        assert isinstance(one, decoding.Program)
+
+
+def test_the_tokens_so_far_cost_nothing_without_a_penalty(tiny, monkeypatch):
+    """No state of the size of the vocabulary."""
+    seen = []
+
+    def decode_block(models, state, *others, **static):
+        seen.append(state.history.seen)
+        return decoding.decode_block(models, state, *others, **static)
+
+    monkeypatch.setattr(batching, "decode_block", decode_block)
+    request = {"max_new_tokens": 3, "end_tokens": []}
+    tiny([[2, 3]], sampling=PLAIN, **request)
+    assert seen == [None]
+    tiny([[2, 3]], sampling=PENALIZED, **request)
+    assert seen[1].shape == (1, 60)
+
+
+def test_the_prefix_of_a_stream_knows_all_tokens(sampler):
+    request = {"max_new_tokens": 90, "sampling": PLAIN, "end_tokens": []}
+    [sample] = sampler(["The ferry"], **request)
+    stream = sampler.stream("The ferry", **request)
+    assert "".join(stream) == sample.text
+    history, tokens = stream.prefix().history, sample.prompt_tokens + sample.tokens
+    assert np.flatnonzero(history.seen).tolist() == sorted(set(tokens))
+    assert (*history.last_token, *history.num_tokens) == (tokens[-1], len(tokens))
 
 
 def test_an_abandoned_stream_leaves_no_memory_behind(sampler):
@@ -411,29 +454,32 @@ def test_arguments_are_not_invalidated_or_changed(tiny):
         np.testing.assert_array_equal(leaf, now)
 
 
-def test_a_decode_step_copies_no_weights_and_no_cache():
+@pytest.mark.parametrize("penalty", [None, 1.5])
+def test_a_decode_step_copies_no_weights_and_no_cache(penalty):
     """The parameters are read where they lie, the cache is updated in place."""
     model = _model(vocab_size=3000, attention_window=2000)
     cache = decoding.new_cache(model, batch_size=2, capacity=None)
     zeros = jnp.zeros(2, jnp.int32)
     state = decoding.DecodeState(
         caches=(cache,),
-        history=History(zeros, zeros, jnp.zeros((2, 3000), bool)),
+        history=History(zeros, zeros, jnp.zeros((2, 3000), bool) if penalty else None),
         seeds=zeros.astype(jnp.uint32),
         steps=zeros,
         limits=zeros,
         done=zeros > 0,
     )
-    program = decoding.decode_block.lower(
-        model,
+    program = decoding.decode_block.jitted(2).lower(
+        (model,),
         state,
-        GREEDY,
+        dataclasses.replace(GREEDY, repetition_penalty=penalty),
         np.zeros(3000, bool),
         np.int32(8),
         np.int32(2),
         keep_logits=False,
-    ).compile()
-    copies = [line for line in program.as_text().splitlines() if " copy(" in line]
+    )
+    copies = [
+        line for line in program.compile().as_text().splitlines() if " copy(" in line
+    ]
     sizes = ("3000,16", "2,2000,1,8]", "pred[2,3000]")
     large = [line for line in copies if any(size in line for size in sizes)]
     assert large == []
@@ -599,21 +645,20 @@ def test_other_chunk_sizes_are_compiled_beside_the_text(sampler, monkeypatch):
     assert compiled == []
     text = first + "".join(stream)
     ahead.wait_until_compiled()
-    assert compiled == [(1, 16), (1, 128)]
+    assert compiled == [(1, 16), (1, 128), (1, 1024)]
     assert text == "".join(sampler.stream("The ferry", **request))
     ahead(["The ferry", "A"], **request)
     ahead.wait_until_compiled()
-    assert compiled[2:] == [(2, 16), (2, 128)]
+    assert compiled[3:] == [(2, 16), (2, 128), (2, 1024)]
 
 
 ENDING = """
-import atexit, time
-from recurrentgemma.generation.compile_ahead import BackgroundCompiler
+import atexit, functools, time
+from recurrentgemma.generation.chunk_reader import call_beside
 done = []
-compiler = BackgroundCompiler()
-programs = {i: lambda i=i: time.sleep(0.2) or done.append(i) for i in range(50)}
-compiler.start(programs)
-compiler.wait(0)
+compile_one = lambda i: time.sleep(0.2) or done.append(i)
+events = call_beside([functools.partial(compile_one, i) for i in range(50)])
+events[0].wait()
 atexit.register(lambda: print(done))
 """
 
