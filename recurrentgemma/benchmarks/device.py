@@ -107,8 +107,9 @@ def rates(
     def matrix(*shape: int) -> jax.Array:
         return jax.random.normal(jax.random.key(0), shape, dtype)
 
-    x, w = matrix(PRODUCT_ROWS, config.width), matrix(config.width, config.mlp_width)
-    seconds = min(seconds_per_call(jax.jit(jnp.matmul), x, w))
+    x = matrix(max(PRODUCT_ROWS, *batches), config.width)
+    w = matrix(config.width, config.mlp_width)
+    seconds = min(seconds_per_call(jax.jit(jnp.matmul), x[:PRODUCT_ROWS], w))
     found = {"product_flops_per_s": 2 * PRODUCT_ROWS * w.size / seconds}
 
     count = max(1, min(WORKING_SET_BYTES // w.nbytes, MOST_MATRICES))

@@ -13,14 +13,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from recurrentgemma import cost
 from recurrentgemma.benchmarks import device
-from recurrentgemma.checkpoints.parameters import named_parameters, parameter_dtype
-from recurrentgemma.config import GriffinConfig, Runtime
+from recurrentgemma.benchmarks.models import random_model
 from recurrentgemma.generation.sampler import Sampler
 from recurrentgemma.griffin import Griffin
+
+__all__ = ["Point", "card", "curve", "random_model"]
 
 WRITTEN_TOKENS = 65
 """Tokens written at each length; the last 64 are timed."""
@@ -40,16 +40,6 @@ class Point:
     """Speed of writing the last tokens, at batch 1."""
     cache_bytes: int
     """Bytes of the cache."""
-
-
-def random_model(config: GriffinConfig, runtime: Runtime = Runtime()) -> Griffin:
-    """A model with random weights in the dtypes of inference, as `load` would give."""
-    model = Griffin(config, rngs=nnx.Rngs(0), runtime=runtime)
-    leaves = [
-        leaf.astype(parameter_dtype(name, config, runtime))
-        for name, leaf in named_parameters(model).items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(model), leaves)
 
 
 def card(model: Griffin, tokens: int) -> dict[str, str]:

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tqdm
+
 from recurrentgemma._atomic import replace_file
 from recurrentgemma.benchmarks import device
 
@@ -59,6 +61,7 @@ class Report:
       path: File of the document.
       columns: Columns of the table; a row's remark stands behind them.
       key: Names of the values that tell rows apart.
+      rows: Rows of an earlier run, which stay until one with the same key comes.
       **facts: What the document says beside the rows.
     """
 
@@ -68,31 +71,67 @@ class Report:
         columns: Sequence[Column],
         *,
         key: tuple[str, ...] = ("name",),
+        rows: Sequence[Row] = (),
         **facts: Any,
     ):
         self.facts = provenance() | facts
         self._path, self._columns, self._key = path, columns, key
-        self._rows: dict[tuple[Any, ...], Row] = {}
-        _print_row([column.title.ljust(column.width) for column in columns])
+        self._rows = {self._key_of(row): row for row in rows}
+        show("  ".join(column.title.ljust(column.width) for column in columns))
+        for row in rows:
+            self._print(row)
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows."""
+        return list(self._rows.values())
+
+    def has(self, row: Row) -> bool:
+        """Whether there is a row with the key of this one."""
+        return self._key_of(row) in self._rows
 
     def add(self, row: Row) -> None:
         """Prints a row and writes the document."""
-        key = tuple(row[name] for name in self._key)
-        self._rows[key] = row | {"commit": self.facts["commit"]}
-        cells = [column.cell(row) for column in self._columns]
-        _print_row([*cells, row.get("remark", "")])
+        self._rows[self._key_of(row)] = row | {"commit": self.facts["commit"]}
+        self._print(row)
         self.write()
 
     def write(self) -> None:
         """Writes the document: for facts that came after the last row."""
-        document = self.facts | {"rows": list(self._rows.values())}
+        document = self.facts | {"rows": self.rows}
         self._path.parent.mkdir(exist_ok=True, parents=True)
         with replace_file(self._path) as partial:
             partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
+    def _key_of(self, row: Row) -> tuple[Any, ...]:
+        return tuple(row[name] for name in self._key)
 
-def _print_row(cells: Sequence[str]) -> None:
-    print("  ".join(cells).rstrip(), flush=True)
+    def _print(self, row: Row) -> None:
+        cells = [column.cell(row) for column in self._columns]
+        show("  ".join([*cells, row.get("remark", "")]))
+
+
+def show(line: str) -> None:
+    """Prints a line of the result, past a progress bar."""
+    with tqdm.tqdm.external_write_mode():
+        print(line.rstrip(), flush=True)
+
+
+def read_document(path: Path) -> Row:
+    """A document that a `Report` has written.
+
+    Raises:
+      ValueError: it is something else; OSError: it cannot be read.
+    """
+    expected = f"{path}: expected a result of `recurrentgemma bench`"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{expected}, got no JSON ({error}); remove it") from error
+    rows = document.get("rows") if isinstance(document, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{expected}, got other JSON; remove it")
+    return document
 
 
 def provenance() -> dict[str, Any]:

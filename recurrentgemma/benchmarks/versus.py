@@ -18,12 +18,14 @@ from typing import Any
 
 from absl import flags
 
+from recurrentgemma import cost
 from recurrentgemma.benchmarks import agreement, device
 from recurrentgemma.benchmarks.measures import Plan, ceilings, compilations, measures
 from recurrentgemma.benchmarks.opponents import checkpoint
 from recurrentgemma.benchmarks.opponents.worker import Worker
 from recurrentgemma.benchmarks.paired import OURS, columns, compare
-from recurrentgemma.benchmarks.report import Column, Report, note
+from recurrentgemma.benchmarks.picture import Panel, Point, draw
+from recurrentgemma.benchmarks.report import Column, Report, Row, note
 from recurrentgemma.config import GriffinConfig
 
 BEFORE = "before"
@@ -78,6 +80,7 @@ def run(
       WorkerError: an opponent failed.
     """
     plan = plan or Plan(rounds=values["repeats"])
+    parameters = cost.num_parameters(config)
     first, later = (
         [m for m in some if m.name.startswith(tuple(values["only"]))]
         for some in (compilations(plan), measures(plan))
@@ -94,6 +97,7 @@ def run(
             columns(names, Column("limit", "limit")),
             worker_versions={worker.name: worker.ask("versions") for worker in workers},
             config=config.to_dict(),
+            parameters=parameters,
         )
         compiled = [compare(measure, workers) for measure in first]
         findings = agreement.check(workers, plan, config.attention_window)
@@ -106,6 +110,20 @@ def run(
         for measure in later:
             row = compare(measure, workers)
             report.add(row | {"limit": limits.get(measure.name)})
+        title = f"{parameters / 1e6:.0f}M parameters, float32, {device.name()}"
+        draw(folder / "versus.png", title, [prefill_panel(report.rows)])
+
+
+def prefill_panel(rows: list[Row]) -> Panel:
+    """Speed of prefill by prompt length, of everybody; a line ends where one does not
+    fit the memory."""
+    lines: dict[str, list[Point]] = {}
+    for row in rows:
+        kind, _, length = row["name"].partition(" ")
+        if kind == "prefill":
+            for name, speed in row["median"].items():
+                lines.setdefault(name, []).append(Point(int(length), speed))
+    return Panel("prompt length, tokens", "prefill, tokens/s", lines)
 
 
 def _workers(values: dict[str, Any], directory: Path) -> list[Worker]:

@@ -18,6 +18,13 @@ from absl import flags
 from recurrentgemma.commands import UsageError
 
 SUB_COMMANDS = {
+    "prefill": "reading a prompt, and the time to the first token",
+    "decode": "writing, against the number of tokens read before",
+    "throughput": "the best tokens/s over batch sizes within a memory",
+    "memory": "bytes of model and cache, and the longest text that fits",
+    "train": "a train step",
+    "start": "from the start of a process to the first token",
+    "compare": "results over each other, and where one overtakes another",
     "scan": "the recurrence's kernels on this device: right, and how fast",
     "scan_estimates": "the recurrence's kernels as the TPU compiler sees them",
     "sampler": "finished rows replaced, and a draft model, against plain sampling",
