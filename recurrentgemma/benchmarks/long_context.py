@@ -1,26 +1,26 @@
 """What a model costs as its text grows: prefill and decode speed, bytes of the cache.
 
 A model with random weights reads random tokens. Before each length it stops: it reads
-one more chunk, which is timed, and writes the last tokens. Decode is the difference
-between writing all of these tokens and writing one: whatever a call costs once cancels.
-Each figure is the best of some rounds, which other work on the machine disturbs least.
+one more chunk, which is timed, and writes the last tokens. Each figure is the best of
+some rounds, which other work on the machine disturbs least.
 """
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from recurrentgemma import cost
-from recurrentgemma.benchmarks.report import device_name
-from recurrentgemma.checkpoints.parameters import named_parameters, parameter_dtype
-from recurrentgemma.config import GriffinConfig, Runtime
-from recurrentgemma.generation.prefix import Prefix
+from recurrentgemma.benchmarks import device
+from recurrentgemma.benchmarks.models import random_model
 from recurrentgemma.generation.sampler import Sampler
 from recurrentgemma.griffin import Griffin
+
+__all__ = ["Point", "card", "curve", "random_model"]
 
 WRITTEN_TOKENS = 65
 """Tokens written at each length; the last 64 are timed."""
@@ -42,16 +42,6 @@ class Point:
     """Bytes of the cache."""
 
 
-def random_model(config: GriffinConfig, runtime: Runtime = Runtime()) -> Griffin:
-    """A model with random weights in the dtypes of inference, as `load` would give."""
-    model = Griffin(config, rngs=nnx.Rngs(0), runtime=runtime)
-    leaves = [
-        leaf.astype(parameter_dtype(name, config, runtime))
-        for name, leaf in named_parameters(model).items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(model), leaves)
-
-
 def card(model: Griffin, tokens: int) -> dict[str, str]:
     """The model's sizes after so many tokens, and where it runs; for a table.
 
@@ -61,15 +51,13 @@ def card(model: Griffin, tokens: int) -> dict[str, str]:
     """
     config, dtype = model.config, model.runtime.dtype
     sizes = {"dtype": dtype, "capacity": tokens}
-    device = jax.devices()[0]
-    name = device_name() if device.platform == "cpu" else device.device_kind
     return {
         "parameters": f"{cost.num_parameters(config):,}",
         "parameter bytes": f"{cost.parameter_bytes(config, dtype):,}",
         f"cache bytes at {tokens:,} tokens": f"{cost.cache_bytes(config, **sizes):,}",
         "bytes that a decode step must read": f"{cost.decode_bytes(config, **sizes):,}",
         "dtype": dtype.name,
-        "device": f"{device.platform}: {name}",
+        "device": f"{jax.default_backend()}: {device.name()}",
     }
 
 
@@ -101,37 +89,24 @@ def curve(model: Griffin, lengths: Sequence[int], *, rounds: int = 5) -> list[Po
         start = max(end - CHUNK_TOKENS, 0)
         if start > read:
             prefix = sampler.prefill(tokens[read:start], prefix=prefix)
-        prefix, prefill = _read(sampler, tokens[start:end], prefix, rounds)
-        read = end
-        decode = _decode_tokens_per_s(sampler, prefix, rounds)
-        points.append(Point(length, prefill, decode, prefix.num_bytes))
+        chunk, before, read = tokens[start:end], prefix, end
+        prefix = sampler.prefill(chunk, prefix=before)
+        prefill = partial(sampler.prefill, chunk, prefix=before)
+        prefill_s = _least_seconds(prefill, rounds)
+        write = partial(sampler, [[]], prefix=prefix, end_tokens=[])
+        # Whatever a call costs once cancels.
+        decode_s = _least_seconds(partial(write, max_new_tokens=WRITTEN_TOKENS), rounds)
+        decode_s -= _least_seconds(partial(write, max_new_tokens=1), rounds)
+        speeds = len(chunk) / prefill_s, (WRITTEN_TOKENS - 1) / decode_s
+        points.append(Point(length, *speeds, prefix.num_bytes))
     return points
 
 
-def _read(
-    sampler: Sampler, chunk: list[int], before: Prefix | None, rounds: int
-) -> tuple[Prefix, float]:
-    """The prefix after a chunk, and the tokens/s of reading it."""
-
-    def read() -> tuple[Prefix, float]:
+def _least_seconds(run: Callable[[], Any], rounds: int) -> float:
+    run()  # compiles
+    seconds = []
+    for _ in range(rounds):
         start = time.perf_counter()
-        prefix = sampler.prefill(chunk, prefix=before)
-        jax.block_until_ready(prefix.cache)
-        return prefix, time.perf_counter() - start
-
-    prefix, _ = read()  # compiles
-    return prefix, len(chunk) / min(read()[1] for _ in range(rounds))
-
-
-def _decode_tokens_per_s(sampler: Sampler, prefix: Prefix, rounds: int) -> float:
-    def seconds(count: int) -> float:
-        start = time.perf_counter()
-        sampler([[]], prefix=prefix, max_new_tokens=count, end_tokens=[])
-        return time.perf_counter() - start
-
-    seconds(WRITTEN_TOKENS)  # compiles
-    best = {
-        count: min(seconds(count) for _ in range(rounds))
-        for count in (WRITTEN_TOKENS, 1)
-    }
-    return (WRITTEN_TOKENS - 1) / (best[WRITTEN_TOKENS] - best[1])
+        jax.block_until_ready(getattr(run(), "cache", None))
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

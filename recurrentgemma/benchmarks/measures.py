@@ -1,11 +1,13 @@
-"""What `versus` compares: how each figure is made of the workers' commands."""
+"""What `versus` compares: how each figure is made of the workers' commands, its ceiling."""
 
 import dataclasses
 from collections.abc import Callable
 from functools import partial
 
+from recurrentgemma import cost
 from recurrentgemma.benchmarks.opponents.worker import Worker
 from recurrentgemma.benchmarks.paired import Measure
+from recurrentgemma.config import GriffinConfig
 
 OFFICIAL_LONGEST_PREFILL = 8192
 """The official attention scores are T x T; 32768 would need 26 GB for one layer."""
@@ -26,9 +28,9 @@ class Plan:
     """Lengths at which logits are compared, within and beyond the window."""
     rounds: int = 5
     rounds_of_long_prefill: int = 2
+    """Beyond what the official code can do, which takes minutes."""
     rounds_of_compilation: int = 3
     """Each in new processes."""
-    long_prefill: int = 32768
 
     @property
     def compile_length(self) -> int:
@@ -93,12 +95,13 @@ def measures(plan: Plan) -> list[Measure]:
         for batch in plan.decode_batches
     ]
     for length in plan.prefill_lengths:
-        measure = rate(f"prefill {length}", sample=partial(prefill, length))
-        if length >= plan.long_prefill:  # a shorter one has warmed up what is compiled
-            rounds = plan.rounds_of_long_prefill
-            measure = dataclasses.replace(measure, rounds=rounds, warm_up=False)
-        if length > OFFICIAL_LONGEST_PREFILL:
-            measure = dataclasses.replace(measure, leave_out=("official",))
+        is_long = length > OFFICIAL_LONGEST_PREFILL
+        measure = rate(
+            f"prefill {length}",
+            sample=partial(prefill, length),
+            rounds=plan.rounds_of_long_prefill if is_long else plan.rounds,
+            leave_out=("official",) if is_long else (),
+        )
         found.append(measure)
     first_calls = Measure(
         "first call, new prompt length",
@@ -115,3 +118,28 @@ def _generate(worker: Worker, plan: Plan, batch: int, new_tokens: int) -> float:
     """Seconds to continue prompts of `plan.prompt` tokens."""
     sizes = {"batch": batch, "prompt": plan.prompt, "new_tokens": new_tokens}
     return worker.ask("generate", **sizes)["seconds"]
+
+
+def ceilings(
+    config: GriffinConfig, plan: Plan, rates: dict[str, float]
+) -> dict[str, float]:
+    """What this machine allows, in tokens/s, by the names of `measures`.
+
+    Args:
+      config: The model.
+      plan: Sizes.
+      rates: What `device.rates` returned for the batches of the plan, in float32.
+    """
+    product = rates["product_flops_per_s"]
+    logits_flops = 2 * config.vocab_size * config.width
+    found = {}
+    for length in plan.prefill_lengths:  # the logits of a prompt are not computed
+        flops = cost.forward_flops_per_token(config, length) - logits_flops
+        found[f"prefill {length}"] = product / flops
+    flops = cost.train_flops_per_token(config, plan.train_length)
+    found[f"train step {plan.train_length}"] = product / flops
+    for batch in plan.decode_batches:
+        moved = cost.decode_bytes(config, batch, dtype="float32")
+        steps_per_s = rates[f"read_{batch}_rows_bytes_per_s"] / moved
+        found[f"decode, batch {batch}"] = batch * steps_per_s
+    return found

@@ -103,39 +103,35 @@ class Way:
     run: Callable[[], list[Sample]]
     peak_bytes: int | None = None
 
-
-def compare_ways(
-    name: str, ways: Sequence[Way], rounds: int
-) -> tuple[Row, list[Sample]]:
-    """Checks that all ways write the same tokens, then compares their speed.
-
-    Returns:
-      The row of the document, in tokens/s, and the samples of the first way.
-
-    Raises:
-      Disagreement: a way wrote other tokens than the first one.
-    """
-    first, *others = [way.run() for way in ways]
-    for way, samples in zip(ways[1:], others, strict=True):
-        pairs = zip(first, samples, strict=True)
-        different = sum(a.tokens != b.tokens for a, b in pairs)
-        if different:
-            raise Disagreement(
-                f"{name}: {different} of {len(first)} texts differ between "
-                f"{ways[0].name} and {way.name}"
-            )
-
-    def tokens_per_s(way: Way, _: int) -> float:
+    def tokens_per_s(self, _: int) -> float:
+        """Speed of one run."""
         start = time.perf_counter()
-        count = sum(len(sample.tokens) for sample in way.run())
+        count = sum(len(sample.tokens) for sample in self.run())
         return count / (time.perf_counter() - start)
 
+
+def compare_ways(name: str, ours: Way, other: Way, rounds: int) -> Row:
+    """Checks that both ways write the same tokens, then compares their speed.
+
+    Returns:
+      The row of the document, in tokens/s.
+
+    Raises:
+      Disagreement: they write different tokens.
+    """
+    pairs = list(zip(ours.run(), other.run(), strict=True))
+    different = sum(a.tokens != b.tokens for a, b in pairs)
+    if different:
+        raise Disagreement(
+            f"{name}: {different} of {len(pairs)} texts differ between {ours.name} and "
+            f"{other.name}"
+        )
     measure = Measure(
         name,
         "tokens/s",
         higher_is_better=True,
-        sample=tokens_per_s,
+        sample=Way.tokens_per_s,
         rounds=rounds,
         warm_up=False,
     )
-    return compare(measure, ways), first
+    return compare(measure, [ours, other])

@@ -16,7 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-RESULTS = Path(__file__).parent / "results"
+import tqdm
+
+from recurrentgemma._atomic import replace_file
+from recurrentgemma.benchmarks import device
+
 PACKAGES = ("jax", "jaxlib", "flax", "libtpu")
 """Packages whose versions a document says."""
 
@@ -56,9 +60,8 @@ class Report:
     Args:
       path: File of the document.
       columns: Columns of the table; a row's remark stands behind them.
-      key: What tells rows apart.
-      resume: Whether the rows of an existing file stay until a row with the same key
-        replaces them.
+      key: Names of the values that tell rows apart.
+      rows: Rows of an earlier run, which stay until one with the same key comes.
       **facts: What the document says beside the rows.
     """
 
@@ -68,47 +71,73 @@ class Report:
         columns: Sequence[Column],
         *,
         key: tuple[str, ...] = ("name",),
-        resume: bool = False,
+        rows: Sequence[Row] = (),
         **facts: Any,
     ):
         self.facts = provenance() | facts
         self._path, self._columns, self._key = path, columns, key
-        self._rows: dict[tuple[Any, ...], Row] = {}
-        if resume and path.exists():
-            rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-            self._rows = {self._key_of(row): row for row in rows}
-        self._print([column.title.ljust(column.width) for column in columns])
+        self._rows = {self._key_of(row): row for row in rows}
+        show("  ".join(column.title.ljust(column.width) for column in columns))
+        for row in rows:
+            self._print(row)
 
-    def find(self, row: Row) -> Row:
-        """The row with the key of this one; empty if there is none yet."""
-        return self._rows.get(self._key_of(row), {})
+    @property
+    def rows(self) -> list[Row]:
+        """All rows."""
+        return list(self._rows.values())
+
+    def has(self, row: Row) -> bool:
+        """Whether there is a row with the key of this one."""
+        return self._key_of(row) in self._rows
 
     def add(self, row: Row) -> None:
         """Prints a row and writes the document."""
         self._rows[self._key_of(row)] = row | {"commit": self.facts["commit"]}
-        cells = [column.cell(row) for column in self._columns]
-        self._print([*cells, row.get("remark", "")])
+        self._print(row)
         self.write()
 
     def write(self) -> None:
         """Writes the document: for facts that came after the last row."""
-        document = self.facts | {"rows": list(self._rows.values())}
+        document = self.facts | {"rows": self.rows}
         self._path.parent.mkdir(exist_ok=True, parents=True)
-        text = json.dumps(document, indent=1) + "\n"
-        self._path.write_text(text, encoding="utf-8")
+        with replace_file(self._path) as partial:
+            partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
     def _key_of(self, row: Row) -> tuple[Any, ...]:
         return tuple(row[name] for name in self._key)
 
-    @staticmethod
-    def _print(cells: Sequence[str]) -> None:
-        print("  ".join(cells).rstrip(), flush=True)
+    def _print(self, row: Row) -> None:
+        cells = [column.cell(row) for column in self._columns]
+        show("  ".join([*cells, row.get("remark", "")]))
+
+
+def show(line: str) -> None:
+    """Prints a line of the result, past a progress bar."""
+    with tqdm.tqdm.external_write_mode():
+        print(line.rstrip(), flush=True)
+
+
+def read_document(path: Path) -> Row:
+    """A document that a `Report` has written.
+
+    Raises:
+      ValueError: it is something else; OSError: it cannot be read.
+    """
+    expected = f"{path}: expected a result of `recurrentgemma bench`"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{expected}, got no JSON ({error}); remove it") from error
+    rows = document.get("rows") if isinstance(document, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{expected}, got other JSON; remove it")
+    return document
 
 
 def provenance() -> dict[str, Any]:
     """Device, versions, commit and time, for the head of a document."""
     return {
-        "device": device_name(),
+        "device": device.name(),
         "cores": len(os.sched_getaffinity(0)),
         "versions": {name: package_version(name) for name in PACKAGES}
         | {"python": platform.python_version()},
@@ -123,16 +152,6 @@ def package_version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def device_name() -> str:
-    """The name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return names[0] if names else platform.machine()
 
 
 def commit() -> str:

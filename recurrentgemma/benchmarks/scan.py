@@ -2,43 +2,39 @@
 
 The device's copy bandwidth comes first: x + 1 over large arrays, read and written once.
 Then each program of the platform, dtype and workload: it is compared with the op's
-`reference` in float32 on a small shape; if it agrees, it is timed. Calls are dispatched
-back to back between two waits, so that the host's part is hidden where a call takes
-longer than its dispatch, whose time (of a program that does nothing) stands in the
-document. The bandwidth of a row is that of its least bytes: every argument read once and
-every result written once; what fits a cache may be faster than copies. Estimates that
-were made for this TPU stand beside.
+`reference` in float32 on a small shape; if it agrees, it is timed. The bandwidth of a
+row is that of its least bytes: every argument read once and every result written once;
+what fits a cache may be faster than copies.
 
 What does not fit the memory, cannot run here or is wrong says so in its row. The file
 of a TPU or a GPU is meant to be sent in.
 """
 
-import argparse
 import functools
-import json
-import math
-import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
-from recurrentgemma.benchmarks.report import RESULTS, Column, Report, Row, note
+from recurrentgemma.benchmarks import device
+from recurrentgemma.benchmarks.report import Column, Report, Row, note
 from recurrentgemma.benchmarks.scan_programs import (
     KEY,
     KEY_COLUMNS,
     OPS,
     PROGRAMS,
+    check_workloads,
     least_bytes,
     programs,
     random_arguments,
     split_name,
 )
+from recurrentgemma.config import Runtime
 from recurrentgemma.kernels.linear_scan.workloads import WORKLOADS, Workload
 
 MEASURED = ("train_2b", "train_2b_long", "prefill_2b", "decode_2b")
@@ -53,22 +49,9 @@ TINY = 1e-30
 """Scale of errors where all expected values are zero."""
 BUDGET_S = 240.0
 """Seconds after which nothing more is measured."""
-SAMPLES = 7
-SAMPLE_S = 0.1
 MOST_CALLS = 100
 """Largest number of calls in a sample."""
 USABLE_MEMORY = 0.9
-COPY_BYTES = {"cpu": (2**24,)}
-ACCELERATOR_COPY_BYTES = (2**26, 2**28, 2**30)
-GENERATIONS = {
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-}
-"""Names of `ahead_of_time.CHIPS`, by what jax calls a device."""
 COLUMNS = (
     *KEY_COLUMNS,
     Column("least MB", "least_bytes", 8, 1e-6),
@@ -76,57 +59,46 @@ COLUMNS = (
     Column("measured ms", "measured_ms", 11),
     Column("GB/s", "bytes_per_s", 8, 1e-9),
     Column("of copy %", "bandwidth_share", 9, 100),
-    Column("estimate ms", "estimated_ms", 11),
 )
-ESTIMATES = RESULTS / "scan_estimates.json"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
-    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS))
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=BUDGET_S,
-        help="after which no other program is measured",
-    )
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of this benchmark."""
+    what = f"names of shapes: {', '.join(WORKLOADS)}; by default some for the device"
+    flags.DEFINE_list("workloads", None, what, flag_values=values)
+    what = "seconds after which no other program is measured"
+    flags.DEFINE_float("seconds", BUDGET_S, what, flag_values=values)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(values: dict[str, Any], folder: Path) -> None:
     """Measures the programs of the device that is here."""
     start = time.perf_counter()
-    device, platform = jax.devices()[0], jax.default_backend()
-    kind = device.device_kind
-    workloads = options.workloads
-    if workloads is None:
-        workloads = MEASURED_ON_CPU if platform == "cpu" else MEASURED
-    memory = _memory_bytes(device)
-    copies = copy_bandwidths(platform, memory)
+    platform, kind = jax.default_backend(), jax.devices()[0].device_kind
+    usual = MEASURED_ON_CPU if platform == "cpu" else MEASURED
+    workloads = check_workloads(values["workloads"] or usual)
+    memory = device.memory_bytes()
+    copies = device.copy_bytes_per_s(memory)
     bandwidth = max(copies.values())
-    dispatch_s = min(_samples_s(jax.jit(lambda x: x + 1), [jnp.ones((8, 128))], 100))
-    note(f"{kind}: copies {bandwidth / 1e9:.4g} GB/s, a call {1e6 * dispatch_s:.3g} us")
+    note(f"{kind}: copies {bandwidth / 1e9:.4g} GB/s")
+    path = folder / "scan.json"
     report = Report(
-        options.output,
+        path,
         COLUMNS,
         key=KEY,
-        accelerator=kind,
         memory_bytes=memory,
         copy_bytes_per_s=copies,
-        dispatch_ms=1e3 * dispatch_s,
     )
-    generation = str(GENERATIONS.get(kind, kind))
-    expected = _expected(ESTIMATES)
     for workload in workloads:
-        for dtype in _dtypes(device):
+        for dtype in _dtypes():
             for name in programs(platform, WORKLOADS[workload]):
-                key = dict(zip(KEY, (name, workload, dtype, generation), strict=True))
-                row: Row = {"remark": f"left out: {options.seconds:g} s are over"}
-                if time.perf_counter() - start < options.seconds:
+                key = dict(zip(KEY, (name, workload, dtype, kind), strict=True))
+                row: Row = {"remark": f"left out: {values['seconds']:g} s are over"}
+                if time.perf_counter() - start < values["seconds"]:
                     row = measure(name, WORKLOADS[workload], dtype, memory)
                 if "measured_ms" in row:
                     row["bandwidth_share"] = row["bytes_per_s"] / bandwidth
-                report.add(key | row | expected.get(tuple(key.values()), {}))
-    note(f"Written to {options.output}")
+                report.add(key | row)
+    note(f"Written to {path}")
 
 
 def measure(name: str, workload: Workload, dtype: str, memory: int) -> Row:
@@ -198,7 +170,9 @@ def _timed(name: str, workload: Workload, dtype: str, memory: int) -> Row:
         return row | {"remark": f"does not fit: {room}"}
     arguments = random_arguments(split_name(name)[0], workload, dtype, seed=1)
     in_flight = int((USABLE_MEMORY * memory - needed) // results) + 1
-    samples = _samples_s(compiled, list(arguments.values()), min(MOST_CALLS, in_flight))
+    samples = device.seconds_per_call(
+        compiled, *arguments.values(), most_calls=min(MOST_CALLS, in_flight)
+    )
     seconds = statistics.median(samples)
     return row | {
         "measured_ms": 1e3 * seconds,
@@ -207,59 +181,10 @@ def _timed(name: str, workload: Workload, dtype: str, memory: int) -> Row:
     }
 
 
-def _samples_s(
-    function: Callable[..., Any], arguments: Sequence[Any], most_calls: int
-) -> list[float]:
-    """Seconds a call, of samples of several calls."""
-
-    def sample(calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            result = function(*arguments)
-        jax.block_until_ready(result)
-        return (time.perf_counter() - start) / calls
-
-    jax.block_until_ready(function(*arguments))
-    calls = max(1, min(most_calls, math.ceil(SAMPLE_S / sample(1))))
-    sample(calls)
-    return [sample(calls) for _ in range(SAMPLES)]
-
-
-def copy_bandwidths(platform: str, memory: int) -> dict[str, float]:
-    """Bytes a second, read and written, by the bytes of the array that is copied."""
-    found = {}
-    for size in COPY_BYTES.get(platform, ACCELERATOR_COPY_BYTES):
-        if 4 * size < memory:
-            x = jax.random.uniform(jax.random.key(0), (size // 4,))
-            samples = _samples_s(jax.jit(lambda x: x + 1), [x], most_calls=MOST_CALLS)
-            found[str(size)] = 2 * size / statistics.median(samples)
-    return found
-
-
-def _memory_bytes(device: Any) -> int:
-    """Memory of the device; on a CPU a quarter of the machine's."""
-    statistics_ = device.memory_stats() or {}
-    if "bytes_limit" in statistics_:
-        return statistics_["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
-
-
-def _dtypes(device: Any) -> tuple[str, str]:
+def _dtypes() -> tuple[str, str]:
     """float32 and the device's short one."""
-    capability = getattr(device, "compute_capability", None)
-    old_gpu = device.platform == "gpu" and capability and float(capability) < 8
-    return "float32", "float16" if old_gpu else "bfloat16"
-
-
-def _expected(estimates: Path) -> dict[tuple[str, ...], Row]:
-    """What the compiler said, by the values of `KEY`."""
-    if not estimates.exists():
-        return {}
-    return {
-        tuple(row[name] for name in KEY): {"estimated_ms": row["estimated_ms"]}
-        for row in json.loads(estimates.read_text())["rows"]
-        if "estimated_ms" in row
-    }
+    short = Runtime().dtype.name
+    return "float32", "bfloat16" if short == "float32" else short
 
 
 def _bytes(shapes: Any) -> int:

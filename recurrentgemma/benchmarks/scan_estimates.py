@@ -1,58 +1,48 @@
 """The recurrence's kernels as the real TPU compiler sees them, without a TPU.
 
-Needs the extra `tpu-plan` (libtpu). For each program, workload, dtype and TPU
-generation: the least bytes (every argument read once, every result written once), the
-time these take at the published bandwidth (roofline), the bytes that the blocks of its
-kernel transfer, the cycles (bundles that it issues), its spills, the use of its slots by
-unit (printed: the unit that is fullest), and the estimated time, the longer one of
-cycles / clock and bytes / bandwidth. These are estimates: they rank programs and scale
-with size. The bundles are within 6 % of the compiler's own estimate of cycles where
-arithmetic decides, and half of it where memory does, where the bytes say more.
+Needs the extra `tpu-plan` (libtpu). For each program, dtype and TPU generation: the
+least bytes (every argument read once, every result written once), the bytes that it
+moves, and of a single kernel its cycles, its spills and the estimated time: the longer
+one of cycles / clock and bytes / bandwidth. These are estimates: they rank programs and
+scale with size. Of programs of hundreds of small kernels only the bytes are estimated.
 
 `--official DIRECTORY`, which holds the official package `recurrentgemma`, adds its scan,
-compiled the same way in a separate process. What has not changed since the last run is
-not estimated again.
+compiled the same way in a separate process.
 """
 
-import argparse
 import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
+from absl import flags
 
+from recurrentgemma._validation import choice
 from recurrentgemma.benchmarks import ahead_of_time
-from recurrentgemma.benchmarks.block_traffic import block_bytes
 from recurrentgemma.benchmarks.report import Column, Report, Row
 from recurrentgemma.benchmarks.scan_programs import (
     DTYPES,
     KEY,
     KEY_COLUMNS,
+    OPS,
     PROGRAMS,
+    block_bytes,
+    check_workloads,
     least_bytes,
     programs,
 )
 from recurrentgemma.kernels.linear_scan.workloads import WORKLOADS
 
 OFFICIAL = Path(__file__).parent / "opponents" / "official_scan.py"
+OFFICIAL_OPS = ("linear_scan", "rg_lru")
+"""Ops that `OFFICIAL` has, each also with its gradient."""
 COMPILED = ("prefill_2b", "train_2b")
-"""Workloads that the compiler is asked about, some seconds each."""
-MANY_KERNELS = ("associative", "composed", "official")
-"""Implementations of hundreds of small kernels: only the bytes are estimated, of all of
-them."""
-OFFICIAL_PROGRAMS = {
-    "linear_scan: official": "scan",
-    "linear_scan and gradient: official": "scan_and_gradient",
-    "rg_lru: official": "gates_and_scan",
-    "rg_lru and gradient: official": "gates_and_scan_and_gradient",
-}
 COLUMNS = (
     *KEY_COLUMNS,
     Column("least MB", "least_bytes", 8, 1e-6),
     Column("moved MB", "moved_bytes", 8, 1e-6),
-    Column("roofline ms", "roofline_ms", 11),
     Column("cycles/1000", "cycles", 11, 1e-3),
     Column("spills", "spills", 6),
     Column("estimate ms", "estimated_ms", 11),
@@ -73,124 +63,101 @@ def program_code(generation: str, program: str, workload: str, dtype: str) -> st
     )
 
 
-def official_code(generation: str, program: str, workload: str, dtype: str) -> str:
-    """The same of a program around the official scan."""
-    topology = ahead_of_time.CHIPS[generation].topology
-    arguments = (topology, OFFICIAL_PROGRAMS[program], *WORKLOADS[workload], dtype)
-    return f"{OFFICIAL.read_text()}\ncompiled = compile_for{arguments!r}\n{PRINT_BYTES}"
-
-
-def known(name: str, workload: str, dtype: str) -> Row:
-    """What is known of one of our programs without a compiler."""
-    program = PROGRAMS[name](WORKLOADS[workload], dtype)
-    function, shapes = program
-    row: Row = {"least_bytes": least_bytes(program)}
-    if name.endswith("pallas_tpu"):
-        # Not the compiler's: it counts an array twice of which a kernel has two views.
-        row["moved_bytes"] = block_bytes(function, *shapes)
-    lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("tpu",))
-    row["fingerprint"] = ahead_of_time.fingerprint(lowered.as_text())
-    return row
-
-
-def estimate(row: Row, code: str, path: tuple[str, ...]) -> Row:
-    """What the compiler says of one program for one chip.
-
-    Args:
-      row: The row of the program so far; `moved_bytes` if they are known.
-      code: Compiles it, and prints the bytes that it moves.
-      path: Directories put before the import path of the code.
-    """
-    chip = ahead_of_time.CHIPS[row["generation"]]
-    if row["program"].endswith(MANY_KERNELS):
-        moved = float(ahead_of_time.run(code, path=path))
-        milliseconds = 1e3 * moved / chip.bytes_per_s
-        found = {"moved_bytes": moved, "estimated_ms": milliseconds}
-        return row | found | {"remark": "bytes alone"}
-    profile = ahead_of_time.profile(code, path=path, cycles=False)
-    if profile.issued is None:
-        raise RuntimeError(f"{row['program']}: the compiler wrote no bundles")
-    filled = profile.issued["slots_filled"]
-    busiest = max(filled, key=filled.__getitem__)
-    cycles = profile.issued["bundles"]
-    seconds = max(cycles / chip.clock_hz, row["moved_bytes"] / chip.bytes_per_s)
+def estimate(generation: str, name: str, workload: str, dtype: str) -> Row:
+    """What is known of one of our programs, and what the compiler says of it."""
+    chip = ahead_of_time.CHIPS[generation]
+    code = program_code(generation, name, workload, dtype)
+    function, shapes = PROGRAMS[name](WORKLOADS[workload], dtype)
+    row: Row = {"least_bytes": least_bytes((function, shapes))}
+    if not name.endswith("pallas_tpu"):
+        return row | _bytes_alone(chip, code, ())
+    # Not the compiler's bytes: it counts an array twice of which a kernel has two views.
+    moved = block_bytes(function, *shapes)
+    profile = ahead_of_time.profile(code)
+    cycles = max(profile.cycles.values())
+    seconds = max(cycles / chip.clock_hz, moved / chip.bytes_per_s)
     return row | {
+        "moved_bytes": moved,
         "cycles": cycles,
         "spills": sum(profile.spills.values()),
-        "issued": profile.issued,
         "estimated_ms": 1e3 * seconds,
-        "remark": f"{busiest} {filled[busiest]:.0%}",
     }
 
 
-def complete(row: Row, report: Report, *, compiles: bool, official: Path | None) -> Row:
-    """The row with its figures, or the report's own if nothing has changed.
+def official_estimate(
+    generation: str, op: str, workload: str, dtype: str, *, gradient: bool, path: str
+) -> Row:
+    """The same of a program around the official scan.
 
     Args:
-      row: `KEY`, and what `known` says.
-      report: Rows of earlier runs.
-      compiles: Whether the compiler is asked.
-      official: What to put before the import path for the official package.
+      generation: A name of `ahead_of_time.CHIPS`.
+      op: A name of `OFFICIAL_OPS`.
+      workload: A name of `WORKLOADS`.
+      dtype: Of the sequences.
+      gradient: Whether the program also computes all gradients.
+      path: Directory that holds the official package.
     """
-    name, workload, dtype, generation = (row[part] for part in KEY)
-    if name in PROGRAMS:
-        code, path = program_code(generation, name, workload, dtype), ()
-        bandwidth = ahead_of_time.CHIPS[generation].bytes_per_s
-        row["roofline_ms"] = 1e3 * row["least_bytes"] / bandwidth
-    else:
-        code, path = official_code(generation, name, workload, dtype), (str(official),)
-        row["fingerprint"] = ahead_of_time.fingerprint(code)
-    old = report.find(row)
-    unchanged = old.get("fingerprint") == row["fingerprint"]
-    if unchanged and ("estimated_ms" in old or not compiles):
-        return old
-    return estimate(row, code, path) if compiles else row
+    chip = ahead_of_time.CHIPS[generation]
+    shapes = jax.tree.leaves(OPS[op].shapes(WORKLOADS[workload], dtype))
+    arguments = [(shape.shape, shape.dtype.name) for shape in shapes]
+    call = f"compile_for({chip.topology!r}, {op!r}, {gradient}, {arguments!r})"
+    code = f"{OFFICIAL.read_text()}\ncompiled = {call}\n{PRINT_BYTES}"
+    return _bytes_alone(chip, code, (path,))
 
 
-def rows(options: argparse.Namespace, official: Path | None) -> Iterator[Row]:
-    """What is known without a compiler of every program, workload and dtype, for each
-    generation."""
-    for workload in options.workloads:
-        names = programs("tpu", WORKLOADS[workload])
-        if official and workload in options.compiled:
-            names += OFFICIAL_PROGRAMS
-        for dtype in DTYPES:
-            for name in names:
-                if name.endswith(tuple(options.leave_out)):
-                    continue
-                row = known(name, workload, dtype) if name in PROGRAMS else {}
-                for generation in options.generations:
-                    key = (name, workload, dtype, generation)
-                    yield dict(zip(KEY, key, strict=True)) | row
+def _bytes_alone(chip: ahead_of_time.Chip, code: str, path: tuple[str, ...]) -> Row:
+    moved = float(ahead_of_time.run(code, path=path))
+    milliseconds = 1e3 * moved / chip.bytes_per_s
+    return {
+        "moved_bytes": moved,
+        "estimated_ms": milliseconds,
+        "remark": "bytes alone",
+    }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
-    names, chips = list(WORKLOADS), list(ahead_of_time.CHIPS)
-    parser.add_argument("--official", type=Path, help="directory of the package")
-    parser.add_argument("--generations", nargs="+", default=chips, choices=chips)
-    parser.add_argument("--workloads", nargs="*", default=names, choices=names)
-    parser.add_argument("--compiled", nargs="*", default=COMPILED, choices=names)
-    parser.add_argument(
-        "--leave-out", nargs="*", default=(), help="programs, by the end of their names"
-    )
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of this benchmark."""
+    what = "the folder that holds the official package"
+    flags.DEFINE_string("official", None, what, flag_values=values)
+    for name, default, known in (
+        ("generations", list(ahead_of_time.CHIPS), ahead_of_time.CHIPS),
+        ("workloads", list(COMPILED), WORKLOADS),
+    ):
+        what = f"names among {', '.join(known)}"
+        flags.DEFINE_list(name, default, what, flag_values=values)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Estimates what has changed."""
-    if options.compiled and importlib.util.find_spec("libtpu") is None:
-        raise SystemExit(
-            "There is no TPU compiler here: pip install 'recurrentgemma[tpu-plan]'"
+def run(values: dict[str, Any], folder: Path) -> None:
+    """Estimates every program."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            "libtpu: expected it to be installed, as it is the TPU compiler, got none; "
+            "pip install 'recurrentgemma[tpu-plan]'"
         )
-    report = Report(options.output, COLUMNS, key=KEY, resume=True)
-    with tempfile.TemporaryDirectory() as directory:
-        official = None
-        if options.official:  # alone: what else lies beside it must not be imported
-            official = Path(directory)
-            package = options.official.absolute() / "recurrentgemma"
-            os.symlink(package, official / "recurrentgemma")
-        for row in rows(options, official):
-            compiles = row["workload"] in options.compiled
-            done = complete(row, report, compiles=compiles, official=official)
-            if done is not report.find(row):
-                report.add(done)
+    for generation in values["generations"]:
+        choice("generations", generation, ahead_of_time.CHIPS)
+    report = Report(folder / "scan_estimates.json", COLUMNS, key=KEY)
+    points = [
+        (workload, dtype, generation)
+        for workload in check_workloads(values["workloads"])
+        for dtype in DTYPES
+        for generation in values["generations"]
+    ]
+    with tempfile.TemporaryDirectory() as path:
+        official = values["official"]
+        if official:  # alone: what else lies beside it must not be imported
+            package = Path(official).absolute() / "recurrentgemma"
+            os.symlink(package, Path(path) / "recurrentgemma")
+        for point in points:
+            workload, dtype, generation = point
+            for name in programs("tpu", WORKLOADS[workload]):
+                key = dict(zip(KEY, (name, *point), strict=True))
+                report.add(key | estimate(generation, name, workload, dtype))
+            for op in OFFICIAL_OPS if official else ():
+                for gradient in (False, True):
+                    name = f"{op}{' and gradient' if gradient else ''}: official"
+                    key = dict(zip(KEY, (name, *point), strict=True))
+                    row = official_estimate(
+                        generation, op, workload, dtype, gradient=gradient, path=path
+                    )
+                    report.add(key | row)

@@ -1,22 +1,25 @@
 """The programs of the recurrence that are estimated and measured, and their inputs.
 
-A program is an op, one of its implementations, a workload and a dtype. An op is an entry
-of `OPS`; its implementations are those that the op's table has for a platform.
+A program is an op of `OPS`, one of its implementations, a workload and a dtype.
 """
 
+import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import eval_jaxpr
 
+from recurrentgemma._validation import choice
 from recurrentgemma.benchmarks.report import Column
 from recurrentgemma.kernels.dispatch import Table
 from recurrentgemma.kernels.linear_scan import IMPLEMENTATIONS as SCANS
 from recurrentgemma.kernels.linear_scan import linear_scan, linear_scan_gradients
-from recurrentgemma.kernels.linear_scan.workloads import Workload
+from recurrentgemma.kernels.linear_scan.workloads import WORKLOADS, Workload
 from recurrentgemma.kernels.recurrent_step import IMPLEMENTATIONS as STEPS
 from recurrentgemma.kernels.recurrent_step import StepParameters, recurrent_step
 from recurrentgemma.kernels.rg_lru import IMPLEMENTATIONS as RG_LRUS
@@ -48,128 +51,83 @@ Arguments = dict[str, Any]
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
-def _is_sequence(workload: Workload) -> bool:
-    return workload.length > 1
-
-
 class Op(NamedTuple):
     """Something that has implementations.
 
     Attributes:
       function: Takes the arguments, and `implementation`.
-      arguments: (workload, dtype) -> shapes by name, pytrees, in the function's order.
+      arguments: Names of its arguments, those of `shapes_by_name`, in order.
       table: Table of its implementations; "reference" is among them.
       forward: Reference of `y`, from the arguments before it: for a gradient that is
         given `y` but computes it again in its reference.
-      fits: Whether a workload suits this op.
+      one_step: Whether it is for workloads of one token, instead of longer ones.
     """
 
     function: Callable[..., Any]
-    arguments: Callable[[Workload, str], Arguments]
+    arguments: tuple[str, ...]
     table: Table
     forward: Callable[..., Any] | None = None
-    fits: Callable[[Workload], bool] = _is_sequence
+    one_step: bool = False
+
+    def fits(self, workload: Workload) -> bool:
+        """Whether a workload suits this op."""
+        return self.one_step == (workload.length == 1)
+
+    def shapes(self, workload: Workload, dtype: str) -> Arguments:
+        """Shapes of its arguments by name, pytrees."""
+        known = shapes_by_name(workload, dtype)
+        return {name: known[name] for name in self.arguments}
 
 
-def _scan_arguments(workload: Workload, dtype: str) -> Arguments:
-    sequence, state = _shapes(workload, dtype)
-    return {"x": sequence, "a": sequence, "h0": state}
+def shapes_by_name(workload: Workload, dtype: str) -> Arguments:
+    """Shapes of everything that an op may take."""
+    batch, length, width = workload
+    block = min(GATE_BLOCK, width)
 
+    def array(*shape: int, dtype: str = "float32") -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
 
-def _scan_gradient_arguments(workload: Workload, dtype: str) -> Arguments:
-    sequence, state = _shapes(workload, dtype)
-    return {"a": sequence, "h0": state} | _results(sequence, state)
-
-
-def _rg_lru_arguments(workload: Workload, dtype: str) -> Arguments:
-    sequence, state = _shapes(workload, dtype)
+    sequence, state = array(*workload, dtype=dtype), array(batch, width)
+    kernel = array(width // block, block, block, dtype=dtype)
+    gate = Gate(kernel, array(width // block, block))
+    conv_kernel, vector = array(CONV_WIDTH, width, dtype=dtype), array(width)
     return {
-        "x": sequence,
-        "recurrence_logits": sequence,
-        "input_logits": sequence,
-        "a_param": jax.ShapeDtypeStruct((workload.width,), "float32"),
-        "positions": jax.ShapeDtypeStruct((workload.batch, workload.length), "int32"),
-        "h0": state,
+        **dict.fromkeys(("x", "a", "y", "y_gradient"), sequence),
+        **dict.fromkeys(("recurrence_logits", "input_logits"), sequence),
+        **dict.fromkeys(("recurrence_gate", "input_gate"), gate),
+        **dict.fromkeys(("h0", "h", "last_gradient"), state),
+        "a_param": vector,
+        "positions": array(batch, length, dtype="int32"),
+        "token": array(batch, width, dtype=dtype),
+        "parameters": StepParameters(conv_kernel, vector, gate, gate, vector),
+        "position": array(batch, dtype="int32"),
+        "conv_state": array(batch, CONV_WIDTH - 1, width, dtype=dtype),
     }
 
 
-def _rg_lru_gradient_arguments(workload: Workload, dtype: str) -> Arguments:
-    sequence, state = _shapes(workload, dtype)
-    return _rg_lru_arguments(workload, dtype) | _results(sequence, state)
-
-
-def _with_gates_arguments(workload: Workload, dtype: str) -> Arguments:
-    arguments = _rg_lru_arguments(workload, dtype)
-    width = min(GATE_BLOCK, workload.width)
-    kernel = jax.ShapeDtypeStruct((workload.width // width, width, width), dtype)
-    bias = jax.ShapeDtypeStruct(kernel.shape[:2], "float32")
-    gate = Gate._make((kernel, bias))
-    gates = {"recurrence_gate": gate, "input_gate": gate}
-    rest = ("a_param", "positions", "h0")
-    return {"x": arguments["x"]} | gates | {name: arguments[name] for name in rest}
-
-
-def _with_gates_gradient_arguments(workload: Workload, dtype: str) -> Arguments:
-    sequence, state = _shapes(workload, dtype)
-    return _with_gates_arguments(workload, dtype) | _results(sequence, state)
-
-
-def _step_arguments(workload: Workload, dtype: str) -> Arguments:
-    arguments = _with_gates_arguments(workload, dtype)
-    batch, _, width = workload
-    parameters = StepParameters._make(
-        (
-            jax.ShapeDtypeStruct((CONV_WIDTH, width), dtype),
-            arguments["a_param"],
-            arguments["recurrence_gate"],
-            arguments["input_gate"],
-            arguments["a_param"],
-        )
-    )
-    return {
-        "x": jax.ShapeDtypeStruct((batch, width), dtype),
-        "parameters": parameters,
-        "positions": jax.ShapeDtypeStruct((batch,), "int32"),
-        "h": arguments["h0"],
-        "conv_state": jax.ShapeDtypeStruct((batch, CONV_WIDTH - 1, width), dtype),
-    }
-
-
-def _shapes(workload, dtype):
-    """Shapes of a sequence and of a state."""
-    state = jax.ShapeDtypeStruct((workload.batch, workload.width), "float32")
-    return jax.ShapeDtypeStruct(workload, dtype), state
-
-
-def _results(sequence, state) -> Arguments:
-    return {"y": sequence, "y_gradient": sequence, "last_gradient": state}
-
-
+_RESULTS = ("y", "y_gradient", "last_gradient")
+_REST = ("a_param", "positions", "h0")
+_LOGITS = ("x", "recurrence_logits", "input_logits", *_REST)
+_GATES = ("x", "recurrence_gate", "input_gate", *_REST)
+_STEP = ("token", "parameters", "position", "h", "conv_state")
 _reference = partial(rg_lru, implementation="reference")
 OPS = {
-    "linear_scan": Op(linear_scan, _scan_arguments, SCANS),
-    "linear_scan gradient": Op(linear_scan_gradients, _scan_gradient_arguments, SCANS),
-    "rg_lru": Op(rg_lru, _rg_lru_arguments, RG_LRUS),
-    "rg_lru gradient": Op(
-        rg_lru_gradients, _rg_lru_gradient_arguments, RG_LRUS, forward=_reference
-    ),
-    "rg_lru_with_gates": Op(rg_lru, _with_gates_arguments, RG_LRUS),
+    "linear_scan": Op(linear_scan, ("x", "a", "h0"), SCANS),
+    "linear_scan gradient": Op(linear_scan_gradients, ("a", "h0", *_RESULTS), SCANS),
+    "rg_lru": Op(rg_lru, _LOGITS, RG_LRUS),
+    "rg_lru gradient": Op(rg_lru_gradients, (*_LOGITS, *_RESULTS), RG_LRUS, _reference),
+    "rg_lru_with_gates": Op(rg_lru, _GATES, RG_LRUS),
     "rg_lru_with_gates gradient": Op(
-        rg_lru_gradients, _with_gates_gradient_arguments, RG_LRUS, forward=_reference
+        rg_lru_gradients, (*_GATES, *_RESULTS), RG_LRUS, _reference
     ),
-    "recurrent_step": Op(
-        recurrent_step,
-        _step_arguments,
-        STEPS,
-        fits=lambda workload: workload.length == 1,
-    ),
+    "recurrent_step": Op(recurrent_step, _STEP, STEPS, one_step=True),
 }
 
 
 def _program(
     workload: Workload, dtype: str, *, op: str, implementation: str
 ) -> Program:
-    shapes = tuple(OPS[op].arguments(workload, dtype).values())
+    shapes = tuple(OPS[op].shapes(workload, dtype).values())
     return partial(OPS[op].function, implementation=implementation), shapes
 
 
@@ -180,6 +138,13 @@ PROGRAMS: dict[str, Callable[[Workload, str], Program]] = {
     if implementation in OPS[op].table
 }
 """Makers of programs by name: (workload, dtype) -> function, shapes of its arguments."""
+
+
+def check_workloads(names: Sequence[str]) -> Sequence[str]:
+    """The names, if each is one of `WORKLOADS`; else a ValueError."""
+    for name in names:
+        choice("workloads", name, WORKLOADS)
+    return names
 
 
 def split_name(program: str) -> tuple[str, str]:
@@ -205,9 +170,47 @@ def least_bytes(program: Program) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
+def block_bytes(function: Callable[..., Any], *shapes: Any) -> int:
+    """Bytes that the blocks of a function's Pallas kernels transfer, and nothing else.
+
+    A pipelined kernel transfers a block when its index differs from that of the step
+    before.
+    """
+    return _block_bytes(jax.make_jaxpr(function)(*shapes).jaxpr)
+
+
+def _block_bytes(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            if equation.params["interpret"]:
+                continue  # the form for CPU of the same kernel
+            grid_mapping = equation.params["grid_mapping"]
+            for block in grid_mapping.block_mappings:
+                aval = block.transformed_block_aval
+                size = math.prod(aval.shape) * aval.dtype.itemsize
+                total += _transfers(grid_mapping.grid, block) * size
+        else:
+            parameters = equation.params.values()
+            branches = equation.params.get("branches", ())  # one for each platform
+            inner = (getattr(p, "jaxpr", p) for p in (*parameters, *branches))
+            total += sum(_block_bytes(p) for p in inner if hasattr(p, "eqns"))
+    return total
+
+
+def _transfers(grid: tuple[int, ...], block: Any) -> int:
+    """How often the index of a block changes on the way through the grid."""
+    steps = jnp.stack(jnp.unravel_index(jnp.arange(math.prod(grid)), grid), axis=1)
+    index_map = block.index_map_jaxpr
+    run = partial(eval_jaxpr, index_map.jaxpr, index_map.consts)
+    rows = jax.vmap(lambda step: jnp.stack(run(*step)))(steps.astype(jnp.int32))
+    indices = np.asarray(rows)
+    return 1 + int(np.any(indices[1:] != indices[:-1], axis=1).sum())
+
+
 def random_arguments(op: str, workload: Workload, dtype: str, seed: int) -> Arguments:
     """Inputs of an op by name, made on the default device."""
-    shapes = OPS[op].arguments(workload, dtype)
+    shapes = OPS[op].shapes(workload, dtype)
     made = jax.jit(partial(_random, shapes))(seed)
     return {name: made[name] for name in shapes}  # jit sorts them
 
@@ -219,8 +222,8 @@ def _random(shapes: Arguments, seed: jax.Array) -> Arguments:
             positions = jnp.arange(shape.shape[-1], dtype=shape.dtype) % DOCUMENT
             return jnp.broadcast_to(positions, shape.shape)
         low, high = RANGES.get(name.split(".")[-1], OTHER_RANGE)
-        own = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
-        values = jax.random.uniform(own, shape.shape, minval=low, maxval=high)
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+        values = jax.random.uniform(key, shape.shape, minval=low, maxval=high)
         return values.astype(shape.dtype)
 
     return jax.tree_util.tree_map_with_path(make, shapes)

@@ -1,75 +1,75 @@
-"""Ragged prompts through a batch: finished rows replaced, against fixed batches.
+"""The best tokens/s of writing over batch sizes that fit the memory, by length.
 
-Both ways must write the same tokens before they are timed in turn. A fixed batch is as
-long as its longest row; a refilled one loses only its end. The model is the one of
-`versus`, with random weights, unless `--model` names another.
+Every point is one of `decode`: a batch of rows that have read `length` tokens each. The
+best batch size at each length is the throughput of a model there: a small cache leaves
+room for more rows. The second part of the picture is the choice at one length between
+tokens/s for a user and tokens/s for the device.
 """
 
-import argparse
-from functools import partial
+from typing import Any
 
-import numpy as np
-from flax import nnx
-
-from recurrentgemma.benchmarks.paired import OURS, Way, columns, compare_ways
-from recurrentgemma.benchmarks.report import Report
-from recurrentgemma.benchmarks.versus import CONFIG
-from recurrentgemma.checkpoints import load
-from recurrentgemma.generation.results import Sample
-from recurrentgemma.generation.sampler import Sampler
-from recurrentgemma.griffin import Griffin
-
-PROMPT_TOKENS = (16, 512)
-NEW_TOKENS = (16, 256)
-FIXED = "fixed batches"
+from recurrentgemma.benchmarks import decode
+from recurrentgemma.benchmarks.picture import Panel, Point, lines_of, short
+from recurrentgemma.benchmarks.report import Row, show
+from recurrentgemma.benchmarks.sweep import Sweep
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
-    parser.add_argument("--model", help="preset or checkpoint")
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
+def best(rows: list[Row]) -> list[Row]:
+    """The fastest row of each model and length; one that says so if none fits."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        key = row["preset"], row["dtype"], row["length"]
+        known = found.setdefault(key, row)
+        if (row.get("tokens_per_s") or 0) > (known.get("tokens_per_s") or 0):
+            found[key] = row
+    return list(found.values())
 
 
-def run(options: argparse.Namespace) -> None:
-    """Draws the prompts and compares both ways.
+def summarize(rows: list[Row]) -> dict[str, Any]:
+    """The best row of each model and length."""
+    chosen = best(rows)
+    for row in chosen:
+        rate = row.get("tokens_per_s")
+        words = (
+            f"{rate:,.4g} tokens/s at batch {row['batch']}" if rate else "no row fits"
+        )
+        show(f"{row['preset']}, {row['length']:,} tokens: {words}")
+    return {"best": chosen}
 
-    Raises:
-      Disagreement: the two ways wrote different tokens.
-    """
-    if options.model is None:
-        sampler = Sampler(Griffin(CONFIG, rngs=nnx.Rngs(0)))
-    else:
-        sampler = Sampler(*load(options.model))
-    count, batch_size = options.prompts, options.batch_size
-    rng = np.random.default_rng(0)
-    lengths, new_tokens = (
-        rng.integers(low, high + 1, count) for low, high in (PROMPT_TOKENS, NEW_TOKENS)
-    )
-    vocab_size = sampler.model.config.vocab_size
-    prompts = [rng.integers(0, vocab_size, length).tolist() for length in lengths]
 
-    def write(rows_at_once: int) -> list[Sample]:
-        samples = []
-        for start in range(0, count, rows_at_once):
-            stop = start + rows_at_once
-            samples += sampler(
-                prompts[start:stop],
-                max_new_tokens=new_tokens[start:stop].tolist(),
-                seed=start,
-                end_tokens=[],
-                batch_size=batch_size,
-            )
-        return samples
+def panels(rows: list[Row]) -> list[Panel]:
+    """The best rate by length, and the front at the longest length that all models do."""
+    names = ("preset", "dtype")
+    lengths = [
+        {
+            row["length"]
+            for row in rows
+            if row["preset"] == preset and "samples_s" in row
+        }
+        for preset in {row["preset"] for row in rows}
+    ]
+    common = set.intersection(*lengths)
+    front: dict[str, list[Point]] = {}
+    chosen = [row for row in rows if common and row["length"] == max(common)]
+    for name, points in lines_of(chosen, "tokens_per_s", "batch", names).items():
+        known = [(x, y) for x, y, _ in points if y is not None]
+        front[name] = [Point(rate / batch, rate) for batch, rate in known]
+    best_of_all = lines_of(best(rows), "tokens_per_s", names=names)
+    found = [Panel("tokens read before", "best tokens/s", best_of_all)]
+    if front:
+        where = f"tokens/s at {short(max(common))}"
+        found.append(Panel(f"{where}, a user", f"{where}, the device", front, False))
+    return found
 
-    ways = [Way(OURS, partial(write, count)), Way(FIXED, partial(write, batch_size))]
-    report = Report(
-        options.output,
-        columns([OURS, FIXED]),
-        model=options.model or "67M random parameters",
-        prompt_tokens=PROMPT_TOKENS,
-        new_tokens=NEW_TOKENS,
-    )
-    name = f"{count} ragged prompts, {batch_size} slots"
-    report.add(compare_ways(name, ways, options.rounds)[0])
+
+SWEEP = Sweep(
+    "throughput",
+    decode.measure,
+    lengths="1k,2k,4k,8k,16k,32k",
+    batches="1,2,4,8,16,32,64,128",
+    columns=decode.COLUMNS,
+    panels=panels,
+    define_more=decode.define_more,
+    summarize=summarize,
+)
+define_flags, run = SWEEP.define_flags, SWEEP.run

@@ -1,10 +1,5 @@
 """This package beside others: the official recurrentgemma 1.0.1, transformers, itself.
 
-    python -m recurrentgemma.benchmarks versus \\
-        --official-python /envs/official/bin/python \\
-        --transformers-python /envs/transformers/bin/python
-    python -m recurrentgemma.benchmarks versus --before WORKTREE
-
 The regime asked about: float32, a model of 67M parameters (width 768, six layers R R A,
 window 1024, 32000 pieces), the same random weights and tokens for everybody, one
 process each on this CPU, measured in turn. Opponents that are not given are left out;
@@ -14,22 +9,27 @@ the median of each, how many times better ours is (median of the ratios within r
 and the limit that this machine's own matrix products set.
 """
 
-import argparse
 import contextlib
+import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from recurrentgemma.benchmarks import agreement, runner
-from recurrentgemma.benchmarks.limits import limits, rates
-from recurrentgemma.benchmarks.measures import Plan, compilations, measures
+from absl import flags
+
+from recurrentgemma import cost
+from recurrentgemma.benchmarks import agreement, device
+from recurrentgemma.benchmarks.measures import Plan, ceilings, compilations, measures
 from recurrentgemma.benchmarks.opponents import checkpoint
 from recurrentgemma.benchmarks.opponents.worker import Worker
 from recurrentgemma.benchmarks.paired import OURS, columns, compare
-from recurrentgemma.benchmarks.report import Column, Report, note
+from recurrentgemma.benchmarks.picture import Panel, Point, draw
+from recurrentgemma.benchmarks.report import Column, Report, Row, note
 from recurrentgemma.config import GriffinConfig
 
 BEFORE = "before"
+OTHERS = ("official", "transformers")
 CONFIG = GriffinConfig(
     vocab_size=32000,
     width=768,
@@ -45,34 +45,33 @@ CONFIG = GriffinConfig(
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
-    parser.add_argument("--official-python", type=_file, metavar="PATH")
-    parser.add_argument("--transformers-python", type=_file, metavar="PATH")
-    parser.add_argument(
-        "--before", type=Path, metavar="DIRECTORY", help="another checkout of ours"
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of this benchmark."""
+    for name in OTHERS:
+        what = f"the Python of an environment that has the package ({name})"
+        flags.DEFINE_string(f"{name}-python", None, what, flag_values=values)
+    flags.DEFINE_string(
+        "before", None, "the folder of another checkout of ours", flag_values=values
     )
-    parser.add_argument("--rounds", type=int, default=Plan.rounds)
-    parser.add_argument(
-        "--only", nargs="+", default=[""], help="rows, by the beginnings of their names"
+    flags.DEFINE_integer(
+        "repeats", Plan.rounds, "paired rounds", lower_bound=1, flag_values=values
     )
-
-
-def _file(text: str) -> str:
-    if not Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"expected a Python interpreter, got {text}")
-    return str(Path(text).absolute())
+    flags.DEFINE_list(
+        "only", [""], "rows, by the beginnings of their names", flag_values=values
+    )
 
 
 def run(
-    options: argparse.Namespace,
+    values: dict[str, Any],
+    folder: Path,
     config: GriffinConfig = CONFIG,
     plan: Plan | None = None,
 ) -> None:
     """The whole comparison.
 
     Args:
-      options: Those of `add_arguments`, and `output`.
+      values: By flag name.
+      folder: Where the document goes.
       config: The model; see `checkpoint.write`.
       plan: Sizes and repetitions.
 
@@ -80,47 +79,66 @@ def run(
       Disagreement: somebody computes something else.
       WorkerError: an opponent failed.
     """
-    plan = plan or Plan(rounds=options.rounds)
+    plan = plan or Plan(rounds=values["repeats"])
+    parameters = cost.num_parameters(config)
     first, later = (
-        [m for m in some if m.name.startswith(tuple(options.only))]
+        [m for m in some if m.name.startswith(tuple(values["only"]))]
         for some in (compilations(plan), measures(plan))
     )
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
         checkpoint.write(Path(directory), config)
         workers = [
-            stack.enter_context(worker) for worker in _workers(options, Path(directory))
+            stack.enter_context(contextlib.closing(worker))
+            for worker in _workers(values, Path(directory))
         ]
         names = [worker.name for worker in workers]
         report = Report(
-            options.output,
+            folder / "versus.json",
             columns(names, Column("limit", "limit")),
             worker_versions={worker.name: worker.ask("versions") for worker in workers},
             config=config.to_dict(),
+            parameters=parameters,
         )
         compiled = [compare(measure, workers) for measure in first]
         findings = agreement.check(workers, plan, config.attention_window)
         note(f"All agree: {len(findings)} comparisons.")
-        measured = rates(config, plan.decode_batches)
-        report.facts |= {"agreement": findings, "rates": measured}
+        rates = device.rates(config, plan.decode_batches, "float32")
+        report.facts |= {"agreement": findings, "rates": rates}
         for row in compiled:
             report.add(row)
-        ceilings = limits(config, plan, measured)
+        limits = ceilings(config, plan, rates)
         for measure in later:
             row = compare(measure, workers)
-            report.add(row | {"limit": ceilings.get(measure.name)})
+            report.add(row | {"limit": limits.get(measure.name)})
+        title = f"{parameters / 1e6:.0f}M parameters, float32, {device.name()}"
+        draw(folder / "versus.png", title, [prefill_panel(report.rows)])
 
 
-def _workers(options: argparse.Namespace, directory: Path) -> list[Worker]:
-    found = [Worker(OURS, sys.executable, directory)]
-    if options.before:
-        found.append(Worker(BEFORE, sys.executable, directory, options.before))
-    for name in "official", "transformers":
-        if python := getattr(options, f"{name}_python"):
-            found.append(Worker(name, python, directory))
-        else:
+def prefill_panel(rows: list[Row]) -> Panel:
+    """Speed of prefill by prompt length, of everybody; a line ends where one does not
+    fit the memory."""
+    lines: dict[str, list[Point]] = {}
+    for row in rows:
+        kind, _, length = row["name"].partition(" ")
+        if kind == "prefill":
+            for name, speed in row["median"].items():
+                lines.setdefault(name, []).append(Point(int(length), speed))
+    return Panel("prompt length, tokens", "prefill, tokens/s", lines)
+
+
+def _workers(values: dict[str, Any], directory: Path) -> list[Worker]:
+    pythons = {name: values[f"{name}-python"] for name in OTHERS}
+    for name, python in pythons.items():
+        if python is None:
             note(f"{name} is left out: no --{name}-python.")
+        elif not Path(python).is_file():
+            raise ValueError(
+                f"--{name}-python: expected a Python interpreter, got {python}"
+            )
+    found = [Worker(OURS, sys.executable, directory)]
+    if values["before"] is not None:
+        found.append(Worker(BEFORE, sys.executable, directory, Path(values["before"])))
+    for name, python in pythons.items():
+        if python is not None:
+            found.append(Worker(name, os.path.abspath(python), directory))
     return found
-
-
-if __name__ == "__main__":
-    runner.main(["versus", *sys.argv[1:]])

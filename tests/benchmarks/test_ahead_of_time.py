@@ -4,7 +4,8 @@ import importlib.util
 
 import pytest
 
-from recurrentgemma.benchmarks import ahead_of_time, bundles, scan_estimates
+from recurrentgemma.benchmarks import ahead_of_time, scan_estimates
+from recurrentgemma.kernels.linear_scan.workloads import WORKLOADS
 
 BUNDLES = """LB: loop body
      0   :  { %1 = vld [vmem:[%2]] }
@@ -23,7 +24,7 @@ BUNDLES = """LB: loop body
 def test_bundles_count_as_often_as_their_loops_turn():
     # A jump is taken four bundles later: the loops end with bundles 7 and 8.
     inner, outer = 16 * 130, 130
-    assert bundles.turns_of_bundles(BUNDLES) == [1, outer, *[inner] * 6, outer]
+    assert ahead_of_time.turns_of_bundles(BUNDLES) == [1, outer, *[inner] * 6, outer]
 
 
 UTILIZATION = """== CAPACITY:
@@ -42,22 +43,14 @@ MATMUL, XLU, VALU, EUP, VLOAD, VSTORE, VSTORE:SPILL, SALU
 """
 
 
-def test_slot_use(tmp_path):
+def test_what_is_read_of_a_kernel(tmp_path):
     (tmp_path / "12-scan.1-01-packed-bundles-post-ra.txt").write_text(BUNDLES)
     name = "12-scan.1-02-pre-delay_hlo-static-per-bundle-utilization.txt"
     (tmp_path / name).write_text(UTILIZATION)
-    found = bundles.issued(tmp_path)
-    assert found is not None
+    profile = ahead_of_time.read_profile(tmp_path)
     inner, outer = 16 * 130, 130
-    total = 1 + 2 * outer + 6 * inner
-    assert (found["kernel"], found["bundles"]) == ("scan.1", total)
-    using, filled = found["bundles_using"], found["slots_filled"]
-    assert using["VALU"] == pytest.approx((2 * inner + outer) / total)
-    assert filled["VALU"] == pytest.approx((6 * inner + 9 * outer) / (4 * total))
-    assert using["VLOAD"] == pytest.approx((1 + outer + inner) / total)
-    assert filled["EUP"] == pytest.approx(inner / total)
-    assert filled["VSTORE"] == pytest.approx(inner / total)
-    assert sum(bundles.spills(tmp_path).values()) == 1
+    assert profile.cycles == {"12-scan.1": 1 + 2 * outer + 6 * inner}
+    assert profile.spills == {"12-scan.1": 1}  # not the capacity
 
 
 @pytest.mark.skipif(
@@ -68,10 +61,8 @@ def test_the_real_compiler_writes_what_is_read():
     program = "rg_lru: pallas_tpu"
     code = scan_estimates.program_code("v5e", program, "prefill_67m", "float32")
     profile = ahead_of_time.profile(code)
-    assert profile.issued is not None
-    assert profile.issued["kernel"].startswith("rg_lru")
-    assert 0.1 < profile.issued["slots_filled"]["VALU"] <= 1
-    assert 0 < profile.issued["slots_filled"]["EUP"] <= 1
-    # Two ways to count; the profiler also knows what waits, and what is not executed.
-    cycles = max(profile.cycles.values())
-    assert profile.issued["bundles"] == pytest.approx(cycles, rel=0.3)
+    [kernel] = [name for name in profile.cycles if "rg_lru" in name]
+    assert profile.spills[kernel] == 0
+    batch, length, width = WORKLOADS["prefill_67m"]
+    per_register = profile.cycles[kernel] / (batch * length * width / 1024)
+    assert 5 < per_register < 100  # cycles for 8 rows of 128 lanes

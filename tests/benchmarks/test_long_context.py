@@ -44,16 +44,11 @@ def test_curve(name, monkeypatch):
         assert point.cache_bytes == expected
     grows = points[1].cache_bytes > points[0].cache_bytes
     assert grows == ("global_attention" in config.block_pattern)
-    # Programs before and after each timed run: at each length a read and a decode that
-    # compile and do not count, and rounds of one read and two decodes.
+    # Programs before and after each timed run: nothing compiles in between.
     runs = list(zip(compiled[::2], compiled[1::2], strict=True))
-    first_decode = 1 + ROUNDS
-    at_each_length = first_decode + 1 + 2 * ROUNDS
-    assert len(runs) == len(LENGTHS) * at_each_length
-    assert runs[0][0] < runs[0][1] and runs[first_decode][0] < runs[first_decode][1]
-    for i, (before, after) in enumerate(runs):
-        counts = i % at_each_length not in (0, first_decode)
-        assert not counts or before == after
+    assert len(runs) == len(LENGTHS) * 3 * ROUNDS
+    assert all(before == after for before, after in runs)
+    assert compiled[-1] > 0
 
 
 @pytest.mark.parametrize("lengths", [[], [1000], [1024, 2000], [2048, 1024]])

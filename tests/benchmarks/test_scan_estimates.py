@@ -5,13 +5,9 @@ import json
 import jax
 import pytest
 
-from recurrentgemma.benchmarks import (
-    ahead_of_time,
-    runner,
-    scan_estimates,
-    scan_programs,
-)
-from recurrentgemma.benchmarks.block_traffic import block_bytes
+from recurrentgemma import cli
+from recurrentgemma.benchmarks import ahead_of_time, scan_estimates, scan_programs
+from recurrentgemma.benchmarks.scan_programs import block_bytes
 from recurrentgemma.kernels.linear_scan.workloads import WORKLOADS, Workload
 
 WORKLOAD = Workload(2, 1000, 256)
@@ -94,50 +90,34 @@ def test_each_platform_has_its_programs():
         assert bool(kernels) == (platform != "cpu")
 
 
-def test_table_without_a_compiler(tmp_path, capsys):
-    output = tmp_path / "estimates.json"
-    arguments = ["scan_estimates", "--workloads", "train_small", "--compiled"]
-    arguments += ["--generations", "v5e", "--leave-out", "pallas_tpu"]
-    arguments += ["--output", str(output)]
-    runner.main(arguments)
-    document = json.loads(output.read_text())
-    names = scan_programs.programs("tpu", WORKLOADS["train_small"])
-    plain = [name for name in names if "pallas" not in name]
-    assert len(document["rows"]) == len(plain) * len(scan_programs.DTYPES)
-    row = document["rows"][0]
-    bandwidth = ahead_of_time.CHIPS["v5e"].bytes_per_s
-    assert row["roofline_ms"] == 1e3 * row["least_bytes"] / bandwidth
-    assert len(capsys.readouterr().out.splitlines()) == len(document["rows"]) + 1
-
-    # Nothing has changed, and nothing is estimated again.
-    runner.main(arguments)
-    assert len(capsys.readouterr().out.splitlines()) == 1
-    again = json.loads(output.read_text())
-    assert again["rows"] == document["rows"]
+def run(tmp_path, *arguments):
+    return cli.main(["bench", "scan_estimates", "--out", str(tmp_path), *arguments])
 
 
-def test_estimates_need_a_compiler(monkeypatch):
+def test_estimates_need_a_compiler(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scan_estimates.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="tpu-plan"):
-        runner.main(["scan_estimates"])
+    assert run(tmp_path) == 1
+    assert "tpu-plan" in capsys.readouterr().err
 
 
-def test_estimates_from_what_the_compiler_writes(monkeypatch):
-    issued = {"bundles": 3_000_000, "slots_filled": {"VALU": 0.5, "EUP": 0.25}}
-    profile = ahead_of_time.Profile({}, {"a": 2, "b": 1}, issued, "")
+def test_table_from_what_the_compiler_writes(tmp_path, monkeypatch):
+    """Kernels by cycles and bytes, other programs by their bytes alone."""
+    monkeypatch.setattr(scan_estimates.importlib.util, "find_spec", lambda name: True)
+    profile = ahead_of_time.Profile({"a": 10, "b": 3_000_000}, {"a": 2, "b": 1})
     monkeypatch.setattr(ahead_of_time, "profile", lambda *_, **__: profile)
-    row = {"program": "rg_lru: pallas_tpu", "generation": "v5e", "moved_bytes": 819e6}
-    found = scan_estimates.estimate(row, "", ())
-    assert (found["cycles"], found["spills"]) == (3_000_000, 3)
-    assert found["estimated_ms"] == pytest.approx(2.0)  # of cycles: bytes take 1 ms
-    assert found["remark"] == "VALU 50%"
-    found = scan_estimates.estimate(row | {"moved_bytes": 4 * 819e6}, "", ())
-    assert found["estimated_ms"] == pytest.approx(4.0)
-
     monkeypatch.setattr(ahead_of_time, "run", lambda *_, **__: "1638e6\n")
-    found = scan_estimates.estimate(row | {"program": "rg_lru: composed"}, "", ())
-    assert (found["estimated_ms"], found["remark"]) == (2.0, "bytes alone")
-    silent = profile._replace(issued=None)
-    monkeypatch.setattr(ahead_of_time, "profile", lambda *_, **__: silent)
-    with pytest.raises(RuntimeError, match="no bundles"):
-        scan_estimates.estimate(row, "", ())
+    flags = ["--generations=v5e", "--workloads=train_small", f"--official={tmp_path}"]
+    assert run(tmp_path, *flags) == 0
+    rows = json.loads((tmp_path / "scan_estimates.json").read_text())["rows"]
+    ours = scan_programs.programs("tpu", WORKLOADS["train_small"])
+    names = {row["program"] for row in rows}
+    assert names >= {*ours, "rg_lru: official", "rg_lru and gradient: official"}
+    assert len(rows) == len(names) * len(scan_programs.DTYPES)
+    by_name = {(row["program"], row["dtype"]): row for row in rows}
+    kernel = by_name["linear_scan: pallas_tpu", "float32"]
+    assert (kernel["cycles"], kernel["spills"]) == (3_000_000, 3)
+    assert kernel["estimated_ms"] == pytest.approx(2.0)  # of cycles: bytes take less
+    assert kernel["moved_bytes"] == kernel["least_bytes"]
+    for name in ("rg_lru: composed", "rg_lru and gradient: official"):
+        row = by_name[name, "float32"]
+        assert (row["estimated_ms"], row["remark"]) == (2.0, "bytes alone")

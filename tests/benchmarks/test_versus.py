@@ -1,15 +1,16 @@
 """The comparison end to end, on a tiny model and without the other packages."""
 
-import argparse
 import dataclasses
 import json
 import shutil
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from absl import flags
 
 from recurrentgemma.benchmarks import agreement, paired, versus
 from recurrentgemma.benchmarks.measures import Plan, compilations
@@ -56,20 +57,22 @@ class FakeWorker:
         return self.answer(command)
 
 
+def values_of(*arguments):
+    values = flags.FlagValues()
+    versus.define_flags(values)
+    values(["versus", *arguments])
+    return values.flag_values_dict()
+
+
 def run(tmp_path, *arguments):
-    output = tmp_path / "versus.json"
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--output", type=Path, default=output)
-    versus.add_arguments(parser)
-    versus.run(parser.parse_args(arguments), CONFIG, PLAN)
-    return json.loads(output.read_text())
+    versus.run(values_of(*arguments), tmp_path, CONFIG, PLAN)
+    return json.loads((tmp_path / "versus.json").read_text())
 
 
 def test_everything_runs_with_our_worker_alone(tmp_path, monkeypatch, capsys):
     # Quick compilation, as in all tests.
     monkeypatch.setattr(worker, "NOT_INHERITED", ("PYTHONPATH",))
-    chosen = ("decode", "prefill", "first", "train")
-    document = run(tmp_path, "--only", *chosen)
+    document = run(tmp_path, "--only=decode,prefill,first,train")
     rows = document["rows"]
     assert [row["name"] for row in rows] == [
         "decode, batch 1",
@@ -89,10 +92,8 @@ def test_everything_runs_with_our_worker_alone(tmp_path, monkeypatch, capsys):
 
 def test_who_takes_part(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(versus, "Worker", lambda *arguments: arguments)
-    parser = argparse.ArgumentParser()
-    versus.add_arguments(parser)
-    given = ["--official-python", sys.executable, "--before", "old"]
-    workers = versus._workers(parser.parse_args(given), tmp_path)
+    given = [f"--official-python={sys.executable}", "--before=old"]
+    workers = versus._workers(values_of(*given), tmp_path)
     assert workers == [
         ("ours", sys.executable, tmp_path),
         ("before", sys.executable, tmp_path, Path("old")),
@@ -111,7 +112,7 @@ def test_another_checkout_runs_its_own_files(tmp_path):
         "    def age(self): return 'old'\n"
     )
     arguments = ("before", sys.executable, tmp_path, tmp_path / "old")
-    with Worker(*arguments) as before:
+    with closing(Worker(*arguments)) as before:
         assert before.ask("age") == "old"
         first = before._process.pid
         before.restart()
@@ -128,12 +129,10 @@ def test_both_layouts_hold_the_same_values(tmp_path):
     assert models[0].config == models[1].config == CONFIG
 
 
-def test_opponents_that_are_not_there(capsys):
-    parser = argparse.ArgumentParser()
-    versus.add_arguments(parser)
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--official-python", "/no/such/python"])
-    assert "expected a Python interpreter, got /no/such" in capsys.readouterr().err
+def test_opponents_that_are_not_there(tmp_path):
+    values = values_of("--official-python=/no/such/python")
+    with pytest.raises(ValueError, match="expected a Python interpreter, got /no/such"):
+        versus._workers(values, tmp_path)
 
 
 def test_compilation_is_what_a_new_process_takes_longer_at_first():
@@ -218,12 +217,12 @@ def test_transformers_is_compared_within_its_window():
 
 def test_a_failing_command_and_a_dead_worker_say_why(tmp_path):
     checkpoint.write(tmp_path, CONFIG)
-    with Worker("ours", sys.executable, tmp_path) as ours:
+    with closing(Worker("ours", sys.executable, tmp_path)) as ours:
         fails = pytest.raises(WorkerError, match="ours fly.*AttributeError")
         with fails:
             ours.ask("fly")
     (tmp_path / "tokens.npy").unlink()
-    with Worker("ours", sys.executable, tmp_path) as ours:
+    with closing(Worker("ours", sys.executable, tmp_path)) as ours:
         dies = pytest.raises(WorkerError, match="tokens.npy")
         with dies:
             ours.ask("versions")

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 from recurrentgemma.benchmarks import ahead_of_time
+from recurrentgemma.benchmarks.report import package_version
 from recurrentgemma.benchmarks.scan_programs import PROGRAMS, programs
 from recurrentgemma.checkpoints.parameters import (
     describe,
@@ -178,7 +179,7 @@ def profile_of(call):
     """The compiler's profile of a call of a function of this module."""
     code = f"from tests.kernels import test_tpu_compiler as tests; tests.{call}"
     root = str(Path(__file__).parents[2])
-    return ahead_of_time.profile(code, path=[root], cycles=False)
+    return ahead_of_time.profile(code, path=[root])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -193,7 +194,7 @@ def test_spills(dtype):
     known = {kernel: spills[DTYPES.index(dtype)] for kernel, spills in SPILLS.items()}
     more, share = SPILLS_MARGIN
     excess = {k: n for k, n in found.items() if n > known[k] * (1 + share) + more}
-    libtpu = ahead_of_time.package_version("libtpu")
+    libtpu = package_version("libtpu")
     assert not excess, f"libtpu {libtpu} spills {found}; known are {known}"
 
 
@@ -250,7 +251,7 @@ def test_spills_of_decode_steps(generation, dtype):
     assert len(found) == 6
     more, share = SPILLS_MARGIN
     known = STEP_SPILLS[dtype]
-    libtpu = ahead_of_time.package_version("libtpu")
+    libtpu = package_version("libtpu")
     message = f"libtpu {libtpu} spills {found} in each kernel; known are {known}"
     assert max(found) <= known * (1 + share) + more, message
 

@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -60,19 +61,17 @@ class Opponent:
         self.sampler = recurrentgemma.Sampler(
             self.model, NumberVocabulary(), self.params
         )
-        self._prefill = jax.jit(
-            lambda params, tokens, positions: self.model.apply(
-                {"params": params}, tokens, positions, return_logits=False
-            )[1]
-        )
-        self._logits = jax.jit(
-            lambda params, tokens, positions: self.model.apply(
-                {"params": params}, tokens, positions, return_cache=False
-            )[0]
-        )
+        self._prefill = jax.jit(partial(self._apply, return_logits=False))
+        self._logits = jax.jit(partial(self._apply, return_cache=False))
         self._optimizer = optax.adamw(1e-4, b2=0.96, eps=1e-8, weight_decay=0.1)
         self._train_step = jax.jit(self._step, donate_argnums=(0, 1))
         self._training = None
+
+    def _apply(self, params, tokens, positions, **options):
+        logits, cache = self.model.apply(
+            {"params": params}, tokens, positions, **options
+        )
+        return cache if logits is None else logits
 
     def _inputs(self, length: int) -> tuple[jax.Array, jax.Array]:
         tokens = jnp.asarray(self.tokens[:1, :length])
@@ -99,9 +98,7 @@ class Opponent:
 
     def _step(self, params, state, tokens, positions):
         def loss_of(params):
-            logits, _ = self.model.apply(
-                {"params": params}, tokens, positions, return_cache=False
-            )
+            logits = self._apply(params, tokens, positions, return_cache=False)
             losses = optax.softmax_cross_entropy_with_integer_labels(
                 logits[:, :-1], tokens[:, 1:]
             )

@@ -5,7 +5,7 @@ import os
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
@@ -83,24 +83,15 @@ class Worker:
             line = ""
         if not line:
             code = self._process.wait()
-            raise WorkerError(
-                f"{self.name} died with {code}; it wrote:\n{self._last_words()}"
-            )
+            words = self._log.read_text(errors="replace")[-LAST_WORDS:]
+            raise WorkerError(f"{self.name} died with {code}; it wrote:\n{words}")
         reply = json.loads(line)
         if "error" in reply:
             raise WorkerError(f"{self.name} {command} {arguments}: {reply['error']}")
         self.peak_bytes = reply["peak_bytes"]
         return reply["result"]
 
-    def _last_words(self) -> str:
-        return self._log.read_text(errors="replace")[-LAST_WORDS:]
-
     def close(self) -> None:
+        """Ends the process."""
         self._process.communicate()  # closes its input, which ends it
         self._scratch.cleanup()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

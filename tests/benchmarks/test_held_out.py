@@ -1,47 +1,14 @@
-"""How the card's samples are cut and judged, and its bits per byte."""
+"""Bits per byte of models and of xz."""
 
 import math
 
-import numpy as np
 import pytest
 
-from recurrentgemma.benchmarks.nano_card import (
-    complete_statements,
-    held_out_loss,
-    is_python,
-    xz_bits_per_byte,
-)
-from recurrentgemma.generation.sampler import Sample
+from recurrentgemma.benchmarks.held_out import held_out_loss, xz_bits_per_byte
 from recurrentgemma.tokenizer import Tokenizer
 from recurrentgemma.training.corpus import Document
 from recurrentgemma.training.loop import BUNDLED_TOKENIZER
 from tests.models import random_model, tiny_config
-
-
-def sample_of(text, *, ended):
-    return Sample(text, [2], [], np.zeros(0, np.float32), ended, num_calls=0)
-
-
-@pytest.mark.parametrize(
-    ("text", "kept"),
-    [
-        ("import os\n\ndef f():\n    return (1", "import os\n\n"),
-        ("x = [\n    1,\n]\ny = 2\n# note", "x = [\n    1,\n]\n"),
-        ("import o", ""),
-        ("", ""),
-    ],
-)
-def test_an_unfinished_sample_loses_its_last_statement(text, kept):
-    assert complete_statements(sample_of(text, ended=False)) == kept
-    assert complete_statements(sample_of(text, ended=True)) == text
-
-
-@pytest.mark.parametrize(
-    ("text", "accepted"),
-    [("x = 1\n", True), ("x = (\n", False), (" \n", False), ("x = '\0'", False)],
-)
-def test_what_counts_as_python(text, accepted):
-    assert is_python(text) == accepted
 
 
 def test_a_model_that_knows_nothing_needs_all_bits_of_a_token():

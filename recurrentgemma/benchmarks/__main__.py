@@ -1,6 +1,0 @@
-"""See `runner`."""
-
-from recurrentgemma.benchmarks.runner import main
-
-if __name__ == "__main__":
-    main()
