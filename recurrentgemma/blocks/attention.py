@@ -207,7 +207,8 @@ class GlobalAttentionBlock(LocalAttentionBlock):
     @classmethod
     def grow(cls, config: GriffinConfig, state: GrowingRing, capacity: int):
         """A ring of `capacity` slots."""
-        return _resize(state, capacity).marked(state.num_tokens == OVERFLOWN)
+        resized = GrowingRing(*_resize(state, capacity))
+        return resized.marked(state.num_tokens == OVERFLOWN)
 
     @classmethod
     def make_rewindable(

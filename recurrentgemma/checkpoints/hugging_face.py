@@ -25,6 +25,7 @@ from recurrentgemma.checkpoints.safetensors_file import (
 from recurrentgemma.checkpoints.stored import (
     CONFIG_FILE,
     NOT_THIS_JSON,
+    TOKENIZER_FILE,
     Stored,
     find_tokenizer,
     read_config_json,
@@ -40,7 +41,11 @@ MODEL_TYPES: dict[str, ModelType] = {
     "gemma": GEMMA,
     "gemma2": GEMMA2,
 }
-"""Models by the `model_type` of config.json."""
+"""Models by the `model_type` of config.json.
+
+Of two names of one layout the first is written, whichever was read: the names stand for
+the same tensors and the same settings, so nothing else of the file differs.
+"""
 MODEL_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -70,7 +75,8 @@ def read(path: Path) -> Stored:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
     tensors = {}
-    for name, source in _read_files(path).items():
+    sources, files = _read_files(path)
+    for name, source in sources.items():
         if not IGNORED.fullmatch(name):
             native, orientation = model_type.names.to_native(name)
             tensors[native] = orientation.to_native(source)
@@ -79,13 +85,15 @@ def read(path: Path) -> Stored:
         tensors=tensors,
         tokenizer_path=find_tokenizer(path),
         stored_name=lambda name: model_type.names.to_stored(name)[0],
+        files=[*files, path / CONFIG_FILE, path / INDEX_FILE, path / TOKENIZER_FILE],
     )
 
 
-def _read_files(path: Path) -> dict[str, TensorSource]:
+def _read_files(path: Path) -> tuple[dict[str, TensorSource], list[Path]]:
+    """The tensors by stored name, and the files that hold them."""
     index_file = path / INDEX_FILE
     if not index_file.exists():
-        return read_safetensors(path / MODEL_FILE)
+        return read_safetensors(path / MODEL_FILE), [path / MODEL_FILE]
     try:
         index = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(index.values()))
@@ -99,7 +107,7 @@ def _read_files(path: Path) -> dict[str, TensorSource]:
     absent = sorted(set(index) - set(sources))
     if absent:
         raise ValueError(f"{index_file} names tensors that no shard has: {absent}.")
-    return sources
+    return sources, [path / file for file in files]
 
 
 def write(

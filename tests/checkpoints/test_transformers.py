@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from recurrentgemma.checkpoints import (
 from recurrentgemma.checkpoints.hugging_face import MODEL_TYPES
 from recurrentgemma.checkpoints.model_types import config_from_json, config_to_json
 from recurrentgemma.checkpoints.tensors import array_source
+from tests.checkpoints.checkpoints import assert_same_files
 from tests.models import forward
 from tests.tolerances import assert_close
 
@@ -148,6 +150,22 @@ def test_written_tensors_are_those_that_were_read(case, tmp_path):
     del written["written_by"]
     stored = {"hidden_act": "gelu_pytorch_tanh", **STORED[case]}
     assert written == {key: stored[key] for key in written}
+
+
+def test_a_second_name_of_a_layout_loses_nothing(tmp_path, monkeypatch):
+    """It is written under the first name."""
+    case = "gemma1_like_2b_mqa"
+    monkeypatch.setitem(MODEL_TYPES, "gemma_text", MODEL_TYPES["gemma"])
+    other = shutil.copytree(
+        GOLDEN / case, tmp_path / "other", copy_function=shutil.copy
+    )
+    content = {**STORED[case], "model_type": "gemma_text"}
+    (other / "config.json").write_text(json.dumps(content))
+    save(tmp_path / "saved", load(other)[0], None, format="hugging_face")
+    save(tmp_path / "first", load(GOLDEN / case)[0], None, format="hugging_face")
+    assert_same_files("hugging_face", tmp_path / "saved", tmp_path / "first")
+    written = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert written["model_type"] == "gemma"
 
 
 PRESET_TYPES = {
