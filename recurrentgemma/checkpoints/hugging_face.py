@@ -1,5 +1,5 @@
 """The layout of transformers: config.json, safetensors (one file, or shards with an
-index) and tokenizer.model.
+index), tokenizer.model, and what transformers needs to read the tokenizer alone.
 
 `MODEL_TYPES` holds the models that are known; config.json names one of them.
 """
@@ -33,6 +33,7 @@ from recurrentgemma.checkpoints.stored import (
     write_tokenizer,
 )
 from recurrentgemma.checkpoints.tensors import TensorSource
+from recurrentgemma.checkpoints.transformers_tokenizer import write_tokenizer_files
 from recurrentgemma.config import GriffinConfig
 from recurrentgemma.tokenizer import Tokenizer
 
@@ -52,6 +53,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 FILES = re.compile(
     r"config\.json|tokenizer\.model|model(-\d+-of-\d+)?\.safetensors"
     r"|model\.safetensors\.index\.json"
+    r"|(tokenizer|(tokenizer|generation)_config|special_tokens_map)\.json"
 )
 
 
@@ -117,11 +119,12 @@ def write(
     tokenizer: Tokenizer | None,
 ) -> None:
     """Writes into an empty directory; raises ValueError if transformers has no such
-    model."""
+    model or tokenizer."""
     kind, content = config_to_json(MODEL_TYPES, config)
     if tokenizer is not None:
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             content[key] = getattr(tokenizer, key.replace("_token", ""))
+        write_tokenizer_files(path, tokenizer)
     content["dtype"] = tensors["embedder.embedding"].dtype.name
     write_json(path / CONFIG_FILE, content)
     stored = {}

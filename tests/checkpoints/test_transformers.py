@@ -37,6 +37,10 @@ STORED = {
 }
 OTHER_PYTHON = os.environ.get("TRANSFORMERS_PYTHON")
 """A Python with transformers and torch, if they are in another environment."""
+needs_transformers = pytest.mark.skipif(
+    not (OTHER_PYTHON or importlib.util.find_spec("transformers")),
+    reason="transformers is not installed; TRANSFORMERS_PYTHON may name a Python",
+)
 every_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -261,6 +265,16 @@ def test_settings_that_are_not_supported(case, fields, message):
         config_from_json(model_type, {**STORED[case], **fields})
 
 
+def in_transformers(program: str, *arguments: str, folder: Path) -> None:
+    """Runs a program in a folder, with a Python that has transformers.
+
+    Elsewhere than in the root, where `kernels` would hide a package that it imports.
+    """
+    command = [OTHER_PYTHON or sys.executable, "-c", program, *arguments]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run(command, check=True, cwd=folder, env=environment)
+
+
 EXPORT_CHECK = """
 import sys
 import numpy as np
@@ -278,10 +292,7 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.skipif(
-    not (OTHER_PYTHON or importlib.util.find_spec("transformers")),
-    reason="transformers is not installed; TRANSFORMERS_PYTHON may name a Python",
-)
+@needs_transformers
 @every_case
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_export_loads_in_transformers_with_the_same_logits(case, dtype, tmp_path):
@@ -292,9 +303,6 @@ def test_an_export_loads_in_transformers_with_the_same_logits(case, dtype, tmp_p
         0, exported.config.vocab_size, (3, 8), np.int32
     )
     np.save(tmp_path / "tokens.npy", tokens)
-    command = [OTHER_PYTHON or sys.executable, "-c", EXPORT_CHECK]
-    paths = [tmp_path / name for name in ("saved", "tokens.npy", "logits.npy")]
-    # Elsewhere than the root, where `kernels` would hide a package that it imports.
-    subprocess.run([*command, *map(str, paths)], check=True, cwd=tmp_path)
+    in_transformers(EXPORT_CHECK, "saved", "tokens.npy", "logits.npy", folder=tmp_path)
     logits, _ = forward(exported, jnp.asarray(tokens))
     assert_close(logits, np.load(tmp_path / "logits.npy"), "logits")
