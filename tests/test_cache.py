@@ -9,7 +9,13 @@ from recurrentgemma import cache as cache_lib
 from recurrentgemma.blocks import TEMPORAL_MIXERS
 from recurrentgemma.blocks.mixer import Mixer
 from recurrentgemma.kernels.local_attention import KVCache
-from tests.models import forward, random_model, random_tokens, tiny_config
+from tests.models import (
+    TINY_PRESETS,
+    forward,
+    random_model,
+    random_tokens,
+    tiny_config,
+)
 from tests.tolerances import assert_close
 
 
@@ -63,22 +69,23 @@ def test_bad_rows(cache, model):
         cache_lib.concatenate([cache, other])
 
 
-PATTERNS = [
-    ("recurrent", "recurrent", "local_attention"),
-    *(
-        (kind,)
+CONFIGS = {
+    "recurrent-recurrent-local_attention": tiny_config(),
+    "gemma2": TINY_PRESETS["gemma2-27b"],
+    **{
+        kind: tiny_config(block_pattern=(kind,))
         for kind, mixer in TEMPORAL_MIXERS.items()
         if mixer.make_rewindable.__func__ is not Mixer.make_rewindable.__func__
-    ),
-]
+    },
+}
 """Of every mixer that tokens can be taken back from."""
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids="-".join)
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rewinding_is_as_if_the_tokens_had_not_come(pattern, dtype):
+def test_rewinding_is_as_if_the_tokens_had_not_come(name, dtype):
     """Read, take back, read on: logits and cache, from rows of every length."""
-    config, most = tiny_config(block_pattern=pattern), 4
+    config, most = CONFIGS[name], 4
     model = random_model(config, runtime=Runtime(compute_dtype=dtype))
     tokens = random_tokens((5, 60))
     lengths = np.array([0, 1, 5, 7, 40])
