@@ -14,7 +14,7 @@ end alone. It also carries who observes the call.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import jax
 import jax.core
@@ -24,6 +24,9 @@ import numpy as np
 from recurrentgemma import _validation as check
 from recurrentgemma.config import GriffinConfig
 from recurrentgemma.mixers import TEMPORAL_MIXERS
+
+OVERFLOWN = 1 << 30
+"""The `num_tokens` of a row of a bounded state that has lost tokens of its document."""
 
 
 @jax.tree_util.register_dataclass
@@ -224,7 +227,8 @@ def grow(cache: Cache, config: GriffinConfig, capacity: int) -> Cache:
         its cache comes back as it is.
 
     Raises:
-      ValueError: a row holds more tokens. (Traced rows are not checked.)
+      ValueError: a row holds more tokens, or has lost some. (Traced rows are not
+        checked; one that has lost tokens stays marked.)
     """
     _check_cache("cache", cache)
     _check_config(config)
@@ -232,6 +236,8 @@ def grow(cache: Cache, config: GriffinConfig, capacity: int) -> Cache:
     if cache.capacity is None:
         return cache
     held = max_tokens_held(cache)
+    if held is not None and held >= OVERFLOWN:
+        refuse_overflown(cache)
     if capacity < (held or 1):
         raise ValueError(
             f"capacity: expected at least {held or 1}, the tokens that a row holds, got "
@@ -306,7 +312,7 @@ def _bounded(cache: Cache) -> list[Any]:
 
 
 def max_tokens_held(cache: Cache) -> int | None:
-    """Most tokens that a row holds in a bounded layer.
+    """Most tokens that a row holds in a bounded layer, `OVERFLOWN` if one has lost some.
 
     None if there is no such layer, or if the cache is traced.
     """
@@ -314,6 +320,16 @@ def max_tokens_held(cache: Cache) -> int | None:
     if not bounded or isinstance(cache.next_position, jax.core.Tracer):
         return None
     return int(np.max(np.asarray(bounded[0].num_tokens)))
+
+
+def refuse_overflown(cache: Cache) -> NoReturn:
+    """Raises ValueError for a cache of which a row has lost tokens."""
+    row = int(np.argmax(np.asarray(_bounded(cache)[0].num_tokens)))
+    raise ValueError(
+        f"cache: expected rows that hold their whole document, got row {row}, which "
+        f"read more than the {cache.capacity} tokens that it has room for; read the "
+        "text again with a larger capacity= of init_cache, or grow the cache in time"
+    )
 
 
 def tokens_held(cache: Cache | None, chunk_positions: jax.Array) -> jax.Array:
@@ -324,7 +340,7 @@ def tokens_held(cache: Cache | None, chunk_positions: jax.Array) -> jax.Array:
       chunk_positions: int32 [B, T], padding at row ends.
 
     Returns:
-      int32 [B, T]; 0 at padding.
+      int32 [B, T]; 0 at padding, more than `OVERFLOWN` if tokens were lost before.
     """
     length = chunk_positions.shape[1]
     count = jnp.arange(1, length + 1, dtype=jnp.int32)[None]

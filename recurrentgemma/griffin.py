@@ -91,7 +91,8 @@ class Griffin(nnx.Module):
             `capacity` tokens of a document (T after a call without a cache). A call
             with concrete arrays first grows a cache that is too small. In a traced
             call, whose shapes are fixed, the hidden states of the tokens past the
-            capacity are NaN: make room with `recurrentgemma.cache.grow`.
+            capacity are NaN, and so is all that the row reads until its next document:
+            make room in time with `recurrentgemma.cache.grow`.
 
         Returns:
           hidden: [B, T, D] in the compute dtype, after the final norm; finite and
@@ -100,7 +101,8 @@ class Griffin(nnx.Module):
 
         Raises:
           ValueError: shapes or dtypes do not fit each other, the cache belongs to
-            another model, or a concrete token is not in the vocabulary.
+            another model or to a row that has lost tokens, or a concrete token is not
+            in the vocabulary.
         """
         cache = prepare(self.config, tokens, positions, cache)
         if is_traced(self, tokens, positions, cache):

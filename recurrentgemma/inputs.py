@@ -42,6 +42,8 @@ def prepare(
     held = int(_most_tokens_held(cache, positions, length=tokens.shape[1]))
     if held <= capacity:
         return cache
+    if held > cache_lib.OVERFLOWN:
+        cache_lib.refuse_overflown(cache)
     return _grow(cache, config, 1 << (held - 1).bit_length())
 
 

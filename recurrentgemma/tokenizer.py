@@ -12,6 +12,7 @@ import functools
 import os
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import sentencepiece
 from absl import logging
@@ -56,6 +57,8 @@ class Tokenizer:
     eos_id: int
     pad_id: int
     """The padding token; the end token if the model has none."""
+    unk_id: int
+    """The token of what no piece spells."""
 
     def __init__(self, model: str | os.PathLike[str] | bytes):
         if isinstance(model, bytes):
@@ -88,6 +91,7 @@ class Tokenizer:
             )
         pad_id = self._find_id(self._processor.pad_id(), "<pad>")
         self.pad_id = pad_id if pad_id >= 0 else self.eos_id
+        self.unk_id = self._processor.unk_id()
 
     def _find_id(self, known: int, *pieces: str) -> int:
         """`known` unless it is negative, else the id of the first such piece, or -1."""
@@ -192,6 +196,12 @@ class Tokenizer:
             return None
         return int(self._processor.id_to_piece(token)[1:-1], 16)
 
+    def model_proto(self) -> Any:
+        """A new `ModelProto` of SentencePiece: pieces, scores and settings."""
+        model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+        model.ParseFromString(self.model_bytes)
+        return model
+
     def known_ids(self, ids: Iterable[int]) -> list[int]:
         """The ids, as Python integers, without those past the last piece.
 
@@ -211,8 +221,7 @@ class Tokenizer:
     @functools.cached_property
     def _literal_processor(self) -> sentencepiece.SentencePieceProcessor:
         """The model with its special user-defined symbols made control symbols."""
-        model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-        model.ParseFromString(self.model_bytes)
+        model = self.model_proto()
         for piece in model.pieces:
             if piece.type == piece.USER_DEFINED and _SPECIAL_SPELLING.fullmatch(
                 piece.piece

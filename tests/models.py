@@ -1,13 +1,26 @@
 """Tiny random models for the tests: every parameter differs from its usual start."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from recurrentgemma import Griffin, GriffinConfig, Runtime
+from recurrentgemma import PRESETS, Griffin, GriffinConfig, Runtime
 from recurrentgemma.checkpoints.parameters import describe, named_parameters
 
 WINDOW = 6
+SIZES = {
+    "vocab_size": 40,
+    "width": 24,
+    "mlp_width": 32,
+    "num_heads": 4,
+    "head_dim": 8,
+    "attention_window": WINDOW,
+    "lru_width": 32,
+    "num_gate_blocks": 4,
+}
+"""Sizes of a tiny model."""
 NOISE = 0.2
 A_PARAM_RANGE = (-9.0, -4.3)
 """Of the decays that a new model begins with."""
@@ -16,19 +29,46 @@ A_PARAM_RANGE = (-9.0, -4.3)
 def tiny_config(**fields) -> GriffinConfig:
     """A small R R A model; any field can be replaced."""
     defaults = {
-        "vocab_size": 40,
-        "width": 24,
-        "mlp_width": 32,
+        **SIZES,
         "num_layers": 3,
         "num_heads": 3,
-        "head_dim": 8,
-        "attention_window": WINDOW,
-        "lru_width": 32,
-        "num_gate_blocks": 4,
         "embedding_scale": 5.0,
         "logits_soft_cap": 30.0,
     }
     return GriffinConfig(**{**defaults, **fields})
+
+
+def tiny_preset(name: str) -> GriffinConfig:
+    """A preset in small: one round of its pattern, and its own kinds of heads, biases,
+    norms and scales."""
+    preset = PRESETS[name]
+    kv_heads = {1: 1, preset.num_heads: 4}.get(preset.num_kv_heads, 2)
+    scale = preset.embedding_scale / preset.width**0.5
+    return dataclasses.replace(
+        preset,
+        **SIZES,
+        num_layers=len(preset.block_pattern),
+        num_kv_heads=kv_heads,
+        query_scale=None if preset.query_scale is None else 0.3,
+        embedding_scale=1.0 if preset.embedding_scale == 1 else scale * 24**0.5,
+    )
+
+
+def structure(config: GriffinConfig) -> GriffinConfig:
+    """The architecture without the factors of embeddings, queries and logits."""
+    return dataclasses.replace(
+        config, embedding_scale=1.0, query_scale=None, logits_soft_cap=None
+    )
+
+
+TINY_PRESETS = {
+    name: tiny_preset(name)
+    for name in (
+        *("nano", "hawk-100m", "nano-transformer"),
+        *("gemma-2b", "gemma-7b", "gemma2-27b"),
+    )
+}
+"""One preset of each structure."""
 
 
 def random_model(

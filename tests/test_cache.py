@@ -9,7 +9,13 @@ from recurrentgemma import cache as cache_lib
 from recurrentgemma.blocks import TEMPORAL_MIXERS
 from recurrentgemma.blocks.mixer import Mixer
 from recurrentgemma.kernels.local_attention import KVCache
-from tests.models import forward, random_model, random_tokens, tiny_config
+from tests.models import (
+    TINY_PRESETS,
+    forward,
+    random_model,
+    random_tokens,
+    tiny_config,
+)
 from tests.tolerances import assert_close
 
 
@@ -63,22 +69,23 @@ def test_bad_rows(cache, model):
         cache_lib.concatenate([cache, other])
 
 
-PATTERNS = [
-    ("recurrent", "recurrent", "local_attention"),
-    *(
-        (kind,)
+CONFIGS = {
+    "recurrent-recurrent-local_attention": tiny_config(),
+    "gemma2": TINY_PRESETS["gemma2-27b"],
+    **{
+        kind: tiny_config(block_pattern=(kind,))
         for kind, mixer in TEMPORAL_MIXERS.items()
         if mixer.make_rewindable.__func__ is not Mixer.make_rewindable.__func__
-    ),
-]
+    },
+}
 """Of every mixer that tokens can be taken back from."""
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids="-".join)
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rewinding_is_as_if_the_tokens_had_not_come(pattern, dtype):
+def test_rewinding_is_as_if_the_tokens_had_not_come(name, dtype):
     """Read, take back, read on: logits and cache, from rows of every length."""
-    config, most = tiny_config(block_pattern=pattern), 4
+    config, most = CONFIGS[name], 4
     model = random_model(config, runtime=Runtime(compute_dtype=dtype))
     tokens = random_tokens((5, 60))
     lengths = np.array([0, 1, 5, 7, 40])
@@ -112,6 +119,52 @@ def test_rewinding_is_as_if_the_tokens_had_not_come(pattern, dtype):
     logits, _ = forward(model, tokens[:, 40:], None, again)
     expected, _ = forward(model, tokens[:, 40:], None, plain)
     assert_close(logits, expected, "logits", dtype)
+
+
+def _overflown():
+    """A cache of one row that lost tokens, one that is full, one that is new."""
+    config = tiny_config(block_pattern=("global_attention",), num_layers=2)
+    model = random_model(config)
+    positions = np.array([[*range(8)], [*range(6), -1, -1], [*range(6), 0, 1]])
+    start = cache_lib.make_rewindable(model.init_cache(3, capacity=6), config, 4)
+    return model, forward(model, random_tokens((3, 8)), positions, start)[1]
+
+
+@pytest.mark.parametrize("count", [0, 1, 4])
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_overflow_shows_after_the_tokens_were_taken_back(count, size):
+    """NaN under jit, until the row's next document."""
+    model, cache = _overflown()
+    counts = np.array([count, 2, 0])
+    cache = cache_lib.rewind(cache, model.config, counts)
+    positions = np.array([[8 - count, 9 - count], [4, 5], [2, 3]])[:, :size]
+    logits, cache = forward(model, random_tokens((3, size)), positions, cache)
+    assert np.isnan(logits[0]).all()
+    assert np.isfinite(logits[1:]).all()
+    grown = jax.jit(cache_lib.grow, static_argnums=(1, 2))(cache, model.config, 64)
+    logits, _ = forward(model, random_tokens((3, 1)), None, grown)
+    assert np.isnan(logits[0]).all()
+    assert np.isfinite(logits[1:]).all()
+    tokens, restart = random_tokens((3, 4)), np.broadcast_to(np.arange(4), (3, 4))
+    logits, _ = forward(model, tokens, restart, grown)
+    expected, _ = forward(model, tokens)
+    assert_close(logits, expected, "logits")
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_an_overflow_is_an_error_outside_jit(count):
+    model, cache = _overflown()
+    cache = cache_lib.rewind(cache, model.config, np.array([count, 2, 0]))
+    with pytest.raises(ValueError, match="cache: expected rows .* row 0"):
+        model(random_tokens((3, 1)), cache=cache)
+    with pytest.raises(ValueError, match="cache: expected rows .* row 0"):
+        cache_lib.grow(cache, model.config, 64)
+    others = cache_lib.take(cache, [1, 2])
+    hidden, _ = model(random_tokens((2, 1)), cache=others)
+    assert np.isfinite(hidden).all()
+    restart = np.array([[0], [-1], [-1]])
+    hidden, _ = model(random_tokens((3, 1)), restart, cache)
+    assert np.isfinite(hidden).all()
 
 
 @pytest.mark.slow

@@ -73,21 +73,16 @@ def test_no_model_is_made_and_tensors_are_read_one_at_a_time(
 ):
     events = []
 
-    class Watched(dict):
-        def __getitem__(self, name):
-            source = super().__getitem__(name)
-
-            def read(start, stop):
-                events.append(name)
-                return source.read(start, stop)
-
-            return source._replace(read=read)
+    def watched(name, source):
+        return source.watched(lambda start, part: events.append(name))
 
     native = FORMATS["native"].read
     monkeypatch.setattr(
         FORMATS["native"],
         "read",
-        lambda path: (stored := native(path))._replace(tensors=Watched(stored.tensors)),
+        lambda path: (stored := native(path))._replace(
+            tensors={name: watched(name, s) for name, s in stored.tensors.items()}
+        ),
     )
     monkeypatch.setattr(jax, "device_put", lambda *_, **__: pytest.fail("device_put"))
     convert(saved / "native", tmp_path / "new", format="official_flax")

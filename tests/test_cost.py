@@ -7,8 +7,11 @@ import pytest
 from flax import nnx
 
 from recurrentgemma import cost
+from recurrentgemma.blocks import TEMPORAL_MIXERS
+from recurrentgemma.checkpoints.parameters import describe
 from recurrentgemma.config import PRESETS, GriffinConfig, Runtime
 from recurrentgemma.griffin import Griffin
+from tests.models import forward
 
 TINY = GriffinConfig(
     vocab_size=31,
@@ -139,6 +142,60 @@ def test_flops_against_a_count_by_hand():
     )
     assert matrices == pytest.approx(by_hand, rel=0.01)
     assert cost.train_flops_per_token(config, 1) == 3 * matrices
+
+
+WIDE = GriffinConfig(
+    vocab_size=256,
+    width=512,
+    mlp_width=256,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=128,
+    attention_window=1023,
+    lru_width=512,
+    num_gate_blocks=4,
+)
+"""Wide enough that element-wise work, which is not counted, is small."""
+HELD = 1024
+"""Tokens before the one that is counted."""
+
+
+def _step_flops(config):
+    """(of the compiler, of the formulas) for one token after `HELD` others."""
+    model = describe(config)
+    cache = jax.eval_shape(lambda: model.init_cache(1, capacity=HELD))
+    token = jax.ShapeDtypeStruct((1, 1), np.int32)
+    program = forward.lower(model, token, None, cache)
+    counted = sum(
+        sign * length * cost.forward_flops_per_token(config, length)
+        for sign, length in ((1, HELD + 1), (-1, HELD))
+    )
+    return np.array([program.cost_analysis()["flops"], counted])
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        *(
+            (kind, {"block_pattern": (kind,), "num_layers": 2})
+            for kind in TEMPORAL_MIXERS
+        ),
+        ("MLP", {"mlp_width": 1024}),
+        ("logits", {"vocab_size": 1024}),
+    ],
+)
+def test_flops_are_those_of_the_compiler(part, changes):
+    """What a layer, or a wider one, adds to a step."""
+    before = dataclasses.replace(
+        WIDE, block_pattern=changes.get("block_pattern", WIDE.block_pattern)
+    )
+    less, more = (
+        _step_flops(before),
+        _step_flops(dataclasses.replace(before, **changes)),
+    )
+    compiler, counted = more - less
+    assert counted == pytest.approx(compiler, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["recurrent", "complex", "minGRU"])

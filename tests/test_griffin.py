@@ -13,13 +13,22 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from recurrentgemma import Griffin, Runtime, griffin, layers, load, save
+from recurrentgemma import PRESETS, Griffin, Runtime, griffin, layers, load, save
 from recurrentgemma.blocks import TEMPORAL_MIXERS
 from recurrentgemma.checkpoints.parameters import describe
 from recurrentgemma.griffin import stack_layers, unstack_layers
 from recurrentgemma.kernels.local_attention import KVCache
 from tests.golden_models import named_leaves
-from tests.models import WINDOW, forward, random_model, random_tokens, tiny_config
+from tests.models import (
+    TINY_PRESETS,
+    WINDOW,
+    forward,
+    random_model,
+    random_tokens,
+    structure,
+    tiny_config,
+    tiny_preset,
+)
 from tests.tolerances import assert_close
 
 BATCH = 2
@@ -30,23 +39,12 @@ BFLOAT16_SPLIT_FACTOR = 1.1
 """Bound on the error of a split bfloat16 run over that of an unsplit one."""
 
 CONFIGS = {
+    **TINY_PRESETS,
     **{
         kind: tiny_config(block_pattern=(kind,), num_layers=2)
         for kind in TEMPORAL_MIXERS
+        if (kind,) not in {config.block_pattern for config in TINY_PRESETS.values()}
     },
-    "griffin": tiny_config(),
-    "gemma2": tiny_config(
-        block_pattern=("local_attention", "global_attention"),
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        rope_fraction=1.0,
-        attention_soft_cap=20.0,
-        attention_bias=False,
-        mlp_bias=False,
-        post_norms=True,
-        query_scale=0.3,
-    ),
     "complex_hawk": tiny_config(
         block_pattern=("recurrent",), num_layers=1, complex_rg_lru=True
     ),
@@ -55,6 +53,11 @@ parametrize_config = pytest.mark.parametrize("name", CONFIGS)
 property_test = hypothesis.settings(
     max_examples=8, deadline=None, derandomize=True, database=None
 )
+
+
+def test_every_preset_is_among_those_tested():
+    tested = {structure(config) for config in TINY_PRESETS.values()}
+    assert {structure(tiny_preset(name)) for name in PRESETS} == tested
 
 
 @functools.cache
@@ -157,7 +160,7 @@ def test_packed_document_is_the_document_alone(name, positions):
         assert_close(logits[0, : end - start], packed[row, start:end], "logits")
 
 
-@pytest.mark.parametrize("name", ["griffin", "gemma2", "min_gru"])
+@pytest.mark.parametrize("name", ["nano", "gemma2-27b", "min_gru"])
 @hypothesis.settings(property_test, max_examples=3)
 @hypothesis.given(positions=documents(), places=splits())
 def test_gradients_flow_through_the_cache(name, positions, places):
@@ -203,7 +206,7 @@ def _split_gradient(model, tokens, positions, weights, places):
 @property_test
 @hypothesis.given(places=splits())
 def test_bfloat16_split_is_as_close_to_float32_as_unsplit(places):
-    model, exact = _model("griffin", "bfloat16"), _model("griffin")
+    model, exact = _model("nano", "bfloat16"), _model("nano")
     tokens = np.asarray(random_tokens((BATCH, LENGTH)))
     positions = np.broadcast_to(np.arange(LENGTH), tokens.shape)
     truth, _ = forward(exact, tokens, positions, _init_cache(exact))
@@ -222,7 +225,7 @@ def test_bfloat16_split_is_as_close_to_float32_as_unsplit(places):
 )
 def test_steps_equal_the_plain_forward_around_the_window(length, start):
     """Token by token, from any start; padding keeps the compiled shapes few."""
-    model = _model("griffin")
+    model = _model("nano")
     tokens = random_tokens((BATCH, LENGTH), seed=1)
     index = np.broadcast_to(np.arange(LENGTH), tokens.shape)
     positions = np.where(index < length, start + index, -1)
@@ -235,7 +238,7 @@ def test_steps_equal_the_plain_forward_around_the_window(length, start):
     _assert_same_cache(cache, plain_cache)
 
 
-@pytest.mark.parametrize("name", ["griffin", "global_attention"])
+@pytest.mark.parametrize("name", ["nano", "nano-transformer"])
 def test_numbers_do_not_depend_on_where_a_row_starts(name):
     """Attention sees distances alone, so position 1e8 is as good as position 5."""
     model = _model(name)
@@ -248,7 +251,7 @@ def test_numbers_do_not_depend_on_where_a_row_starts(name):
 
 
 def test_positions_continue_from_the_cache():
-    model = _model("griffin")
+    model = _model("nano")
     tokens = random_tokens((BATCH, LENGTH))
     explicit = np.broadcast_to(np.arange(LENGTH), tokens.shape)
     expected, expected_cache = forward(model, tokens, explicit, _init_cache(model))
@@ -299,7 +302,7 @@ def test_causal_and_isolated_by_gradients(name):
     assert (influence[1] == 0).all()
 
 
-@pytest.mark.parametrize("name", ["griffin", "complex_hawk", "min_gru"])
+@pytest.mark.parametrize("name", ["nano", "complex_hawk", "min_gru"])
 def test_cache_shapes_do_not_depend_on_the_text(name):
     model = _model(name)
     empty = jax.eval_shape(lambda: model.init_cache(BATCH))
@@ -350,7 +353,7 @@ def test_unstack_undoes_stack():
 
 
 def test_arguments_stay_valid():
-    model = _model("griffin")
+    model = _model("nano")
     tokens, cache = random_tokens((BATCH, CALL_LENGTH)), _init_cache(model)
     first, _ = forward(model, tokens, None, cache)
     second, _ = forward(model, tokens, None, cache)
@@ -380,15 +383,15 @@ def test_default_runtime_on_cpu_is_float32():
 def test_bad_arguments(arguments, message):
     defaults = {"tokens": jnp.zeros((2, 3), jnp.int32)}
     with pytest.raises(ValueError, match=message):
-        _model("griffin")(**{**defaults, **arguments})
+        _model("nano")(**{**defaults, **arguments})
 
 
 def test_batch_of_tokens_and_cache_must_agree():
-    model = _model("griffin")
+    model = _model("nano")
     with pytest.raises(ValueError, match="cache: expected 2 rows .* got 3"):
         model(random_tokens((2, 3)), cache=model.init_cache(3))
     with pytest.raises(ValueError, match="belongs to another model"):
-        model(random_tokens((2, 3)), cache=_model("recurrent").init_cache(2))
+        model(random_tokens((2, 3)), cache=_model("hawk-100m").init_cache(2))
     for fields in ({"lru_width": 36}, {"head_dim": 4}, {"block_pattern": ["min_gru"]}):
         other = random_model(tiny_config(**fields)).init_cache(2)
         with pytest.raises(
@@ -399,14 +402,14 @@ def test_batch_of_tokens_and_cache_must_agree():
 
 def test_global_attention_needs_a_capacity():
     with pytest.raises(ValueError, match="capacity"):
-        _model("global_attention").init_cache(1)
+        _model("nano-transformer").init_cache(1)
     with pytest.raises(ValueError, match="batch_size"):
-        _model("griffin").init_cache(0)
+        _model("nano").init_cache(0)
 
 
 def test_eager_calls_are_compiled_calls():
     """One program a shape; weights that are edited in place are seen."""
-    model = random_model(CONFIGS["griffin"], seed=5)
+    model = random_model(CONFIGS["nano"], seed=5)
     tokens = random_tokens((BATCH, CALL_LENGTH))
     expected, expected_cache = forward(model, tokens, None, model.init_cache(BATCH))
     cache = model.init_cache(BATCH)
@@ -444,7 +447,7 @@ def test_a_module_in_the_place_of_the_rg_lru_runs_in_steps_too():
 @pytest.mark.parametrize("size", [1, 4, 12])
 def test_tokens_past_the_capacity_are_nan_in_a_compiled_call(size):
     """In any split, from the first one on, until the next document."""
-    model = _model("global_attention")
+    model = _model("nano-transformer")
     tokens = random_tokens((BATCH, 12))
     documents = [[*range(12)], [*range(9), 0, 1, 2]]
     positions = np.array(documents)
@@ -461,7 +464,7 @@ def test_tokens_past_the_capacity_are_nan_in_a_compiled_call(size):
 
 
 def test_an_eager_call_grows_a_cache_that_is_too_small():
-    model = _model("global_attention")
+    model = _model("nano-transformer")
     tokens = random_tokens((BATCH, 9))
     expected, _ = forward(model, tokens)
     hidden, cache = model(tokens[:, :5])
@@ -475,7 +478,7 @@ def test_an_eager_call_grows_a_cache_that_is_too_small():
 @pytest.mark.parametrize("precision", ["highest", "default"])
 def test_float32_products_have_the_precision_of_the_runtime(precision):
     runtime = Runtime(compute_dtype="float32", float32_precision=precision)
-    model = describe(CONFIGS["griffin"], runtime)
+    model = describe(CONFIGS["nano"], runtime)
 
     def run(model, tokens):
         return model.logits(model(tokens)[0])
@@ -490,11 +493,11 @@ def test_float32_products_have_the_precision_of_the_runtime(precision):
 @pytest.mark.parametrize("hidden", [jnp.zeros((2, 3), jnp.int32), [1.0], None])
 def test_logits_of_something_else(hidden):
     with pytest.raises(ValueError, match=r"hidden: expected .* \[B, T, 24\], got"):
-        _model("griffin").logits(hidden)
+        _model("nano").logits(hidden)
 
 
 def test_models_and_caches_are_shown_in_one_line():
-    model = _model("griffin")
+    model = _model("nano")
     count = sum(leaf.size for leaf in jax.tree.leaves(model))
     expected = f"Griffin(layers=3, width=24, {count:,} parameters in float32)"
     assert repr(model) == str(model) == expected

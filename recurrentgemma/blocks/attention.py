@@ -13,7 +13,7 @@ from flax import nnx
 
 from recurrentgemma._validation import refuse
 from recurrentgemma.blocks.mixer import Mixer
-from recurrentgemma.cache import Chunk
+from recurrentgemma.cache import OVERFLOWN, Chunk
 from recurrentgemma.config import GriffinConfig, Runtime
 from recurrentgemma.kernels import local_attention
 from recurrentgemma.kernels.local_attention import KVCache
@@ -138,6 +138,11 @@ class LocalAttentionBlock(Mixer):
         return state._replace(positions=jnp.where(is_kept, state.positions, -1))
 
 
+LOST = -2
+"""The position in every slot of a row that read more tokens than it has slots. It lasts
+until the next document, also when tokens are taken back or slots are added."""
+
+
 class GrowingRing(KVCache):
     """A ring that must hold the whole document: it may not come round to its start."""
 
@@ -148,8 +153,13 @@ class GrowingRing(KVCache):
 
     @property
     def num_tokens(self) -> jax.Array:
-        """Tokens that each row holds, int32 [B]."""
-        return jnp.sum(self.positions >= 0, axis=1, dtype=jnp.int32)
+        """Tokens that each row holds, int32 [B]; `OVERFLOWN` if it has lost some."""
+        held = jnp.sum(self.positions >= 0, axis=1, dtype=jnp.int32)
+        return jnp.where(self.positions[:, 0] == LOST, OVERFLOWN, held)
+
+    def marked(self, lost: jax.Array) -> "GrowingRing":
+        """The ring whose rows `lost` [B] say that they have lost tokens."""
+        return self._replace(positions=jnp.where(lost[:, None], LOST, self.positions))
 
 
 class GlobalAttentionBlock(LocalAttentionBlock):
@@ -163,11 +173,18 @@ class GlobalAttentionBlock(LocalAttentionBlock):
         return None
 
     def __call__(
-        self, x: jax.Array, chunk: Chunk, state: KVCache | None
+        self, x: jax.Array, chunk: Chunk, state: GrowingRing | None
     ) -> tuple[jax.Array, GrowingRing]:
         """See `LocalAttentionBlock`; without a state the new ring has T slots."""
-        y, ring = super().__call__(x, chunk, state)
-        return y, GrowingRing(*ring)
+        y, written = super().__call__(x, chunk, state)
+        ring = GrowingRing(*written)
+        if state is None:
+            return y, ring
+        restarted = jnp.any(chunk.positions == 0, axis=1)
+        held = jnp.where(
+            restarted, chunk.next_position, state.num_tokens + chunk.lengths
+        )
+        return y, ring.marked(held > ring.capacity)
 
     def init_state(self, batch_size: int, capacity: int | None = None) -> GrowingRing:
         """An empty ring.
@@ -190,7 +207,8 @@ class GlobalAttentionBlock(LocalAttentionBlock):
     @classmethod
     def grow(cls, config: GriffinConfig, state: GrowingRing, capacity: int):
         """A ring of `capacity` slots."""
-        return _resize(state, capacity)
+        resized = GrowingRing(*_resize(state, capacity))
+        return resized.marked(state.num_tokens == OVERFLOWN)
 
     @classmethod
     def make_rewindable(

@@ -35,7 +35,9 @@ class Mixer(nnx.Module):
     needs_capacity: ClassVar[bool] = False
     """Whether its state holds a bounded number of tokens, the capacity of the cache.
     Such a state has a property `capacity`, its number of slots, and a property
-    `num_tokens`, int32 [B], the tokens that it holds."""
+    `num_tokens`, int32 [B]: the tokens of its document that it holds, or
+    `recurrentgemma.cache.OVERFLOWN` from the time when it loses one until the row's
+    next document."""
     float32_parameters: ClassVar[tuple[str, ...]] = ()
     """Names inside the mixer, such as "conv_1d", of what stays float32 at inference.
     Only parameters called `kernel` are in the compute dtype at all."""

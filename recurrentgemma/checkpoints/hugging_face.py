@@ -1,5 +1,5 @@
 """The layout of transformers: config.json, safetensors (one file, or shards with an
-index) and tokenizer.model.
+index), tokenizer.model, and what transformers needs to read the tokenizer alone.
 
 `MODEL_TYPES` holds the models that are known; config.json names one of them.
 """
@@ -25,6 +25,7 @@ from recurrentgemma.checkpoints.safetensors_file import (
 from recurrentgemma.checkpoints.stored import (
     CONFIG_FILE,
     NOT_THIS_JSON,
+    TOKENIZER_FILE,
     Stored,
     find_tokenizer,
     read_config_json,
@@ -32,6 +33,7 @@ from recurrentgemma.checkpoints.stored import (
     write_tokenizer,
 )
 from recurrentgemma.checkpoints.tensors import TensorSource
+from recurrentgemma.checkpoints.transformers_tokenizer import write_tokenizer_files
 from recurrentgemma.config import GriffinConfig
 from recurrentgemma.tokenizer import Tokenizer
 
@@ -40,13 +42,18 @@ MODEL_TYPES: dict[str, ModelType] = {
     "gemma": GEMMA,
     "gemma2": GEMMA2,
 }
-"""Models by the `model_type` of config.json."""
+"""Models by the `model_type` of config.json.
+
+Of two names of one layout the first is written, whichever was read: the names stand for
+the same tensors and the same settings, so nothing else of the file differs.
+"""
 MODEL_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 FILES = re.compile(
     r"config\.json|tokenizer\.model|model(-\d+-of-\d+)?\.safetensors"
     r"|model\.safetensors\.index\.json"
+    r"|(tokenizer|(tokenizer|generation)_config|special_tokens_map)\.json"
 )
 
 
@@ -70,7 +77,8 @@ def read(path: Path) -> Stored:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
     tensors = {}
-    for name, source in _read_files(path).items():
+    sources, files = _read_files(path)
+    for name, source in sources.items():
         if not IGNORED.fullmatch(name):
             native, orientation = model_type.names.to_native(name)
             tensors[native] = orientation.to_native(source)
@@ -79,13 +87,15 @@ def read(path: Path) -> Stored:
         tensors=tensors,
         tokenizer_path=find_tokenizer(path),
         stored_name=lambda name: model_type.names.to_stored(name)[0],
+        files=[*files, path / CONFIG_FILE, path / INDEX_FILE, path / TOKENIZER_FILE],
     )
 
 
-def _read_files(path: Path) -> dict[str, TensorSource]:
+def _read_files(path: Path) -> tuple[dict[str, TensorSource], list[Path]]:
+    """The tensors by stored name, and the files that hold them."""
     index_file = path / INDEX_FILE
     if not index_file.exists():
-        return read_safetensors(path / MODEL_FILE)
+        return read_safetensors(path / MODEL_FILE), [path / MODEL_FILE]
     try:
         index = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(index.values()))
@@ -99,7 +109,7 @@ def _read_files(path: Path) -> dict[str, TensorSource]:
     absent = sorted(set(index) - set(sources))
     if absent:
         raise ValueError(f"{index_file} names tensors that no shard has: {absent}.")
-    return sources
+    return sources, [path / file for file in files]
 
 
 def write(
@@ -109,11 +119,12 @@ def write(
     tokenizer: Tokenizer | None,
 ) -> None:
     """Writes into an empty directory; raises ValueError if transformers has no such
-    model."""
+    model or tokenizer."""
     kind, content = config_to_json(MODEL_TYPES, config)
     if tokenizer is not None:
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             content[key] = getattr(tokenizer, key.replace("_token", ""))
+        write_tokenizer_files(path, tokenizer)
     content["dtype"] = tensors["embedder.embedding"].dtype.name
     write_json(path / CONFIG_FILE, content)
     stored = {}

@@ -1,6 +1,7 @@
 """`load`: from a checkpoint directory to a model."""
 
 import difflib
+import functools
 import importlib.resources
 import os
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from absl import logging
 
 from recurrentgemma import _validation as check
 from recurrentgemma.checkpoints import official_pytorch
+from recurrentgemma.checkpoints.checksums import check_blobs, checked_before
 from recurrentgemma.checkpoints.formats import FORMATS, detect_format
 from recurrentgemma.checkpoints.hub import download
 from recurrentgemma.checkpoints.official import config_from_shapes
@@ -65,7 +67,8 @@ def load(
       The model, and the tokenizer or None.
 
     Raises:
-      ValueError: there is no such checkpoint or bundled model; it is damaged; its
+      ValueError: there is no such checkpoint or bundled model; it is damaged (what is
+        seen of that says `recurrentgemma.checkpoints`); its
         tensors do not fit the config (all of them are listed); the tokenizer does not
         fit the vocabulary; or nothing could run with these shardings.
     """
@@ -163,6 +166,13 @@ def open_checkpoint(
     path = find_checkpoint(path_or_preset)
     layout = detect_format(path)
     stored = FORMATS[layout].read(path)
+    # When the first tensor is read: what reads none takes no time.
+    check_files = functools.cache(lambda: check_blobs(stored.files))
+    tensors = {
+        name: checked_before(source, check_files)
+        for name, source in stored.tensors.items()
+    }
+    stored = stored._replace(tensors=tensors)
     config = config or stored.config or config_from_shapes(path, stored.tensors)
     return Checkpoint(path, layout, stored, config)
 

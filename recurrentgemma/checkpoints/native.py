@@ -13,6 +13,7 @@ from recurrentgemma.checkpoints.safetensors_file import (
 )
 from recurrentgemma.checkpoints.stored import (
     CONFIG_FILE,
+    TOKENIZER_FILE,
     WRITER,
     WRITER_KEY,
     Stored,
@@ -51,6 +52,7 @@ def read(path: Path) -> Stored:
         tensors=read_safetensors(path / MODEL_FILE),
         tokenizer_path=find_tokenizer(path),
         stored_name=lambda name: name,
+        files=[path / name for name in (CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE)],
     )
 
 

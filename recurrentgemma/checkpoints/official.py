@@ -5,7 +5,7 @@ The names here are those of Flax joined by dots. `ffw_up` holds two matrices of 
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -193,6 +193,7 @@ def write_other_files(
 def with_other_files(
     path: Path,
     tensors: Mapping[str, TensorSource],
+    files: Iterable[Path],
     stored_name: Callable[[str], str] = to_stored_name,
 ) -> Stored:
     """The checkpoint of tensors by official name, and of what the directory holds
@@ -204,11 +205,13 @@ def with_other_files(
     """
     content = read_config_json(path) or {}
     beside = path.parent / TOKENIZER_FILE
+    tokenizer = find_tokenizer(path) or (beside if beside.is_file() else None)
     return Stored(
         config=config_of(path, content) if "config" in content else None,
         tensors=to_native(tensors),
-        tokenizer_path=find_tokenizer(path) or (beside if beside.is_file() else None),
+        tokenizer_path=tokenizer,
         stored_name=stored_name,
+        files={*files, path / CONFIG_FILE, *([] if tokenizer is None else [tokenizer])},
     )
 
 

@@ -3,6 +3,9 @@
 Orbax's file `_METADATA` lists the tensors, which lie in a key-value store of zarr
 arrays. They are read and written through tensorstore, as Orbax itself does, because
 Orbax would want the whole model in memory.
+
+The store has no checksum of its values. `checksums.json`, which is written beside it and
+which Orbax ignores, holds the CRC-32 of each tensor.
 """
 
 import json
@@ -16,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore
 
+from recurrentgemma.checkpoints.checksums import crc32, verified
 from recurrentgemma.checkpoints.official import (
     slicing_axis,
     with_other_files,
@@ -29,8 +33,10 @@ from recurrentgemma.tokenizer import Tokenizer
 
 METADATA_FILE = "_METADATA"
 OCDBT_FILE = "manifest.ocdbt"
+CHECKSUMS_FILE = "checksums.json"
 FILES = re.compile(
-    r"config\.json|tokenizer\.model|_METADATA|manifest\.ocdbt|d(/[0-9a-f]{32})?"
+    r"config\.json|tokenizer\.model|checksums\.json|_METADATA|manifest\.ocdbt"
+    r"|d(/[0-9a-f]{32})?"
 )
 ROOT = "params"
 DICT_KEY = 2
@@ -76,11 +82,26 @@ def read(path: Path) -> Stored:
     except (OSError, RecursionError, *NOT_THIS_JSON) as error:
         raise ValueError(f"{path / METADATA_FILE} is not Orbax metadata.") from error
     reader = _Reader(path)
-    tensors = {}
-    for name in names:
-        official = name.removeprefix(f"{ROOT}.")
-        tensors[official] = reader.source(name, driver)
-    return with_other_files(path, tensors)
+    tensors = {
+        name.removeprefix(f"{ROOT}."): reader.source(name, driver) for name in names
+    }
+    for name, checksum in _read_checksums(path, tensors).items():
+        tensors[name] = verified(tensors[name], checksum, f"{path}: {name}")
+    return with_other_files(path, tensors, [*path.rglob("*")])
+
+
+def _read_checksums(path: Path, tensors: Mapping[str, TensorSource]) -> dict[str, str]:
+    """The checksum of each tensor, by name; none if nobody wrote them."""
+    file = path / CHECKSUMS_FILE
+    try:
+        checksums = json.loads(file.read_text(encoding="utf-8"))["crc32"]
+        return {name: checksums[name] for name in tensors}
+    except FileNotFoundError:
+        return {}
+    except (OSError, RecursionError, *NOT_THIS_JSON) as error:
+        raise ValueError(
+            f"{file} is damaged: expected the checksum of each tensor."
+        ) from error
 
 
 def _specification(
@@ -154,11 +175,11 @@ def write(
 ) -> None:
     """Writes into an empty directory; raises ValueError if the official package has no
     such model."""
-    tree = {}
+    tree, checksums = {}, {}
     writer = _Writer(path)
     for name, source in write_other_files(path, config, tensors, tokenizer).items():
         keys = (ROOT, *re.findall(r"blocks\.\d+|[^.]+", name))
-        writer.write(".".join(keys), source)
+        checksums[name] = writer.write(".".join(keys), source)
         tree[str(keys)] = {
             "key_metadata": [{"key": key, "key_type": DICT_KEY} for key in keys],
             "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
@@ -166,6 +187,7 @@ def write(
     writer.commit()
     metadata = {"tree_metadata": tree, "use_ocdbt": True, "use_zarr3": False}
     write_json(path / METADATA_FILE, metadata)
+    write_json(path / CHECKSUMS_FILE, {"crc32": checksums})
 
 
 class _Writer:
@@ -178,7 +200,8 @@ class _Writer:
         self._transaction = tensorstore.Transaction()
         self._pending_bytes = 0
 
-    def write(self, name: str, source: TensorSource) -> None:
+    def write(self, name: str, source: TensorSource) -> str:
+        """Writes a tensor; returns its checksum."""
         size, axis = source.shape[source.axis], source.axis
         row_bytes = math.prod(source.shape) * source.dtype.itemsize // size
         step = min(size, max(1, CHUNK_BYTES // row_bytes))
@@ -205,6 +228,7 @@ class _Writer:
             index = (*(slice(None),) * axis, slice(start, min(start + step, size)))
             self._wait(store[index].write(array[index]))
             self._pending_bytes += array[index].nbytes
+        return crc32(array)
 
     def _open(self, specification: dict[str, Any]) -> Any:
         future = tensorstore.open(

@@ -52,6 +52,7 @@ def read(path: Path) -> Stored:
     return with_other_files(
         files[0].parent,
         tensors,
+        files,
         lambda name: _from_official_name(to_stored_name(name)),
     )
 

@@ -9,7 +9,6 @@ Files that are written here hold a CRC-32 of each tensor in "__metadata__", whic
 compared when the tensor is read.
 """
 
-import itertools
 import json
 import math
 import operator
@@ -21,6 +20,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from recurrentgemma.checkpoints.checksums import verified
 from recurrentgemma.checkpoints.tensors import (
     TensorSource,
     blocks_of,
@@ -75,14 +75,36 @@ def read_safetensors(path: Path) -> dict[str, TensorSource]:
         sources[name] = file_source(path, data_start + begin, shape, dtype)
         if CHECKSUM + name in metadata:
             checksum = metadata[CHECKSUM + name]
-            sources[name] = sources[name].verified(checksum, f"{path}: {name}")
-    places.sort()
-    for (_, end, name), (begin, _, other) in itertools.pairwise(places):
-        if begin < end:
-            raise ValueError(f"{path} is damaged: {name} and {other} overlap.")
-    data_end = max((end for _, end, _ in places), default=0)
-    _check_size(path, data_start + data_end)
+            sources[name] = verified(sources[name], checksum, f"{path}: {name}")
+    _check_places(path, sorted(places), data_start)
     return sources
+
+
+def _check_places(
+    path: Path, places: list[tuple[int, int, str]], data_start: int
+) -> None:
+    """Raises ValueError unless the tensors fill the file, one behind the other.
+
+    Args:
+      path: the file.
+      places: begin and end in the data, and name, of each tensor, in order.
+      data_start: where the data begins in the file.
+    """
+    end_before, other = 0, "the header"
+    for begin, end, name in places:
+        if begin < end_before:
+            raise ValueError(f"{path} is damaged: {other} and {name} overlap.")
+        if begin > end_before:
+            raise ValueError(
+                f"{path} is damaged: {begin - end_before} bytes between {other} and "
+                f"{name} belong to no tensor."
+            )
+        end_before, other = end, name
+    excess = _check_size(path, data_start + end_before)
+    if excess:
+        raise ValueError(
+            f"{path} is damaged: {excess} bytes at its end belong to no tensor."
+        )
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -101,12 +123,14 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
         raise ValueError(f"{path} is not a safetensors file.") from error
 
 
-def _check_size(path: Path, expected: int) -> None:
+def _check_size(path: Path, expected: int) -> int:
+    """The number of bytes beyond those expected, of which none may be missing."""
     size = path.stat().st_size
     if size < expected:
         raise ValueError(
             f"{path} is truncated: {expected} bytes expected, {size} found."
         )
+    return size - expected
 
 
 def write_safetensors(

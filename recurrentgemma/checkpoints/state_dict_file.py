@@ -6,6 +6,8 @@ that knows only the names in `_NAMES`, and nothing else in it is run. ZIP record
 padded so that their data is aligned, as PyTorch needs to map a file into memory.
 """
 
+import functools
+import io
 import math
 import pickle
 import struct
@@ -18,6 +20,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from recurrentgemma.checkpoints.checksums import (
+    check_crc,
+    checked_before,
+    verified,
+)
 from recurrentgemma.checkpoints.tensors import TensorSource, blocks_of, file_source
 
 STORAGES = {
@@ -52,6 +59,35 @@ class _Tensor(NamedTuple):
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+
+
+class _Archive(NamedTuple):
+    path: Path
+    folder: str
+    """What the names of all records begin with."""
+    records: Mapping[str, zipfile.ZipInfo]
+    checks: dict[str, Callable[[], None]]
+    """Comparisons of whole records with their checksums, by name; each reads once."""
+
+    def data_offset(self, record: zipfile.ZipInfo) -> int:
+        """Where the data of a record begins in the file."""
+        with self.path.open("rb") as file:
+            file.seek(record.header_offset)
+            header = file.read(LOCAL_HEADER_BYTES)
+        name_bytes, extra_bytes = struct.unpack("<HH", header[-4:])
+        return record.header_offset + LOCAL_HEADER_BYTES + name_bytes + extra_bytes
+
+    def check(self, record: zipfile.ZipInfo) -> Callable[[], None]:
+        """A function that compares a record with its checksum when it is first called."""
+        check = functools.partial(
+            check_crc,
+            self.path,
+            self.data_offset(record),
+            record.file_size,
+            record.CRC,
+            f"{self.path}: {record.filename}",
+        )
+        return self.checks.setdefault(record.filename, functools.cache(check))
 
 
 def _rebuild_tensor(storage, offset, shape, strides, *_):
@@ -101,12 +137,13 @@ def read_state_dict(
             order = f"{folder}byteorder"
             if order in records and archive.read(order) != b"little":
                 raise ValueError("it is big-endian")
-            with archive.open(pickled) as file:
-                state = _Unpickler(file).load()
+            # Read whole, which compares its checksum.
+            state = _Unpickler(io.BytesIO(archive.read(pickled))).load()
         if not isinstance(state, Mapping) or not state:
             raise ValueError("it holds no dictionary of tensors")
+        opened = _Archive(path, folder, records, {})
         return {
-            name: _source(path, name, tensor, slicing_axis, records, folder)
+            name: _source(opened, name, tensor, slicing_axis)
             for name, tensor in state.items()
         }
     except OSError as error:
@@ -119,12 +156,10 @@ def read_state_dict(
 
 
 def _source(
-    path: Path,
+    archive: _Archive,
     name: Any,
     tensor: Any,
     slicing_axis: Callable[[str, tuple[int, ...]], int],
-    records: Mapping[str, zipfile.ZipInfo],
-    folder: str,
 ) -> TensorSource:
     if not isinstance(name, str) or not isinstance(tensor, _Tensor):
         raise ValueError(f"{name!r} is not a tensor")  # noqa: TRY004
@@ -135,18 +170,23 @@ def _source(
     transposed = len(shape) == 2 and _is_contiguous(shape[::-1], strides[::-1])
     if not transposed and not _is_contiguous(shape, strides):
         raise ValueError(f"{name} is stored with the strides {strides}")
-    record = records[f"{folder}data/{storage.key}"]
+    record = archive.records[f"{archive.folder}data/{storage.key}"]
     size = math.prod(shape)
     data_bytes = (first + size) * dtype.itemsize
     if first < 0 or record.compress_type or data_bytes > record.file_size:
         raise ValueError(f"{name} has no place in it")
-    offset = _data_offset(path, record) + first * dtype.itemsize
-    if transposed:
-        return file_source(path, offset, shape[::-1], dtype).transposed()
-    source = file_source(path, offset, shape, dtype, slicing_axis(name, shape))
-    if record.CRC and data_bytes == size * dtype.itemsize == record.file_size:
-        return source.verified(f"{record.CRC:08x}", f"{path}: {name}")
-    return source  # A part of a record, which has one checksum.
+    offset = archive.data_offset(record) + first * dtype.itemsize
+    axis = 0 if transposed else slicing_axis(name, shape)
+    stored_shape = shape[::-1] if transposed else shape
+    source = file_source(archive.path, offset, stored_shape, dtype, axis)
+    is_whole_record = data_bytes == size * dtype.itemsize == record.file_size
+    if not record.CRC:  # PyTorch can be told to leave it out.
+        pass
+    elif is_whole_record:
+        source = verified(source, f"{record.CRC:08x}", f"{archive.path}: {name}")
+    else:
+        source = checked_before(source, archive.check(record))
+    return source.transposed() if transposed else source
 
 
 def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
@@ -156,14 +196,6 @@ def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
             return False
         expected *= size
     return True
-
-
-def _data_offset(path: Path, record: zipfile.ZipInfo) -> int:
-    with path.open("rb") as file:
-        file.seek(record.header_offset)
-        header = file.read(LOCAL_HEADER_BYTES)
-    name_bytes, extra_bytes = struct.unpack("<HH", header[-4:])
-    return record.header_offset + LOCAL_HEADER_BYTES + name_bytes + extra_bytes
 
 
 def write_state_dict(path: Path, tensors: Mapping[str, TensorSource]) -> None:

@@ -14,7 +14,7 @@ sources in native orientation.
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -42,6 +42,8 @@ class Stored(NamedTuple):
     tokenizer_path: Path | None
     stored_name: Callable[[str], str]
     """What the format calls the tensor of a native name."""
+    files: Collection[Path]
+    """What the checkpoint consists of; some of them may not exist."""
 
 
 class Format(Protocol):

@@ -7,7 +7,6 @@ the tensor and one slice, and on CPU the buffer itself becomes the array.
 """
 
 import math
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,29 +93,6 @@ class TensorSource(NamedTuple):
             return part
 
         return self._replace(read=read)
-
-    def verified(self, checksum: str, name: str) -> "TensorSource":
-        """The tensor, whose CRC-32 is compared when it has been read from start to end
-        along its first axis; `checksum` is its eight hexadecimal digits.
-
-        Reading raises ValueError, which calls the tensor `name`, if it differs.
-        """
-        if self.axis != 0:
-            return self
-        position = found = 0
-
-        def see(start: int, part: np.ndarray) -> None:
-            nonlocal position, found
-            if start == 0:
-                position = found = 0
-            if start != position:
-                return
-            position += len(part)
-            found = zlib.crc32(np.ascontiguousarray(part).view(np.uint8).data, found)
-            if position == self.shape[0] and f"{found:08x}" != checksum:
-                raise ValueError(f"{name} is damaged: its checksum differs.")
-
-        return self.watched(see)
 
     def entry(self, index: int) -> "TensorSource":
         """An entry of the first axis, which is not the one that is sliced."""

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from recurrentgemma.checkpoints import (
 from recurrentgemma.checkpoints.hugging_face import MODEL_TYPES
 from recurrentgemma.checkpoints.model_types import config_from_json, config_to_json
 from recurrentgemma.checkpoints.tensors import array_source
+from tests.checkpoints.checkpoints import assert_same_files
 from tests.models import forward
 from tests.tolerances import assert_close
 
@@ -35,6 +37,10 @@ STORED = {
 }
 OTHER_PYTHON = os.environ.get("TRANSFORMERS_PYTHON")
 """A Python with transformers and torch, if they are in another environment."""
+needs_transformers = pytest.mark.skipif(
+    not (OTHER_PYTHON or importlib.util.find_spec("transformers")),
+    reason="transformers is not installed; TRANSFORMERS_PYTHON may name a Python",
+)
 every_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -150,6 +156,22 @@ def test_written_tensors_are_those_that_were_read(case, tmp_path):
     assert written == {key: stored[key] for key in written}
 
 
+def test_a_second_name_of_a_layout_loses_nothing(tmp_path, monkeypatch):
+    """It is written under the first name."""
+    case = "gemma1_like_2b_mqa"
+    monkeypatch.setitem(MODEL_TYPES, "gemma_text", MODEL_TYPES["gemma"])
+    other = shutil.copytree(
+        GOLDEN / case, tmp_path / "other", copy_function=shutil.copy
+    )
+    content = {**STORED[case], "model_type": "gemma_text"}
+    (other / "config.json").write_text(json.dumps(content))
+    save(tmp_path / "saved", load(other)[0], None, format="hugging_face")
+    save(tmp_path / "first", load(GOLDEN / case)[0], None, format="hugging_face")
+    assert_same_files("hugging_face", tmp_path / "saved", tmp_path / "first")
+    written = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert written["model_type"] == "gemma"
+
+
 PRESET_TYPES = {
     name: {"recurrentgemma": "recurrent_gemma"}.get(
         family := name.split("-")[0], family
@@ -243,6 +265,16 @@ def test_settings_that_are_not_supported(case, fields, message):
         config_from_json(model_type, {**STORED[case], **fields})
 
 
+def in_transformers(program: str, *arguments: str, folder: Path) -> None:
+    """Runs a program in a folder, with a Python that has transformers.
+
+    Elsewhere than in the root, where `kernels` would hide a package that it imports.
+    """
+    command = [OTHER_PYTHON or sys.executable, "-c", program, *arguments]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run(command, check=True, cwd=folder, env=environment)
+
+
 EXPORT_CHECK = """
 import sys
 import numpy as np
@@ -260,10 +292,7 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.skipif(
-    not (OTHER_PYTHON or importlib.util.find_spec("transformers")),
-    reason="transformers is not installed; TRANSFORMERS_PYTHON may name a Python",
-)
+@needs_transformers
 @every_case
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_export_loads_in_transformers_with_the_same_logits(case, dtype, tmp_path):
@@ -274,9 +303,6 @@ def test_an_export_loads_in_transformers_with_the_same_logits(case, dtype, tmp_p
         0, exported.config.vocab_size, (3, 8), np.int32
     )
     np.save(tmp_path / "tokens.npy", tokens)
-    command = [OTHER_PYTHON or sys.executable, "-c", EXPORT_CHECK]
-    paths = [tmp_path / name for name in ("saved", "tokens.npy", "logits.npy")]
-    # Elsewhere than the root, where `kernels` would hide a package that it imports.
-    subprocess.run([*command, *map(str, paths)], check=True, cwd=tmp_path)
+    in_transformers(EXPORT_CHECK, "saved", "tokens.npy", "logits.npy", folder=tmp_path)
     logits, _ = forward(exported, jnp.asarray(tokens))
     assert_close(logits, np.load(tmp_path / "logits.npy"), "logits")

@@ -24,7 +24,7 @@ from recurrentgemma.generation.sampler import Sampler
 from recurrentgemma.generation.sampling import Sampling
 from tests.generation.test_sampler import GOLDEN, Tokenizer, assert_close
 from tests.golden_models import load_golden
-from tests.models import forward, random_model, tiny_config
+from tests.models import TINY_PRESETS, forward, random_model, tiny_config
 
 SETTINGS = [
     Sampling(0),
@@ -56,22 +56,34 @@ def text_sampler():
     return Sampler(load_golden(GOLDEN), tokenizer, compile_ahead=False)
 
 
-def _tokens(count, seed=0):
-    return np.random.default_rng(seed).integers(0, VOCAB, count).tolist()
+def _tokens(count, seed=0, vocab_size=VOCAB):
+    return np.random.default_rng(seed).integers(0, vocab_size, count).tolist()
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=["greedy", "all"])
-@pytest.mark.parametrize("read", [1, 17, 150])
-def test_continuing_is_as_if_there_were_no_break(sampler, settings, read):
+@pytest.fixture(scope="module")
+def gemma():
+    """Of a tiny Gemma 2."""
+    return Sampler(random_model(TINY_PRESETS["gemma2-27b"]), compile_ahead=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "read"),
+    [
+        *itertools.product(["sampler"], SETTINGS, [1, 17, 150]),
+        ("gemma", SETTINGS[1], 17),
+    ],
+)
+def test_continuing_is_as_if_there_were_no_break(name, settings, read, request):
     """For every split: also before the first and after the last token."""
-    tokens = _tokens(150)
-    request = {"max_new_tokens": 20, "sampling": settings, "end_tokens": [], "seed": 3}
-    [whole] = sampler([tokens], **request)
+    sampler = request.getfixturevalue(name)
+    tokens = _tokens(150, vocab_size=sampler.model.config.vocab_size)
+    wanted = {"max_new_tokens": 20, "sampling": settings, "end_tokens": [], "seed": 3}
+    [whole] = sampler([tokens], **wanted)
     prefix = sampler.prefill(tokens[:read])
     assert prefix.num_tokens.tolist() == [read]
-    [after] = sampler([tokens[read:]], prefix=prefix, **request)
+    [after] = sampler([tokens[read:]], prefix=prefix, **wanted)
     assert after.tokens == whole.tokens
-    [again] = sampler([tokens[read:]], prefix=prefix, **request)
+    [again] = sampler([tokens[read:]], prefix=prefix, **wanted)
     assert again.tokens == whole.tokens, "the prefix was changed by its use"
 
 
@@ -446,9 +458,11 @@ def test_a_failed_save_leaves_what_was_there(sampler, tmp_path, monkeypatch):
     assert path.read_bytes() == b"mine" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_scores_are_the_plain_forwards(sampler):
+@pytest.mark.parametrize("name", ["sampler", "gemma"])
+def test_scores_are_the_plain_forwards(name, request):
     """For any chunking: whole, after a prefix, token by token."""
-    tokens = _tokens(200)
+    sampler = request.getfixturevalue(name)
+    tokens = _tokens(200, vocab_size=sampler.model.config.vocab_size)
     logits = forward(sampler.model, np.array([tokens]))[0][0, :-1]
     expected = jax.nn.log_softmax(logits)[np.arange(199), np.array(tokens[1:])]
     whole = sampler.score(tokens)

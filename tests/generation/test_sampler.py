@@ -24,6 +24,7 @@ from recurrentgemma.generation.sampling import Sampling, row_keys
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.tokenizer import Tokenizer
 from tests.golden_models import load_data, load_golden
+from tests.models import TINY_PRESETS, random_model
 from tests.tolerances import assert_close
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "sampler"
@@ -316,12 +317,11 @@ def test_an_int_seed_counts_up_along_the_rows(tiny):
     assert len({tuple(s.tokens) for s in counted}) == 4
 
 
-@pytest.mark.parametrize("pattern", ["recurrent", "global_attention"])
-def test_decoding_equals_the_plain_forward(pattern):
+@pytest.mark.parametrize("name", ["hawk-100m", "gemma2-27b"])
+def test_decoding_equals_the_plain_forward(name):
     """Teacher forcing over prefill and blocks; a global cache is large enough."""
-    model = _model(block_pattern=(pattern,), num_layers=1)
-    sampler = Sampler(model, compile_ahead=False)
-    prompt = np.random.default_rng(1).integers(0, 60, 180).tolist()
+    sampler = Sampler(random_model(TINY_PRESETS[name]), compile_ahead=False)
+    prompt = np.random.default_rng(1).integers(0, 40, 180).tolist()
     [sample] = sampler(
         [prompt],
         max_new_tokens=80,
