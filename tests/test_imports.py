@@ -16,6 +16,7 @@ LAYERS = [
     {"_compat", "_atomic", "_validation", "mixers"},
     {"config"},
     {"cache"},
+    {"observed"},
     {"layers", "rotary", "inputs"},
     {"blocks"},
     {"griffin"},

@@ -36,6 +36,7 @@ from recurrentgemma.generation.programs import (
 from recurrentgemma.generation.sampling import Sampling
 from recurrentgemma.generation.speculation import speculate_block
 from recurrentgemma.generation.stop_strings import TextUntilStop
+from recurrentgemma.inspect import generating
 from recurrentgemma.tokenizer import Tokenizer
 
 # Streaming: steps before the first text, and how often text should come after it.
@@ -171,7 +172,7 @@ class Generation:
           progress: called while requests are read.
         """
         self._readers = readers
-        self._models = tuple(reader.model for reader in readers)
+        self._models = tuple(generating(reader.model) for reader in readers)
         self._settings = settings
         self._failures: list[Exception] = []
         self._waiting = _until_failure(requests, self._failures)
