@@ -15,7 +15,8 @@ VERSION = re.search(
 ).group(1)
 
 KERNEL_PACKAGES = ["linear_scan", "rg_lru", "recurrent_step", "local_attention"]
-NOTEBOOKS = ["nbclient>=0.10", "ipykernel", "matplotlib"]
+PLOT = ["matplotlib"]
+NOTEBOOKS = ["nbclient>=0.10", "ipykernel", *PLOT]
 
 setup(
     name="recurrentgemma",
@@ -66,6 +67,7 @@ setup(
         "cuda12": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
         "notebooks": NOTEBOOKS,
+        "plot": PLOT,
         "test": [
             "pytest",
             "pytest-xdist",

@@ -30,6 +30,7 @@ COMMANDS = {
     "info": "show the config, parameters and memory of a model",
     "convert": "write a checkpoint in another layout",
     "verify": "check a checkpoint and print a certificate",
+    "heads": "show which attention heads find a fact in a long text",
 }
 CLEANING_UP = ("train", "convert", "verify")
 """Commands that save, or remove what is half-written, when Ctrl-C ends them. Others do

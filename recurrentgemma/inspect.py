@@ -21,6 +21,7 @@ import fnmatch
 import functools
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ from recurrentgemma.griffin import Griffin, unstack_layers
 from recurrentgemma.inputs import prepare
 
 Captured = tuple[jax.Array, Cache, dict[str, jax.Array]]
-Function = Callable[[jax.Array], jax.Array]
+Function = Callable[..., jax.Array]
 """An edit: the value of some tokens, [B, T, ...], to one of the same shape."""
 Edits = Mapping[str, Function]
 """Edits by name of the value, or by pattern."""
@@ -86,9 +87,9 @@ def capture(model: Griffin, patterns: str | Sequence[str]) -> Callable[..., Capt
         positions: jax.Array | None = None,
         cache: Cache | None = None,
     ) -> Captured:
-        cache = prepare(model.config, tokens, positions, cache)
-        hidden, cache, values = _captured(model, chosen, tokens, positions, cache)
-        return hidden, cache, dict(values)
+        room = prepare(model.config, tokens, positions, cache)
+        hidden, new, values = _captured(model, chosen, tokens, positions, room)
+        return hidden, new, dict(values)
 
     return call
 
@@ -201,7 +202,7 @@ def entropy(probabilities: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="patterns")
-def _captured(model, patterns, tokens, positions, cache):
+def _captured(model, patterns, tokens, positions, cache) -> Any:
     recorder = _Recorder(patterns, model.observer)
     observed = with_observer(model, recorder)
     # Values may not leave what is recomputed in the backward pass.

@@ -318,24 +318,25 @@ class ComplexRGLRU(RGLRU):
             h = self.states(x, chunk, h0)
             if chunk.replaces("state"):
                 return h.astype(x.dtype), h[:, -1]
-        return self._scan(x, *self._gates(x, chunk), chunk.positions, h0)
+        return self._scan(x, self._gates(x, chunk), chunk.positions, h0)
 
     def states(self, x: jax.Array, chunk: Chunk, h0: jax.Array) -> jax.Array:
         """float32 [B, T, E]: the state after every token, y before it is rounded."""
-        inputs = x.astype(jnp.float32), *self._gates(x, chunk)
+        inputs = x.astype(jnp.float32), self._gates(x, chunk), chunk.positions
         if chunk.replaces("state"):
 
             def advance(h, token):
-                *token, positions = token
-                return self._scan(*token, positions, h)[1]
+                x, gate_logits, positions = token
+                return self._scan(x, gate_logits, positions, h)[1]
 
-            h = replaced_states((*inputs, chunk.positions), h0, chunk, advance)
+            h = replaced_states(inputs, h0, chunk, advance)
         else:
-            h, _ = self._scan(*inputs, chunk.positions, h0)
+            h, _ = self._scan(*inputs, h0)
         chunk.show("state", h)
         return h
 
-    def _scan(self, x, recurrence_logits, input_logits, positions, h0):
+    def _scan(self, x, gate_logits, positions, h0):
+        recurrence_logits, input_logits = gate_logits
         return complex_rg_lru(
             x,
             recurrence_logits,

@@ -21,7 +21,7 @@ LAYERS = [
     {"blocks"},
     {"griffin"},
     {"environment"},
-    {"inspect", "cost"},
+    {"inspect", "cost", "plots"},
     {"tokenizer"},
     {"generation"},
     {"checkpoints"},
