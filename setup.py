@@ -15,7 +15,8 @@ VERSION = re.search(
 ).group(1)
 
 KERNEL_PACKAGES = ["linear_scan", "rg_lru", "recurrent_step", "local_attention"]
-NOTEBOOKS = ["nbclient>=0.10", "ipykernel", "matplotlib"]
+PLOT = ["matplotlib"]
+NOTEBOOKS = ["nbclient>=0.10", "ipykernel", *PLOT]
 
 setup(
     name="recurrentgemma",
@@ -67,6 +68,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "plot": ["matplotlib"],
         "notebooks": NOTEBOOKS,
+        "plot": PLOT,
         "test": [
             "pytest",
             "pytest-xdist",

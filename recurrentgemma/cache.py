@@ -64,16 +64,33 @@ class Observer(Protocol):
     (`Griffin.observer`): hashable, and equal to another one that does the same.
     """
 
+    @property
+    def key(self) -> str:
+        """Text that tells an observer that replaces values from all others, also of
+        other processes; empty for one that replaces nothing. A prefix is accepted by a
+        model with the same key alone."""
+        ...
+
     def sees(self, name: str) -> bool:
         """Whether it wants the value of this name."""
         ...
 
     def replaces(self, name: str) -> bool:
-        """Whether it may return another value; only of one that it sees."""
+        """Whether it returns another value; only of one that it sees."""
         ...
 
-    def __call__(self, name: str, value: jax.Array) -> jax.Array:
+    def replace(self, name: str, value: jax.Array, positions: jax.Array) -> jax.Array:
         """The value to go on with.
+
+        Args:
+          name: of a value that it replaces.
+          value: [B, T, ...], any tokens of the call.
+          positions: int32 [B, T], of these tokens in their documents; -1 at padding.
+        """
+        ...
+
+    def show(self, name: str, value: jax.Array) -> None:
+        """Sees the value that the model goes on with.
 
         Args:
           name: of a value that it sees.
@@ -131,20 +148,55 @@ class Chunk:
             for name in names
         )
 
-    def observe(self, name: str, value: jax.Array) -> jax.Array:
+    def observe(
+        self, name: str, value: jax.Array, *, over_tokens: bool = False
+    ) -> jax.Array:
         """Shows a value to the observer; what comes back is to be used instead.
 
         Args:
           name: of the value in the present module.
           value: [B, T, ...].
+          over_tokens: whether the last T entries of the last axis are the chunk's
+            tokens too.
         """
-        if self.observer is None or not self.observer.sees(self.scope + name):
+        if self.observer is None or not self.sees(name):
             return value
+        seen = self._reorder(value, 1, over_tokens)
+        if self.replaces(name):
+            seen = self.replace(name, seen, self._reorder(self.positions, 1))
+            value = self._reorder(seen, 0, over_tokens)
+        self.observer.show(self.scope + name, seen)
+        return value
+
+    def show(self, name: str, value: jax.Array, *, over_tokens: bool = False) -> None:
+        """Shows a value that nobody can replace here; arguments as for `observe`."""
+        if self.observer is not None and self.sees(name):
+            seen = self._reorder(value, 1, over_tokens)
+            self.observer.show(self.scope + name, seen)
+
+    def replace(self, name: str, value: jax.Array, positions: jax.Array) -> jax.Array:
+        """What the observer makes of a value that it replaces.
+
+        Args:
+          name: of the value in the present module.
+          value: [B, T, ...], any tokens of the chunk.
+          positions: int32 [B, T], of these tokens.
+        """
+        assert self.observer is not None, f"nobody replaces {name}"
+        return self.observer.replace(self.scope + name, value, positions)
+
+    def _reorder(self, value, order, over_tokens=False):
+        """From the caller's order to the chunk's, `order` 0, or back, `order` 1."""
         if self.order is None:
-            return self.observer(self.scope + name, value)
-        given, now = self.order
-        seen = self.observer(self.scope + name, reorder(value, now))
-        return reorder(seen, given)
+            return value
+        index = self.order[order]
+        value = reorder(value, index)
+        if over_tokens:
+            others, tokens = jnp.split(value, [value.shape[-1] - index.shape[1]], -1)
+            index = jnp.expand_dims(index, range(1, value.ndim - 1))
+            tokens = jnp.take_along_axis(tokens, index, axis=-1)
+            value = jnp.concatenate([others, tokens], axis=-1)
+        return value
 
 
 def reorder(values: jax.Array, index: jax.Array) -> jax.Array:

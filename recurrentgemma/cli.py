@@ -31,6 +31,7 @@ COMMANDS = {
     "convert": "write a checkpoint in another layout",
     "verify": "check a checkpoint and print a certificate",
     "bench": "measure speed and memory",
+    "heads": "show which attention heads find a fact in a long text",
 }
 CLEANING_UP = ("train", "convert", "verify")
 """Commands that save, or remove what is half-written, when Ctrl-C ends them. Others do

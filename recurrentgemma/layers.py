@@ -24,6 +24,7 @@ from recurrentgemma.kernels.rg_lru.reference import (
     log_decay,
     sqrt_bounded_derivative,
 )
+from recurrentgemma.observed import effective_attention, replaced_states
 
 NORM_EPSILON = 1e-6
 RG_LRU_MIN_RADIUS, RG_LRU_MAX_RADIUS = 0.9, 0.999
@@ -199,11 +200,13 @@ class RGLRU(nnx.Module):
     """The real-gated linear recurrent unit (Griffin, section 2.4).
 
     Observed, float32 [B, T, E]: the gates after their sigmoids, `decay` (a_t, before a
-    document's start sets it to 0) and `state` (h_t). The op forms none of them, so they
-    are computed from its inputs, where somebody looks.
+    document's start sets it to 0) and `state` (h_t); and `effective_attention`, float32
+    [B, T, E, T], which cannot be replaced. The op forms none of them, so they are
+    computed from its inputs, where somebody looks.
     """
 
-    observed: ClassVar = ("recurrence_gate", "input_gate", "decay", "state")
+    replaceable: ClassVar = ("recurrence_gate", "input_gate", "decay", "state")
+    observed: ClassVar = (*replaceable[:3], "effective_attention", "state")
 
     def __init__(
         self, width: int, num_gate_blocks: int, runtime: Runtime, *, rngs: nnx.Rngs
@@ -219,7 +222,7 @@ class RGLRU(nnx.Module):
         """x [B, T, E], h0 float32 [B, E] -> y [B, T, E], h_last float32 [B, E]."""
         if chunk.sees(*self.observed):
             h = self._observed_states(x, chunk, h0)
-            if chunk.replaces(*self.observed):
+            if chunk.replaces(*self.replaceable):
                 return h.astype(x.dtype), h[:, -1]
         return rg_lru(
             x,
@@ -236,7 +239,7 @@ class RGLRU(nnx.Module):
         """float32 [B, T, E]: the state after every token, y before it is rounded."""
         if chunk.sees(*self.observed):
             h = self._observed_states(x, chunk, h0)
-            if chunk.replaces(*self.observed):
+            if chunk.replaces(*self.replaceable):
                 return h
         return rg_lru(
             x.astype(jnp.float32),
@@ -268,13 +271,18 @@ class RGLRU(nnx.Module):
         starts = (chunk.positions == 0)[..., None]
         holds = (chunk.positions < 0)[..., None]
         scale = jnp.where(starts, 1.0, sqrt_bounded_derivative(radicand))
-        h, _ = linear_scan(
-            jnp.where(holds, 0.0, scale * scanned),
-            jnp.where(holds, 1.0, jnp.where(starts, 0.0, decay)),
-            h0,
-            implementation=self.runtime.linear_scan,
-        )
-        return chunk.observe("state", h)
+        scale = jnp.where(holds, 0.0, scale)
+        decay = jnp.where(holds, 1.0, jnp.where(starts, 0.0, decay))
+        if chunk.sees("effective_attention"):
+            operator = effective_attention(scale * input_gate, decay)
+            chunk.show("effective_attention", operator, over_tokens=True)
+        inputs = scale * scanned, decay
+        if chunk.replaces("state"):
+            h = replaced_states(inputs, h0, chunk)
+        else:
+            h, _ = linear_scan(*inputs, h0, implementation=self.runtime.linear_scan)
+        chunk.show("state", h)
+        return h
 
 
 class ComplexRGLRU(RGLRU):
@@ -283,7 +291,8 @@ class ComplexRGLRU(RGLRU):
     Observed, float32: the gates after their sigmoids [B, T, E / 2], and `state`.
     """
 
-    observed: ClassVar = ("recurrence_gate", "input_gate", "state")
+    replaceable: ClassVar = ("recurrence_gate", "input_gate", "state")
+    observed: ClassVar = replaceable
 
     def __init__(
         self, width: int, num_gate_blocks: int, runtime: Runtime, *, rngs: nnx.Rngs
@@ -309,23 +318,40 @@ class ComplexRGLRU(RGLRU):
             h = self.states(x, chunk, h0)
             if chunk.replaces("state"):
                 return h.astype(x.dtype), h[:, -1]
-        return self._scan(x, x, chunk, h0)
+        return self._scan(x, self._gates(x, chunk), chunk.positions, h0)
 
     def states(self, x: jax.Array, chunk: Chunk, h0: jax.Array) -> jax.Array:
         """float32 [B, T, E]: the state after every token, y before it is rounded."""
-        h, _ = self._scan(x, x.astype(jnp.float32), chunk, h0)
-        return chunk.observe("state", h)
+        inputs = x.astype(jnp.float32), self._gates(x, chunk), chunk.positions
+        if chunk.replaces("state"):
 
-    def _scan(self, x, scanned, chunk, h0):
+            def advance(h, token):
+                x, gate_logits, positions = token
+                return self._scan(x, gate_logits, positions, h)[1]
+
+            h = replaced_states(inputs, h0, chunk, advance)
+        else:
+            h, _ = self._scan(*inputs, h0)
+        chunk.show("state", h)
+        return h
+
+    def _scan(self, x, gate_logits, positions, h0):
+        recurrence_logits, input_logits = gate_logits
         return complex_rg_lru(
-            scanned,
-            self._gate_logits("recurrence_gate", x, chunk),
-            self._gate_logits("input_gate", x, chunk),
+            x,
+            recurrence_logits,
+            input_logits,
             self.a_param[...],
             self.a_imag_param[...],
-            chunk.positions,
+            positions,
             h0,
             implementation=self.runtime.linear_scan,
+        )
+
+    def _gates(self, x, chunk):
+        return (
+            self._gate_logits("recurrence_gate", x, chunk),
+            self._gate_logits("input_gate", x, chunk),
         )
 
     def _gate_logits(self, name, x, chunk):

@@ -16,7 +16,9 @@ from recurrentgemma.blocks.mixer import Mixer
 from recurrentgemma.cache import OVERFLOWN, Chunk
 from recurrentgemma.config import GriffinConfig, Runtime
 from recurrentgemma.kernels import local_attention
-from recurrentgemma.kernels.local_attention import KVCache
+from recurrentgemma.kernels.local_attention import KVCache, reference
+from recurrentgemma.kernels.local_attention.chunk import Chunk as Inputs
+from recurrentgemma.kernels.local_attention.chunk import Settings
 from recurrentgemma.layers import Linear
 from recurrentgemma.rotary import apply_rotary
 
@@ -71,7 +73,9 @@ class LocalAttentionBlock(Mixer):
         """x [B, T, D] -> y [B, T, D] in x's dtype, and the ring after the chunk.
 
         Observed, in x's dtype: `queries` [B, T, N, H], `keys` and `values` [B, T, K, H]
-        before the rotary embedding, and `heads` [B, T, N, H], the weighted sums.
+        before the rotary embedding, and `heads` [B, T, N, H], the weighted sums;
+        `probabilities`, float32 [B, T, N, S + T]: the weights of the S slots of the
+        ring before the chunk (none without a state), then those of the chunk's tokens.
         """
         config = self.config
         with jax.named_scope("attention_block"):
@@ -86,17 +90,25 @@ class LocalAttentionBlock(Mixer):
                 )
             )
             assert chunk.rotary is not None, "attention needs rotary tables"
+            q, k = (apply_rotary(x, chunk.rotary) for x in (q, k))
+            options = {
+                "window": self.window,
+                "scale": config.attention_scale,
+                "soft_cap": config.attention_soft_cap,
+            }
+            before = state
             y, state = local_attention(
-                apply_rotary(q, chunk.rotary),
-                apply_rotary(k, chunk.rotary),
+                q,
+                k,
                 v,
                 positions=chunk.positions,
-                cache=state,
-                window=self.window,
-                scale=config.attention_scale,
-                soft_cap=config.attention_soft_cap,
+                cache=before,
                 implementation=self.runtime.local_attention,
+                **options,
             )
+            if chunk.sees("probabilities"):
+                seen = _observed_heads(q, k, v, before, chunk, options)
+                y = seen if chunk.replaces("probabilities") else y
             y = chunk.observe("heads", y)
             return self.proj_out(rearrange(y, "b t n h -> b t (n h)")), state
 
@@ -216,6 +228,15 @@ class GlobalAttentionBlock(LocalAttentionBlock):
     ) -> GrowingRing:
         """The ring as it is: it holds all tokens anyway."""
         return state
+
+
+def _observed_heads(q, k, v, ring, chunk, options):
+    """The heads from probabilities that the observer sees and may have replaced."""
+    kept = KVCache(k[:, :0], v[:, :0], chunk.positions[:, :0]) if ring is None else ring
+    inputs = Inputs(q, k, v, chunk.positions, kept)
+    weights, _ = reference.probabilities(inputs, Settings(**options))
+    weights = chunk.observe("probabilities", weights, over_tokens=True)
+    return reference.weighted_sum(weights, v, kept.values).astype(q.dtype)
 
 
 def _attention_flops(config: GriffinConfig, length: int, window: int) -> float:

@@ -17,6 +17,7 @@ from recurrentgemma.cache import Chunk
 from recurrentgemma.config import GriffinConfig, Runtime
 from recurrentgemma.kernels import linear_scan
 from recurrentgemma.layers import Linear
+from recurrentgemma.observed import replaced_states
 
 _FLOPS_PER_CHANNEL = 2
 
@@ -56,15 +57,19 @@ class MinGRUBlock(Mixer):
             starts = (chunk.positions == 0)[..., None]
             holds = (chunk.positions < 0)[..., None]
             is_rewindable = state is not None and state.ndim > 2
-            h, last = linear_scan(
+            inputs = (
                 jnp.where(holds, 0.0, update * candidate),
                 jnp.where(holds, 1.0, jnp.where(starts, 0.0, kept)),
-                state[:, -1] if state is not None and is_rewindable else state,
-                implementation=self.runtime.linear_scan,
             )
-            h = chunk.observe("state", h)
+            h0 = state[:, -1] if state is not None and is_rewindable else state
             if chunk.replaces("state"):
+                h0 = self.init_state(x.shape[0]) if h0 is None else h0
+                h = replaced_states(inputs, h0, chunk)
                 last = h[:, -1]
+            else:
+                implementation = self.runtime.linear_scan
+                h, last = linear_scan(*inputs, h0, implementation=implementation)
+            chunk.show("state", h)
             if state is not None and is_rewindable:
                 last = history.extend(state, h, chunk.lengths)
             return self.linear_out(h.astype(x.dtype)), last

@@ -34,11 +34,16 @@ def save(
       format: a name in `FORMATS`.
 
     Raises:
-      ValueError: the format is unknown or cannot hold this model, the tokenizer does
-        not fit, the directory holds something else, or writing failed. What was there
+      ValueError: the format is unknown or cannot hold this model, the model is edited,
+        the tokenizer does not fit, the directory holds something else, or writing failed. What was there
         is as it was.
     """
     check.instance("model", model, Griffin, "a Griffin model")
+    if model.observer is not None and model.observer.key:
+        raise ValueError(
+            "model: expected one without edits, got an edited one, whose functions no "
+            "checkpoint holds; save inspect.with_observer(model, None)"
+        )
     if tokenizer is not None:
         check.instance("tokenizer", tokenizer, Tokenizer, "a Tokenizer or None")
     write_checkpoint(path, format, model.config, tensors_of(model), tokenizer)

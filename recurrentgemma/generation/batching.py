@@ -33,6 +33,7 @@ from recurrentgemma.generation.requests import Request, Settings
 from recurrentgemma.generation.results import Sample
 from recurrentgemma.generation.speculation import speculate_block
 from recurrentgemma.generation.stop_strings import TextUntilStop
+from recurrentgemma.inspect import generating
 
 # Streaming: steps before the first text, and how often text should come after it.
 _FIRST_STEPS = 4
@@ -86,7 +87,7 @@ class Generation:
           progress: called while requests are read.
         """
         self._readers = readers
-        self._models = tuple(reader.model for reader in readers)
+        self._models = tuple(generating(reader.model) for reader in readers)
         self.settings = settings
         self._failures: list[Exception] = []
         self._waiting = _until_failure(requests, self._failures)

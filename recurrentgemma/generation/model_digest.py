@@ -51,8 +51,9 @@ class ModelDigest:
 
 
 def model_digest(model: Griffin) -> str:
-    """Architecture and weights as text: the config's fingerprint and a digest of every
-    parameter. Takes tens of milliseconds for billions of parameters."""
+    """Architecture and weights as text: the config's fingerprint, a digest of every
+    parameter, and the key of the model's edits if there are any. Takes tens of
+    milliseconds for billions of parameters."""
     samples = [
         leaf if leaf.size <= MIN_SAMPLES else _sample(leaf, *_places(leaf.shape))
         for leaf in jax.tree.leaves(model)
@@ -75,7 +76,14 @@ def _join(model: Griffin, arrays: Sequence[np.ndarray]) -> str:
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(np.asarray(array).astype(jnp.bfloat16).tobytes())
-    return f"{model.config.fingerprint()}:{digest.hexdigest()}"
+    edits = [] if model.observer is None else [model.observer.key]
+    parts = [model.config.fingerprint(), digest.hexdigest(), *filter(None, edits)]
+    return ":".join(parts)
+
+
+def is_of_edited_model(digest: str) -> bool:
+    """Whether the digest is of a model with edits, which this process alone has."""
+    return digest.count(":") > 1
 
 
 @jax.jit

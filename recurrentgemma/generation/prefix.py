@@ -19,7 +19,11 @@ from recurrentgemma import cache as cache_lib
 from recurrentgemma.cache import Cache
 from recurrentgemma.generation import prefix_file
 from recurrentgemma.generation.history import History
-from recurrentgemma.generation.model_digest import digest_of_norms, model_digest
+from recurrentgemma.generation.model_digest import (
+    digest_of_norms,
+    is_of_edited_model,
+    model_digest,
+)
 from recurrentgemma.griffin import Griffin
 
 
@@ -100,8 +104,15 @@ class Prefix:
         """Writes one file, whole or not at all; an existing one is replaced.
 
         Raises:
-          ValueError: it cannot be written; what was there is as it was.
+          ValueError: it cannot be written, and what was there is as it was; or an edited
+            model made it.
         """
+        if is_of_edited_model(self.model_digest):
+            raise ValueError(
+                "prefix: expected one of a model without edits, got one of an edited "
+                "model, whose functions no file holds; keep it in memory, or read the "
+                "text with the model that was edited"
+            )
         path = check.path("path", path)
         arrays = {name: np.asarray(leaf) for name, leaf in _named(self.cache).items()}
         arrays |= self.history._asdict()
@@ -180,9 +191,14 @@ def _named(tree: Any) -> dict[str, Any]:
 def _check_digest(what: str, made_by: str, now: str) -> None:
     if made_by == now:
         return
+    (made_architecture, *made), (architecture, *mine) = (
+        digest.split(":") for digest in (made_by, now)
+    )
     reason = "another architecture"
-    if made_by.split(":")[0] == now.split(":")[0]:
+    if made_architecture == architecture:
         reason = "other weights, such as a fine-tuned sibling"
+        if made[:1] == mine[:1]:
+            reason = "other edits"
     raise ValueError(
         f"{what} was made by a model of {reason}; load that one, or read the text again."
     )
