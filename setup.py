@@ -30,6 +30,7 @@ setup(
         "recurrentgemma",
         "recurrentgemma.benchmarks",
         "recurrentgemma.benchmarks.opponents",
+        "recurrentgemma.benchmarks.recall",
         "recurrentgemma.blocks",
         "recurrentgemma.checkpoints",
         "recurrentgemma.commands",

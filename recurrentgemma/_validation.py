@@ -24,6 +24,11 @@ def positive_integer(name: str, value: Any) -> int:
     return integer(name, found, most=MAX_COUNT)
 
 
+def count(name: str, value: Any) -> int:
+    """An integer of at least 0, and at most what int32 holds."""
+    return integer(name, value, least=0, most=MAX_COUNT)
+
+
 def boolean(name: str, value: Any) -> bool:
     """True or False; nothing else counts as one."""
     if not isinstance(value, bool | np.bool_):

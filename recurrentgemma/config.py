@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from recurrentgemma._validation import (
     boolean,
     choice,
+    count,
     floating_dtype,
     number,
     positive_integer,
@@ -33,7 +34,6 @@ from recurrentgemma.mixers import TEMPORAL_MIXERS
 _SIZES = (
     "vocab_size",
     "width",
-    "mlp_width",
     "num_layers",
     "num_heads",
     "num_kv_heads",
@@ -63,7 +63,7 @@ class GriffinConfig:
     width: int
     """Size of the residual stream, D."""
     mlp_width: int
-    """Hidden size of the gated MLP."""
+    """Hidden size of the gated MLP; 0 leaves the MLP and its norm out of every block."""
     num_layers: int
     """Number of residual blocks, each a temporal-mixing block and an MLP."""
     block_pattern: tuple[str, ...] = ("recurrent", "recurrent", "local_attention")
@@ -106,6 +106,7 @@ class GriffinConfig:
         fields: dict[str, Any] = {}
         for name in _SIZES:
             fields[name] = positive_integer(name, getattr(self, name))
+        fields["mlp_width"] = count("mlp_width", self.mlp_width)
         for name in _SWITCHES:
             fields[name] = boolean(name, getattr(self, name))
         for name in ("attention_soft_cap", "logits_soft_cap", "query_scale"):

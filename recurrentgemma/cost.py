@@ -35,7 +35,7 @@ def parameter_counts(config: GriffinConfig) -> dict[str, int]:
     for mixer in _mixers(config):
         count = sum(_mixer_parameters(mixer, config))
         mixers[mixer.part] = mixers.get(mixer.part, 0) + count
-    norms = 1 + config.num_layers * (4 if config.post_norms else 2)
+    norms = 1 + config.num_layers * _norms_of_a_block(config)
     return {
         "embedding": config.vocab_size * config.width,
         **mixers,
@@ -145,8 +145,15 @@ def decode_bytes(
 
 def _mlp_parameters(config):
     """(matrices, the rest) of a gated MLP."""
+    if not config.mlp_width:
+        return 0, 0
     biases = 2 * config.mlp_width + config.width
     return 3 * config.width * config.mlp_width, biases if config.mlp_bias else 0
+
+
+def _norms_of_a_block(config):
+    """One before the mixer and one before the MLP, or also one after each."""
+    return (2 if config.mlp_width else 1) * (2 if config.post_norms else 1)
 
 
 @functools.lru_cache

@@ -104,10 +104,11 @@ LEGAL = {
     "Griffin.init_cache": {"batch_size": {"1"}, "capacity": {"None", "1"}},
     "GriffinConfig": {
         **_alike(
-            "vocab_size width mlp_width num_layers num_heads num_kv_heads head_dim "
+            "vocab_size width num_layers num_heads num_kv_heads head_dim "
             "attention_window lru_width num_gate_blocks conv_width",
             {"1"},
         ),
+        "mlp_width": {"0", "1"},
         **_alike(
             "attention_bias complex_rg_lru mlp_bias post_norms", {"True", "False"}
         ),

@@ -37,6 +37,7 @@ VARIANTS = {
         TINY, block_pattern=("recurrent", "local_attention", "global_attention")
     ),
     "complex": dataclasses.replace(TINY, complex_rg_lru=True),
+    "no MLP": dataclasses.replace(TINY, mlp_width=0, post_norms=True),
     "minGRU": dataclasses.replace(TINY, block_pattern=("min_gru", "local_attention")),
     "no biases, post norms": dataclasses.replace(
         TINY, attention_bias=False, mlp_bias=False, post_norms=True

@@ -19,7 +19,7 @@ class Point(NamedTuple):
 
     Attributes:
       x: Above 0.
-      y: Above 0; None where the memory did not suffice.
+      y: Above 0, or a share; None where the memory did not suffice.
       is_synthetic: Whether the cache was filled, not read; drawn hollow.
     """
 
@@ -100,7 +100,10 @@ def draw(path: Path, title: str, panels: Sequence[Panel]) -> None:
             label = "cache filled, not read"
             axes.plot([], [], "o", color="gray", markerfacecolor="white", label=label)
         axes.set_xscale("log", base=2 if panel.is_over_length else 10)
-        axes.set_yscale("log")
+        if panel.is_share:
+            axes.set_ylim(bottom=0)
+        else:
+            axes.set_yscale("log")
         for axis in (axes.xaxis, axes.yaxis):
             if axis is axes.yaxis or not panel.is_over_length:
                 steps = (1, 2, 5) if axis is axes.yaxis else (1,)

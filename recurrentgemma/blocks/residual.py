@@ -28,10 +28,12 @@ class ResidualBlock(nnx.Module):
         mixer = TEMPORAL_MIXERS[block_type]
         mixer.check_config(config)
         self.mixer = mixer(config, runtime, rngs=rngs)
-        self.channel_pre_norm = RMSNorm(width)
-        self.mlp = GatedMLP(config, rngs=rngs)
         self.temporal_post_norm = RMSNorm(width) if config.post_norms else None
-        self.channel_post_norm = RMSNorm(width) if config.post_norms else None
+        self.has_mlp = config.mlp_width > 0
+        if self.has_mlp:
+            self.channel_pre_norm = RMSNorm(width)
+            self.mlp = GatedMLP(config, rngs=rngs)
+            self.channel_post_norm = RMSNorm(width) if config.post_norms else None
 
     def __call__(self, x: jax.Array, chunk: Chunk, state: Any) -> tuple[jax.Array, Any]:
         """x [B, T, D] -> [B, T, D], and the mixer's state after the chunk.
@@ -45,6 +47,8 @@ class ResidualBlock(nnx.Module):
         if self.temporal_post_norm is not None:
             y = self.temporal_post_norm(y)
         x = x + y
+        if not self.has_mlp:
+            return chunk.observe("residual", x), state
         with jax.named_scope("mlp_block"):
             y = chunk.observe("mlp", self.mlp(self.channel_pre_norm(x)))
             if self.channel_post_norm is not None:

@@ -136,6 +136,7 @@ def check_config(config: GriffinConfig) -> None:
     types = set(config.block_types)
     fixed: dict[str, tuple] = {"mlp_bias": (True,), "post_norms": (False,)}
     fixed["embedding_scale"] = (1.0, float(np.sqrt(config.width).astype(jnp.bfloat16)))
+    fixed["mlp_width"] = (config.mlp_width or "positive",)
     if "recurrent" in types:
         fixed |= {"conv_width": (4,), "complex_rg_lru": (False,)}
     if "local_attention" in types:

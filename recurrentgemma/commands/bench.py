@@ -29,6 +29,8 @@ SUB_COMMANDS = {
     "scan_estimates": "the recurrence's kernels as the TPU compiler sees them",
     "sampler": "finished rows replaced, and a draft model, against plain sampling",
     "versus": "beside the official package, transformers and older checkouts",
+    "recall": "what a fixed-size state costs: small models trained on recall tasks",
+    "forgetting": "what models remember of a long text",
     "held_out": "bits a byte on the held-out files of nano's corpus",
 }
 USAGE = "QUESTION [FLAGS]"

@@ -188,6 +188,7 @@ def test_the_tokenizer_beside_a_released_checkpoint(layout, tmp_path):
     ("fields", "message"),
     [
         ({"post_norms": True}, "post_norms is True, must be False"),
+        ({"mlp_width": 0}, "mlp_width is 0, must be 'positive'"),
         ({"num_gate_blocks": 2}, "num_gate_blocks is 2, must be 3"),
         ({"embedding_scale": 24**0.5}, "is 4.89.*must be 1.0 or 4.90"),
         ({"block_pattern": ("global_attention",)}, "global_attention in block_pattern"),

@@ -78,8 +78,10 @@ def test_mixed_dtypes_round_trip_through_files_alone(layout, tmp_path):
     assert_same_files(layout, tmp_path / "second", tmp_path / "first")
 
 
-def test_every_architecture_round_trips_in_the_native_format(tmp_path):
+@pytest.mark.parametrize("mlp_width", [0, 20])
+def test_every_architecture_round_trips_in_the_native_format(mlp_width, tmp_path):
     fields = {
+        "mlp_width": mlp_width,
         "block_pattern": ("local_attention", "global_attention"),
         "post_norms": True,
         "mlp_bias": False,

@@ -262,6 +262,7 @@ def test_an_unknown_format(tmp_path):
     ("fields", "message"),
     [
         ({"post_norms": True}, "post_norms is True, must be False"),
+        ({"mlp_width": 0}, "intermediate_size is 0; expected a positive integer"),
         ({"num_gate_blocks": 2}, "num_gate_blocks is 2, must be 3"),
         ({"embedding_scale": 24**0.5}, "embedding_scale is 4.89.*must be 4.90"),
         ({"logits_soft_cap": None}, "logits_soft_cap is None, must be 30.0"),

@@ -1,0 +1,198 @@
+"""What models remember: loss by position, and how much of the past decides.
+
+Both on the held-out files of nano's corpus, each read from its beginning.
+
+    loss by position    mean nats of the tokens at positions [2^k, 2^(k+1)) of a file:
+                        beyond the trained length (512 tokens for nano) it shows whether
+                        a model goes on using, or is confused by, a longer past
+    EffRem              effective remembrance (arXiv 2507.02782): the total-variation
+                        distance between the distributions of the next token given the
+                        whole past and given its last t tokens, read from an empty
+                        state; 0 means that what came before has no effect
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from absl import flags
+
+from recurrentgemma.benchmarks import picture
+from recurrentgemma.benchmarks.report import Column, Report, Row
+from recurrentgemma.benchmarks.sweep import counts
+from recurrentgemma.checkpoints import load
+from recurrentgemma.generation.programs import plan_chunks
+from recurrentgemma.griffin import Griffin
+from recurrentgemma.tokenizer import Tokenizer
+from recurrentgemma.training.corpus import (
+    PYTHON_STDLIB,
+    read_documents,
+    split_held_out,
+)
+
+ENDS_A_FILE = 16
+"""Places in a file at which EffRem is measured."""
+
+
+def held_out_rows(tokenizer: Tokenizer, length: int, most: int) -> np.ndarray:
+    """int32 [rows, length]: the beginnings of held-out files that are long enough.
+
+    Raises:
+      ValueError: none is.
+    """
+    _, documents = split_held_out(read_documents(PYTHON_STDLIB))
+    rows = []
+    for document in documents:
+        tokens = tokenizer.encode(document.text)
+        if len(tokens) >= length:
+            rows.append(tokens[:length])
+        if len(rows) == most:
+            break
+    if not rows:
+        raise ValueError(
+            f"--length: expected a length that a held-out file has, got {length:,}"
+        )
+    return np.array(rows, np.int32)
+
+
+@jax.jit
+def _read(model, tokens, targets, cache):
+    hidden, cache = model(tokens, cache=cache)
+    log_p = jax.nn.log_softmax(model.logits(hidden))
+    nats = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+    return nats, cache
+
+
+def nats_by_position(model: Griffin, rows: np.ndarray) -> np.ndarray:
+    """float32 [rows, T - 1]: nats of each token after the first, int32 [rows, T].
+
+    Read in chunks, so that memory does not grow with T.
+    """
+    cache = model.init_cache(len(rows), capacity=rows.shape[1])
+    found, done = [], 0
+    for size in plan_chunks(rows.shape[1] - 1):
+        end = min(done + size, rows.shape[1] - 1)
+        inputs, targets = rows[:, done:end], rows[:, done + 1 : end + 1]
+        nats, cache = _read(model, inputs, targets, cache)
+        found.append(np.asarray(nats))
+        done = end
+    return np.concatenate(found, axis=1)
+
+
+@jax.jit
+def _last_distribution(model, tokens):
+    hidden, _ = model(tokens)
+    return jax.nn.softmax(model.logits(hidden[:, -1:])[:, 0])
+
+
+def effective_remembrance(
+    model: Griffin, row: np.ndarray, ends: Sequence[int], spans: Sequence[int]
+) -> np.ndarray:
+    """Total-variation distances from the distribution given the whole past.
+
+    Args:
+      model: any.
+      row: int32 [T], a text from its beginning.
+      ends: numbers of tokens read, each at least the longest span.
+      spans: numbers of last tokens, t.
+
+    Returns:
+      float32 [ends, spans], from 0 to 1.
+    """
+    whole = []
+    cache, done = model.init_cache(1, capacity=len(row)), 0
+    for end in sorted(ends):
+        hidden, cache = model(jnp.asarray(row[None, done:end]), cache=cache)
+        whole.append(jax.nn.softmax(model.logits(hidden[:, -1:])[0, 0]))
+        done = end
+    distances = []
+    for span in spans:
+        windows = np.stack([row[end - span : end] for end in sorted(ends)])
+        near = _last_distribution(model, windows)
+        distances.append(0.5 * jnp.abs(near - jnp.stack(whole)).sum(-1))
+    return np.stack(distances, axis=1)
+
+
+def measure(name: str, length: int, rows: int) -> Row:
+    """Both figures of a model."""
+    model, tokenizer = load(name)
+    if tokenizer is None:
+        raise ValueError(f"--models: {name} has no tokenizer")
+    texts = held_out_rows(tokenizer, length, rows)
+    nats = nats_by_position(model, texts)
+    by_position = []
+    for power in range(int(math.log2(length))):
+        part = nats[:, 2**power - 1 : 2 ** (power + 1) - 1]
+        if part.size:
+            by_position.append({"length": 2**power, "nats": float(part.mean())})
+    spans = [2**power for power in range(2, int(math.log2(length // 2)) + 1)]
+    ends = np.linspace(spans[-1], length, ENDS_A_FILE, dtype=int).tolist()
+    distances = np.concatenate(
+        [
+            effective_remembrance(model, row, ends, spans)
+            for row in tqdm.tqdm(texts, desc=name)
+        ]
+    )
+    remembrance = [
+        {"length": span, "distance": float(mean), "upper_quartile": float(upper)}
+        for span, mean, upper in zip(
+            spans, distances.mean(0), np.quantile(distances, 0.75, axis=0), strict=True
+        )
+    ]
+    return {
+        "name": name,
+        "files": len(texts),
+        "length": length,
+        "by_position": by_position,
+        "effrem": remembrance,
+        "last_nats": by_position[-1]["nats"],
+        "last_distance": remembrance[-1]["distance"],
+    }
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of this benchmark."""
+    what = "presets or checkpoints"
+    flags.DEFINE_list("models", ["nano"], what, flag_values=values)
+    flags.DEFINE_string("length", "8k", "tokens of each file", flag_values=values)
+    flags.DEFINE_integer("files", 8, "most files", lower_bound=1, flag_values=values)
+
+
+def run(values: dict[str, Any], folder: Path) -> None:
+    """A row for each model, and a picture."""
+    [length] = counts("length", [values["length"]])
+    if length < 16:
+        raise ValueError(f"--length: expected at least 16 tokens, got {length}")
+    report = Report(
+        folder / "forgetting.json",
+        [
+            Column("", "name", 30),
+            Column("files", "files", 6),
+            Column("tokens", "length", 8),
+            Column("nats, last half", "last_nats", 16),
+            Column("EffRem of half", "last_distance", 16),
+        ],
+    )
+    for name in values["models"]:
+        report.add(measure(name, length, values["files"]))
+    panels = [
+        picture.Panel(
+            x_label,
+            y_label,
+            {
+                row["name"]: [picture.Point(p["length"], p[key]) for p in row[part]]
+                for row in report.rows
+            },
+            is_share=True,
+        )
+        for x_label, y_label, part, key in (
+            ("position in the file, tokens", "nats a token", "by_position", "nats"),
+            ("last tokens given, t", "EffRem", "effrem", "distance"),
+        )
+    ]
+    picture.draw(folder / "forgetting.png", "held-out files of nano's corpus", panels)
