@@ -67,7 +67,6 @@ setup(
         "tpu-plan": ["libtpu"],
         "cuda12": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
-        "plot": ["matplotlib"],
         "notebooks": NOTEBOOKS,
         "plot": PLOT,
         "test": [

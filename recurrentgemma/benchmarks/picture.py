@@ -36,12 +36,14 @@ class Panel(NamedTuple):
       y_label: Name and unit of y.
       lines: Points by the line's name.
       is_over_length: Whether x is a number of tokens, with a tick at each.
+      is_share: Whether y is linear, from 0; otherwise it is logarithmic.
     """
 
     x_label: str
     y_label: str
     lines: dict[str, list[Point]]
     is_over_length: bool = True
+    is_share: bool = False
 
 
 def lines_of(

@@ -78,7 +78,9 @@ def run(values: dict[str, Any], folder: Path) -> None:
             learner = Learner(experiment.task, config, experiment.plan)
             for rate in rates:
                 for seed in seeds:
-                    row = dict(zip(KEY, (size, name, model, rate, seed), strict=True))
+                    row: Row = dict(
+                        zip(KEY, (size, name, model, rate, seed), strict=True)
+                    )
                     if not report.has(row):
                         report.add(row | measure(experiment, learner, rate, seed))
     draw(folder, report.rows)
@@ -133,12 +135,13 @@ def draw(folder: Path, rows: Iterable[Row]) -> None:
             for row in _by("learning_rate", model)
         ]
         panels = [
-            picture.Panel(x_label, "accuracy", lines, is_share=True)
-            for x_label, lines in (
-                ("tokens of the test", _lines(best, "tokens")),
-                ("bytes of state in the test", _lines(best, "state_bytes")),
-                ("learning rate, at the longest of training", _lines(by_rate, "rate")),
+            picture.Panel(x_label, "accuracy", lines, key == "tokens", is_share=True)
+            for x_label, key, rows in (
+                ("tokens of the test", "tokens", best),
+                ("bytes of state in the test", "state_bytes", best),
+                ("learning rate, at the longest of training", "rate", by_rate),
             )
+            for lines in [picture.lines_of(rows, "accuracy", key, ["model"])]
         ]
         title = f"{name}, {size}: median of the seeds, at the best learning rate"
         picture.draw(folder / f"recall_{size}_{name}.png", title, panels)
@@ -163,10 +166,6 @@ def _by(key: str, rows: Iterable[Row]) -> list[list[Row]]:
     for row in rows:
         found.setdefault(row[key], []).append(row)
     return list(found.values())
-
-
-def _lines(rows: list[Row], x: str) -> dict[str, list[picture.Point]]:
-    return picture.lines_of(rows, "accuracy", x, ["model"])
 
 
 def _columns() -> list[Column]:

@@ -8,6 +8,7 @@ chosen here (a sweep; 64 rows; E = D).
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 from recurrentgemma.benchmarks.recall.tasks import (
     Copying,
@@ -107,7 +108,7 @@ def _mqar(vocab_size: int, steps: int, width: int, sizes, tests) -> Experiment:
 class ByLength:
     """A task that is another one at each length."""
 
-    tasks: dict[int, Task]
+    tasks: Mapping[int, Task]
 
     @property
     def vocab_size(self) -> int:

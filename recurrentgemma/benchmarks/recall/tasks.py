@@ -32,7 +32,10 @@ class Examples(NamedTuple):
 class Task(Protocol):
     """What a benchmark needs of a task."""
 
-    vocab_size: int
+    @property
+    def vocab_size(self) -> int:
+        """Number of different tokens."""
+        ...
 
     def sample(
         self, rng: np.random.Generator, batch_size: int, length: int
