@@ -7,10 +7,7 @@ into chunks that run side by side, in two passes:
     2. each chunk's first state, from the summaries of the chunks before it; its states.
 
 Arrays keep the layout [B, T, D] that they have; the carry is float32. The gradient is
-the same two passes in the other direction, with c_T the gradient of h_last:
-
-    g_t = dy_t + c_{t+1}     c_t = a_t g_t
-    grad_x_t = g_t           grad_a_t = g_t y_{t-1}           grad_h0 = c_0
+the same two passes in the other direction (`pallas_tpu.py` has the equations).
 
 Another op with this recurrence brings a `Read`, which makes x_t and a_t of what it
 loads (`rg_lru/pallas_gpu.py`).
@@ -151,8 +148,8 @@ def summaries(
 ) -> list[gpu.PerChunk]:
     """Of each chunk, the product of its decays and its last state from zero.
 
-    Both are float32 [B, chunks, D]. In the adjoint scan the state is c of the equations
-    above, rather than h.
+    Both are float32 [B, chunks, D]. In the adjoint scan the state is c of the equations,
+    rather than h.
     """
     batch, _, width = gpu.plain(arrays[0]).shape
     state = jax.ShapeDtypeStruct((batch, schedule.chunks, width), jnp.float32)

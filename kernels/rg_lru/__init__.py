@@ -96,13 +96,15 @@ def rg_lru(
 def _that_scans(implementation, linear_scan) -> str:
     """The implementation that takes the name of a scan."""
     check_implementation("linear_scan", linear_scan, LINEAR_SCAN.table)
-    if implementation not in (None, "composed"):
-        check_implementation("implementation", implementation, IMPLEMENTATIONS)
+    if implementation is None:
+        return "composed"
+    check_implementation("implementation", implementation, IMPLEMENTATIONS)
+    if implementation != "composed":
         raise NotImplementedError(
             f"rg_lru: {implementation} cannot run: linear_scan={linear_scan!r} is for "
             "the implementation 'composed'; leave the choice to implementation=None."
         )
-    return "composed"
+    return implementation
 
 
 def rg_lru_gradients(*arrays: Any, implementation: str | None = None) -> Inputs:

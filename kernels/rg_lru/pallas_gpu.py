@@ -2,11 +2,8 @@
 
 Programs, schedule and passes are those of the linear scan's kernels. Its inputs and
 decays are made here of the logits as these are loaded: in both passes, since to store
-them between the passes would move more bytes. Padding and document starts become data
-of the scan: a held step has decay 1 and input 0, a start decay 0 and input factor 1.
-
-The gradient recomputes the gates from the arguments, takes the states from the result,
-and runs in the other direction (`linear_scan/pallas_gpu.py` has the equations). That
+them between the passes would move more bytes. The gradient recomputes the gates from
+the arguments, takes the states from the result, and runs in the other direction. That
 of a_param gathers in the carry of a program.
 
 An H100 moves the bytes of a bfloat16 element in the time of some seventy instructions,
