@@ -23,18 +23,13 @@ from recurrentgemma.generation.requests import (
     Inputs,
     Prompt,
     Request,
-    is_list,
     num_bytes,
-    one_each,
     positive,
 )
 from recurrentgemma.generation.results import Sample, Score
 from recurrentgemma.generation.sampling import Sampling, check_seed
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.tokenizer import Tokenizer
-
-MAX_DRAFT_TOKENS = 32
-"""Most tokens that a draft may propose at a time."""
 
 
 class Sampler:
@@ -76,39 +71,20 @@ class Sampler:
             compiles anything. False compiles each when it is needed first: for a
             single prompt.
 
-        The programs of the last eight batch sizes stay in memory.
+        The programs of the last eight batch sizes stay in memory (tens of MB each for a
+        small model); `jax.clear_caches()` frees them all.
 
         Raises:
           ValueError: the tokenizer has more pieces than the model has embeddings; the
             draft has another vocabulary; num_draft_tokens is out of its range.
         """
-        check.instance("model", model, Griffin, "a Griffin model")
-        if tokenizer is not None:
-            check.instance("tokenizer", tokenizer, Tokenizer, "a Tokenizer or None")
-        if draft is not None:
-            check.instance("draft", draft, Griffin, "a Griffin model or None")
         check.boolean("compile_ahead", compile_ahead)
-        vocab_size = model.config.vocab_size
-        if draft is not None and draft.config.vocab_size != vocab_size:
-            raise ValueError(
-                f"draft: expected a model of the same {vocab_size} tokens, got one of "
-                f"{draft.config.vocab_size}"
-            )
-        if tokenizer is not None and tokenizer.vocab_size > vocab_size:
-            raise ValueError(
-                f"tokenizer: expected at most the {vocab_size} pieces that the model "
-                f"has embeddings for, got {tokenizer.vocab_size}; use the tokenizer "
-                "that the model was trained with"
-            )
+        self._inputs = Inputs(model, tokenizer, draft, num_draft_tokens)
         self.model = model
         self.tokenizer = tokenizer
         self.draft = draft
-        self.num_draft_tokens = check.integer(
-            "num_draft_tokens", num_draft_tokens, least=1, most=MAX_DRAFT_TOKENS
-        )
+        self.num_draft_tokens = num_draft_tokens
         models = [model] if draft is None else [model, draft]
-        proposed = 0 if draft is None else self.num_draft_tokens
-        self._inputs = Inputs(model, tokenizer, num_draft_tokens=proposed)
         self._readers = [ChunkReader(m, compile_ahead=compile_ahead) for m in models]
 
     def __repr__(self) -> str:
@@ -168,45 +144,23 @@ class Sampler:
         """
         check.boolean("return_logits", return_logits)
         check.function("progress", progress)
-        prompts = list(check.series("prompts", prompts, "a list of at least one"))
-        if not prompts:
-            raise ValueError("prompts: expected a list of at least one, got none")
-        count = len(prompts)
-        rows = count * positive("num_samples", num_samples)
-        limits = one_each("max_new_tokens", max_new_tokens, count, positive)
-        if not is_list(seed):
-            seed = [check_seed(seed) + i for i in range(rows)]
-        seeds = one_each("seed", seed, rows, lambda _, one: check_seed(one))
-        prefixes = self._inputs.prefix_rows(prefix, count)
-        asked = [
-            Request(
-                i * num_samples,
-                self._inputs.tokens(f"prompts[{i}]", prompt, begin=prefix is None),
-                limits[i],
-                seeds[i * num_samples],
-                prefixes[i],
-            )
-            for i, prompt in enumerate(prompts)
-        ]
-
-        def requests():
-            # The longest first, so that none begins when the others are done.
-            for request in sorted(asked, key=lambda request: -request.max_new_tokens):
-                if num_samples > 1:
-                    request = self._read(request)
-                for i in range(request.index, request.index + num_samples):
-                    yield dataclasses.replace(request, index=i, seed=seeds[i])
-
+        asked = self._inputs.requests(
+            prompts, max_new_tokens, seed, num_samples, prefix
+        )
+        rows = sum(map(len, asked))
         if batch_size is not None:
             batch_size = positive("batch_size", batch_size)
-            batch_size = batch_size if batch_size < rows else None
         settings = self._inputs.settings(
             sampling, end_tokens, stop, keep_logits=return_logits
         )
-        generation = Generation(
-            self._readers, settings, requests(), batch_size, progress=progress
+        run = Generation(
+            self._readers,
+            settings,
+            itertools.chain(*asked) if rows == len(asked) else self._forked(asked),
+            batch_size if batch_size is not None and batch_size < rows else None,
+            progress=progress,
         )
-        samples = dict(generation.samples())
+        samples = dict(run.samples())
         return [samples[i] for i in range(rows)]
 
     def stream(
@@ -264,27 +218,10 @@ class Sampler:
           ValueError: as for a call, at once; for a prompt or its seed, or where there
             is no seed for a prompt, when all prompts before it have their samples.
         """
-        check.series("prompts", prompts, "an iterable of prompts")
-        limit = positive("max_new_tokens", max_new_tokens)
-        if check.is_series(seed):
-            seeds = iter(seed)  # pyright: ignore
-        else:
-            seeds = itertools.count(check_seed(seed))
-
-        def requests():
-            for i, prompt in enumerate(prompts):
-                tokens = self._inputs.tokens(f"prompts[{i}]", prompt, begin=True)
-                one = next(seeds, None)
-                if one is None:
-                    raise ValueError(
-                        f"seed: expected one for each prompt, got {i}; give more, or "
-                        "an integer"
-                    )
-                yield Request(i, tokens, limit, check_seed(one))
-
+        requests = self._inputs.endless(prompts, max_new_tokens, seed)
         settings = self._inputs.settings(sampling, end_tokens, stop)
         slots = positive("batch_size", batch_size)
-        return Generation(self._readers, settings, requests(), slots).samples()
+        return Generation(self._readers, settings, requests, slots).samples()
 
     def prefill(
         self,
@@ -394,9 +331,12 @@ class Sampler:
         pieces = prefill.pieces_of(text, self._inputs, begin=row is None)
         return self._readers[0], pieces, row, self._inputs.model_digest()
 
-    def _read(self, request: Request) -> Request:
-        """The request with its prompt read into its prefix."""
-        pieces = [Piece(request.prompt_tokens, None)]
+    def _forked(self, asked: list[list[Request]]) -> Iterator[Request]:
+        """All copies of each request, whose prompt is read once: before the first."""
         digest = self._inputs.model_digest()
-        prefix = prefill.read(self._readers[0], pieces, request.prefix, digest)
-        return dataclasses.replace(request, prefix=prefix, is_read=True)
+        for copies in asked:
+            pieces = [Piece(copies[0].prompt_tokens, None)]
+            before = copies[0].prefix
+            prefix = prefill.read(self._readers[0], pieces, before, digest)
+            for request in copies:
+                yield dataclasses.replace(request, prefix=prefix, is_read=True)
