@@ -73,7 +73,9 @@ def common_cells(notebook: nbformat.NotebookNode, name: str) -> tuple[str, str]:
         ),
         _FIRST_CELL.format(
             repository=REPOSITORY,
-            needs=json.dumps([name for name in _NEEDS if f"import {name}" in later]),
+            needs=json.dumps(
+                [n for n in _NEEDS if f"import {n}" in later or f"%{n}" in later]
+            ),
         ),
     )
 

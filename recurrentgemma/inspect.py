@@ -162,6 +162,8 @@ def generating(model: Griffin) -> Griffin:
     editor = model.observer
     if not isinstance(editor, _Editor) or editor.prompt == editor.generated:
         return model
+    if not editor.generated:
+        return with_observer(model, editor.inner)
     return with_observer(model, dataclasses.replace(editor, prompt=editor.generated))
 
 

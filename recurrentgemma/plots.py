@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Values = Mapping[str, jax.Array | np.ndarray]
-MOST_PIECES = 64
+MOST_PIECES = 96
 """Up to so many tokens, their pieces stand at an axis."""
 _COLORS = "viridis"
 _PANEL_INCHES = 3.2
@@ -96,10 +96,13 @@ def decay_spectrum(model: Griffin, values: Values | None = None) -> "Figure":
         if values is not None and name in values:
             lengths = np.sort(memory_lengths(np.asarray(values[name])[0]))
             right.plot(channels, lengths, color=line.get_color())
-    shown = "gate open (dashed), over the text (solid)" if values else "gate open"
-    left.set(title="decay a, gate open", xlabel="share of channels", ylabel="a")
-    right.set(title=f"memory: {shown}", xlabel="share of channels", ylabel="tokens")
+    left.set(title="decay, gate open", xlabel="share of channels", ylabel="a")
+    right.set(title="memory length", xlabel="share of channels", ylabel="tokens")
     right.set_yscale("log")
+    right.plot([], [], "k--", label="gate open")
+    if values is not None:
+        right.plot([], [], "k", label="over the text")
+    right.legend()
     for axes in (left, right):
         axes.grid(alpha=0.3)
     left.legend()
@@ -120,9 +123,7 @@ def gates(values: Values, pieces: Sequence[str] | None = None) -> "Figure":
     panels = figure.subplots(len(kinds), 1, sharex=True)
     for axes, (kind, found) in zip(panels, by_kind.items(), strict=True):
         means = [value.mean(-1) for value in found.values()]
-        image = axes.imshow(
-            means, aspect="auto", cmap=_COLORS, vmin=0, vmax=1, interpolation="nearest"
-        )
+        image = axes.imshow(means, aspect="auto", cmap=_COLORS, interpolation="nearest")
         axes.set(title=kind.replace("_", " "), ylabel="layer")
         axes.set_yticks(range(len(found)), list(map(str, found)))
         figure.colorbar(image, ax=axes)
@@ -154,6 +155,7 @@ def attention(values: Values, pieces: Sequence[str] | None = None) -> "Figure":
     figure = _figure(0.2 + _PANEL_INCHES * len(found), _PANEL_INCHES)
     panels = figure.subplots(1, len(found), squeeze=False)[0]
     from matplotlib.colors import PowerNorm
+    from matplotlib.ticker import MaxNLocator
 
     for axes, (index, (kind, value)) in zip(panels, sorted(found.items()), strict=True):
         weights = mean_weights(value)
@@ -161,6 +163,8 @@ def attention(values: Values, pieces: Sequence[str] | None = None) -> "Figure":
             weights, cmap=_COLORS, norm=PowerNorm(0.5), interpolation="nearest"
         )
         axes.set(title=f"layer {index}: {kind}", xlabel="takes from")
+        for ticks in (axes.xaxis, axes.yaxis):
+            ticks.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(image, ax=axes, shrink=0.7)
     panels[0].set_ylabel("token")
     _label_tokens(panels[0], pieces, "y")
@@ -205,6 +209,6 @@ def _label_tokens(axes: "Axes", pieces: Sequence[str] | None, axis: str) -> None
     shown = [repr(piece)[1:-1].replace("$", r"\$") for piece in pieces]
     places = range(len(shown))
     if axis == "x":
-        axes.set_xticks(places, shown, rotation=90, fontsize=7, family="monospace")
+        axes.set_xticks(places, shown, rotation=90, fontsize=6, family="monospace")
     else:
-        axes.set_yticks(places, shown, fontsize=7, family="monospace")
+        axes.set_yticks(places, shown, fontsize=6, family="monospace")

@@ -35,8 +35,8 @@ def save(
 
     Raises:
       ValueError: the format is unknown or cannot hold this model, the model is edited,
-        the tokenizer does not fit, the directory holds something else, or writing failed. What was there
-        is as it was.
+        the tokenizer does not fit, the directory holds something else, or writing
+        failed. What was there is as it was.
     """
     check.instance("model", model, Griffin, "a Griffin model")
     if model.observer is not None and model.observer.key:

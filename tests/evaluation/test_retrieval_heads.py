@@ -11,7 +11,7 @@ from recurrentgemma import cli
 from recurrentgemma.checkpoints import load, save
 from recurrentgemma.evaluation import retrieval_heads
 from recurrentgemma.evaluation.retrieval_heads import Settings, make_prompts, study
-from recurrentgemma.inspect import edit, generating, keep_heads
+from recurrentgemma.inspect import edit, keep_heads
 from tests.models import forward, random_model, tiny_config
 
 LENGTH = 90
@@ -69,13 +69,13 @@ def test_prompts_have_the_needle_at_its_depth(tokenizer, text, depth):
     assert len(keys) == 2
 
 
-def _by_hand(model, prompts, row):
-    """Sum of log-probabilities and greedy success, from calls of an edited model."""
+def _by_hand(reader, writer, prompts, row):
+    """Sum of log-probabilities and greedy success, from calls of two models."""
     tokens = jnp.asarray(prompts.tokens[row : row + 1])
     answer = jnp.array([prompts.answers[row]])
-    _, cache = forward(model, tokens[:, :-1])
+    _, cache = forward(reader, tokens[:, :-1])
     fed = jnp.concatenate([tokens[:, -1:], answer[:, :-1]], axis=1)
-    logits, _ = forward(generating(model), fed, None, cache)
+    logits, _ = forward(writer, fed, None, cache)
     chosen = jax.nn.log_softmax(logits[0])[jnp.arange(answer.shape[1]), answer[0]]
     return float(chosen.sum()), bool((logits[0].argmax(-1) == answer[0]).all())
 
@@ -84,21 +84,23 @@ def _without_head(value):
     return value.at[:, :, 2].set(0.0)
 
 
-CASES = {
-    ("none", "none"): {},
-    ("keep 1", "prompt"): {"prompt": {"*.probabilities": keep_heads(1)}},
-    ("keep 1", "generated"): {"generated": {"*.probabilities": keep_heads(1)}},
-    ("without 0.2", "both"): {"edits": {"*.heads": _without_head}},
-}
-
-
-@pytest.mark.parametrize("case", CASES, ids=" ".join)
-def test_figures_equal_those_of_edited_models(model, tokenizer, text, rows, case):
-    edited = edit(model, **CASES[case]) if CASES[case] else model
+@pytest.mark.parametrize(
+    "case, reading, writing",
+    [
+        (("none", "none"), {}, {}),
+        (("keep 1", "prompt"), {"*.probabilities": keep_heads(1)}, {}),
+        (("without 0.2", "generated"), {}, {"*.heads": _without_head}),
+    ],
+)
+def test_figures_equal_those_of_edited_models(
+    model, tokenizer, text, rows, case, reading, writing
+):
+    models = (edit(model, edits) if edits else model for edits in (reading, writing))
+    reader, writer = models
     prompts = make_prompts(tokenizer, text, LENGTH, SETTINGS)
     row = rows[case]
     for i, sample in enumerate(row["samples"]):
-        log_prob, correct = _by_hand(edited, prompts, i)
+        log_prob, correct = _by_hand(reader, writer, prompts, i)
         assert abs(sample["log_prob"] - log_prob) < 1e-3
         assert sample["correct"] == correct
         assert sample["depth"] == SETTINGS.depths[i]
@@ -115,19 +117,22 @@ def test_every_ablation_is_measured_in_every_phase(rows):
     assert len(set(np.round(figures, 5))) == len(figures)
 
 
-def test_accuracy_is_the_share_of_greedy_answers(model, tokenizer, text, monkeypatch):
-    """An answer that is what the model says anyway is right."""
+def test_accuracy_counts_answers_whose_tokens_are_all_right(
+    model, tokenizer, text, monkeypatch
+):
+    """What is behind the end of a shorter answer does not count."""
     prompts = make_prompts(tokenizer, text, LENGTH, SETTINGS)
-    said = []
-    for row in prompts.tokens:
-        logits, _ = forward(model, jnp.asarray(row[None]))
-        said.append([int(logits[0, -1].argmax())])
-    said[1] = [(said[1][0] + 1) % tokenizer.vocab_size]
-    answered = prompts._replace(answers=said)
-    monkeypatch.setattr(retrieval_heads, "make_prompts", lambda *_: answered)
-    first = next(study(model, tokenizer, text, SETTINGS))
-    assert first["accuracy"] == 0.5
-    assert [sample["correct"] for sample in first["samples"]] == [True, False]
+    prompts = prompts._replace(answers=[[5, 6, 7], [5, 6]])
+    right = np.array([[True, False, True], [True, True, False]])
+    log_probs = np.array([[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]])
+    monkeypatch.setattr(
+        retrieval_heads, "_score_answer", lambda *_, **__: (log_probs, right)
+    )
+    reader = retrieval_heads._Reader(model, prompts, SETTINGS)
+    none = retrieval_heads.Ablation("none", 3, np.ones((1, 3), np.float32))
+    row = reader.row(none, "none", none, [None])
+    assert (row["accuracy"], row["log_prob"]) == (0.5, -3.0)
+    assert [sample["correct"] for sample in row["samples"]] == [False, True]
 
 
 @pytest.mark.parametrize(
