@@ -104,7 +104,7 @@ def test_a_model_learns_and_what_is_measured_is_not_measured_again(
     values = {
         "size": "small",
         "tasks": ["induction"],
-        "learning_rates": ["3e-2"],
+        "learning-rates": ["3e-2"],
         "seeds": ["0"],
         "steps": None,
     }
@@ -124,13 +124,13 @@ def test_a_model_learns_and_what_is_measured_is_not_measured_again(
     ("changed", "message"),
     [
         ({"tasks": ["chess"]}, "--tasks: expected one of"),
-        ({"learning_rates": ["fast"]}, "--learning_rates: expected a"),
+        ({"learning-rates": ["fast"]}, "--learning-rates: expected a"),
         ({"seeds": ["-1"]}, "--seeds: expected an integer"),
     ],
 )
 def test_mistakes_are_refused_before_any_work(changed, message, tmp_path):
     values = {"size": "small", "tasks": ["mqar"], "steps": 1}
-    values |= {"learning_rates": ["1e-3"], "seeds": ["0"]}
+    values |= {"learning-rates": ["1e-3"], "seeds": ["0"]}
     with pytest.raises(ValueError, match=message):
         recall.run(values | changed, tmp_path)
     assert not list(tmp_path.iterdir())

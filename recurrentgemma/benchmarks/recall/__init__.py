@@ -47,7 +47,7 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_list("tasks", NAMES, "what is learned", flag_values=values)
     for name, default, what in (
-        ("learning_rates", LEARNING_RATES, "highest learning rates"),
+        ("learning-rates", LEARNING_RATES, "highest learning rates"),
         ("seeds", SEEDS, "seeds of parameters and rows"),
     ):
         texts = [f"{value:g}" for value in default]
@@ -62,8 +62,8 @@ def run(values: dict[str, Any], folder: Path) -> None:
     size, rates, seeds = values["size"], [], []
     for name in values["tasks"]:
         check.choice("--tasks", name, NAMES)
-    for text in values["learning_rates"]:
-        rates.append(check.number("--learning_rates", _number(text), above=0))
+    for text in values["learning-rates"]:
+        rates.append(check.number("--learning-rates", _number(text), above=0))
     for text in values["seeds"]:
         seeds.append(check.integer("--seeds", _number(text), least=0, most=2**31 - 1))
     path = folder / "recall.json"
