@@ -233,16 +233,18 @@ class BatchJob:
                 if not data.endswith(b"\n") and _RECORD_START.startswith(start):
                     os.truncate(self.target, size)
                     break
+                what = f"its line {number}"
                 try:
                     record = json.loads(data)
                     line, digest = record["line"], record["digest"]
+                    what = f"the record of line {line}"
                     if not data.endswith(b"\n") or digests[line] != digest:
                         raise ValueError("another text")
                 except (ValueError, TypeError, KeyError, RecursionError) as error:
                     raise ValueError(
-                        f"{self.target}: its line {number} is not of this job, but of "
-                        "another input, other settings or another model; give another "
-                        "output, or remove this one."
+                        f"{self.target}: {what} is not of this job, but of another "
+                        "input, other settings or another model; give another output, "
+                        "or remove this one."
                     ) from error
                 if line in finished:
                     raise ValueError(
