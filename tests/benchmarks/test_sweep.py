@@ -1,5 +1,6 @@
 """Grids of points: cards, resuming, memory, and what is refused; on tiny models."""
 
+import importlib.util
 import json
 
 import jax
@@ -34,6 +35,12 @@ def tiny(monkeypatch):
     monkeypatch.setattr(device, "CPU_COPY_BYTES", (2**12,))
 
 
+def assert_drawn(path):
+    """A picture, where there is something to draw with."""
+    if importlib.util.find_spec("matplotlib"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
 def bench(folder, question, *arguments):
     """The document of a run."""
     command = ["bench", question, f"--out={folder}", "--repeats=2", *arguments]
@@ -66,7 +73,7 @@ def test_decode(tmp_path, capsys, monkeypatch):
     limit = rates["read_1_rows_bytes_per_s"] / cost.decode_bytes(GRIFFIN, dtype="f4")
     assert row["share_of_ceiling"] == pytest.approx(row["tokens_per_s"] / limit)
     assert {"versions", "commit", "device", "copies"} <= document.keys()
-    assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
+    assert_drawn(tmp_path / "decode.png")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{device.name()}: ")
     assert f"{cost.num_parameters(GRIFFIN):,} parameters" in lines[1]
@@ -135,12 +142,15 @@ def test_a_rewound_cache_has_its_room_again(mixed):
 
 def test_a_program_that_does_not_fit_is_not_run(mixed):
     model, programs = mixed
+    programs.compile_for(16)
     needed = programs.needed_bytes
     least = cost.decode_bytes(model.config, 2, dtype="float32", capacity=28)
     assert least < needed
-    with pytest.raises(models.OutOfMemory) as caught:
-        models.Programs(model, 2, 28, needed - 1).compile_for(16)
-    assert caught.value.needed_bytes == needed
+    too_large = models.Programs(model, 2, 28, needed - 1)
+    for _ in range(2):  # also where it has been compiled before
+        with pytest.raises(models.OutOfMemory) as caught:
+            too_large.compile_for(16)
+        assert caught.value.needed_bytes == needed
     models.Programs(model, 2, 28, needed).compile_for(16)
 
 
@@ -250,7 +260,7 @@ def test_running_out_of_memory_is_a_row(tmp_path, error):
     first, second = run_fake(tmp_path, measure)
     assert first["tokens_per_s"] == 8
     assert second["out_of_memory"] and "tokens_per_s" not in second
-    assert (tmp_path / "fake.png").exists()
+    assert_drawn(tmp_path / "fake.png")
 
 
 def test_other_errors_are_no_rows(tmp_path):
@@ -333,7 +343,7 @@ def test_compare_names_the_crossover(tmp_path):
     assert (row["name"], row["other"]) == ("flat", "falling")
     assert (row["ratio_at_shortest"], row["ratio_at_longest"]) == (0.5, 2)
     assert row["crossover"] == pytest.approx(2048)
-    assert (tmp_path / "compare.png").exists()
+    assert_drawn(tmp_path / "compare.png")
     assert compare.crossover({1: 2.0, 2: 3.0}) == "none"
 
     other = document_of(tmp_path / "b.json", {"flat": {1024: 40, 8192: 40}})
@@ -353,7 +363,7 @@ def test_compare_refuses_what_has_no_speeds(tmp_path, capsys):
 
 def test_pictures_need_matplotlib(tmp_path, capsys, monkeypatch):
     panel = picture.Panel("tokens", "tokens/s", {"a": [picture.Point(1, 2.0)]})
-    monkeypatch.setattr(picture.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     picture.draw(tmp_path / "a.png", "", [panel])
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "pip install 'recurrentgemma[plot]'" in message
