@@ -104,6 +104,16 @@ def random_model(config: GriffinConfig, runtime: Runtime = Runtime()) -> Griffin
     return jax.tree.unflatten(jax.tree.structure(described), leaves)
 
 
+def abstract_model(config: GriffinConfig, runtime: Runtime) -> Griffin:
+    """The shapes and dtypes of such a model, to compile programs for."""
+    described = describe(config, runtime)
+    leaves = [
+        jax.ShapeDtypeStruct(leaf.shape, parameter_dtype(name, config, runtime))
+        for name, leaf in named_parameters(described).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(described), leaves)
+
+
 @functools.cache
 def _normal() -> np.ndarray:
     return np.random.default_rng(0).standard_normal(RANDOM_VALUES, np.float32)

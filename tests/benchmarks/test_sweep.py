@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from recurrentgemma import Sampler, Sampling, cli, cost
+from recurrentgemma import Runtime, Sampler, Sampling, cli, cost
 from recurrentgemma.benchmarks import (
     compare,
     device,
+    memory,
     models,
     picture,
     start,
@@ -185,14 +186,24 @@ def test_prefill(tmp_path):
     assert row["tokens_per_s"] == pytest.approx(20 / np.median(row["samples_s"]))
 
 
-def test_memory(tmp_path):
-    flags = "--preset=transformer", "--lengths=16", "--memory=0.001"
-    [row] = bench(tmp_path, "memory", *flags)["rows"]
-    per_token = cost.cache_bytes(TRANSFORMER, dtype="f4", capacity=2)
-    per_token -= cost.cache_bytes(TRANSFORMER, dtype="f4", capacity=1)
-    room = row["needed_bytes"] + (row["longest"] - 16) * per_token
-    assert 1e6 - per_token < room <= 1e6
+def test_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "longest_text", lambda *_: 7)
+    [row] = bench(tmp_path, "memory", "--preset=transformer", "--lengths=16")["rows"]
+    sizes = {"dtype": "float32", "capacity": 16}
+    assert row["cache_bytes"] == cost.cache_bytes(TRANSFORMER, **sizes)
     assert row["needed_bytes"] > row["parameter_bytes"] + row["cache_bytes"]
+    assert row["longest"] == 7
+
+
+@pytest.mark.slow
+def test_the_longest_text_fills_the_memory():
+    runtime = Runtime(compute_dtype="float32")
+    assert memory.longest_text(GRIFFIN, runtime, 1, 2_000_000) == "any"
+    longest = memory.longest_text(TRANSFORMER, runtime, 1, 2_000_000)
+    model = models.random_model(TRANSFORMER, runtime)
+    programs = models.Programs(model, 1, longest + 64, 10**9)
+    programs.compile_for(1024)
+    assert programs.needed_bytes == pytest.approx(2e6, rel=0.03)
 
 
 def test_train(tmp_path):
