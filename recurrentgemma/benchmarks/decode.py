@@ -18,19 +18,18 @@ from recurrentgemma import cache as cache_lib
 from recurrentgemma import cost
 from recurrentgemma.benchmarks.models import Programs, Subject, random_tokens
 from recurrentgemma.benchmarks.report import Column, Row
-from recurrentgemma.benchmarks.sweep import RATE_COLUMNS, Point, Sweep, speed
+from recurrentgemma.benchmarks.sweep import RATE_COLUMNS, Point, Sweep, counts, speed
 from recurrentgemma.cache import Cache
 from recurrentgemma.generation.programs import BLOCK_STEPS
-
-READ_UP_TO = 8192
 
 
 def measure(subject: Subject, point: Point, values: dict[str, Any]) -> Row:
     """Writes blocks of tokens, once to warm up and then for each sample."""
     config, batch, length = subject.config, point.batch, point.length
     programs = subject.programs(batch, length + BLOCK_STEPS)
-    programs.compile_for(0)
-    is_read = length <= values["read-up-to"]
+    compile_s = programs.compile_for()
+    [longest_read] = counts("read-up-to", [values["read-up-to"]])
+    is_read = length <= longest_read
     if is_read:
         cache = read_cache(subject, programs, length)
     else:
@@ -49,7 +48,7 @@ def measure(subject: Subject, point: Point, values: dict[str, Any]) -> Row:
     return found | {
         "ms_per_token": 1e3 * batch / found["tokens_per_s"],
         "cache_bytes": cost.cache_bytes(config, batch, **sizes),
-        "compile_s": programs.compile_s("write"),
+        "compile_s": compile_s,
         "synthetic": not is_read,
         "remark": "" if is_read else "synthetic cache",
     }
@@ -58,6 +57,7 @@ def measure(subject: Subject, point: Point, values: dict[str, Any]) -> Row:
 def read_cache(subject: Subject, programs: Programs, length: int) -> Cache:
     """A cache whose rows have all read the same random tokens."""
     reader = subject.programs(1, length + BLOCK_STEPS)
+    reader.compile_for(length)
     cache = reader.read(reader.new_cache(), random_tokens(subject.config, 1, length))
     return cache if programs.batch == 1 else cache_lib.repeat(cache, programs.batch)
 
@@ -65,7 +65,7 @@ def read_cache(subject: Subject, programs: Programs, length: int) -> Cache:
 def define_more(values: flags.FlagValues) -> None:
     """How long a text is read before its cache is filled instead."""
     what = "longest text that is read; longer caches are filled, and marked"
-    flags.DEFINE_integer("read-up-to", READ_UP_TO, what, flag_values=values)
+    flags.DEFINE_string("read-up-to", "8k", what, flag_values=values)
 
 
 COLUMNS = (

@@ -3,21 +3,30 @@
 Exact are the bytes of the parameters and of the cache after `length` tokens, and what
 the compiled programs need: the largest of those that read a chunk and write. The peak is
 measured while a filled cache writes a block of tokens: on a CPU that of the process.
-`longest` is the number of tokens of one row that the memory has room for, beside what the
-programs need at this length; "any" of a model whose cache does not grow.
+`longest` is the number of tokens in a row at which the programs need all of the memory,
+found by compiling them for some lengths and straight lines between; "any" of a model
+whose cache does not grow.
 """
 
+import functools
+import sys
 from typing import Any
 
 import jax
 
 from recurrentgemma import cache as cache_lib
 from recurrentgemma import cost
-from recurrentgemma.benchmarks.models import Subject
+from recurrentgemma.benchmarks.models import Programs, Subject, abstract_model
 from recurrentgemma.benchmarks.picture import Panel, lines_of
 from recurrentgemma.benchmarks.report import Column, Row
 from recurrentgemma.benchmarks.sweep import Point, Sweep
+from recurrentgemma.config import GriffinConfig, Runtime
 from recurrentgemma.generation.programs import BLOCK_STEPS, CHUNK_SIZES
+
+NO_LIMIT = sys.maxsize
+"""Memory of programs that are compiled alone."""
+REFINEMENTS = 2
+"""How often the longest text is estimated from the one before."""
 
 
 def measure(subject: Subject, point: Point, _: dict[str, Any]) -> Row:
@@ -28,33 +37,59 @@ def measure(subject: Subject, point: Point, _: dict[str, Any]) -> Row:
     state = programs.start(programs.synthetic_cache(length))
     jax.block_until_ready(programs.write(state, BLOCK_STEPS))
 
-    def cache_bytes(tokens: int) -> int:
-        sizes = {"dtype": subject.runtime.dtype, "capacity": tokens}
-        return cost.cache_bytes(config, batch, **sizes)
-
-    longest: int | str = "any"
-    if cache_lib.grows(config):
-        per_token = cache_bytes(length + 1) - cache_bytes(length)
-        longest = length + (subject.memory - programs.needed_bytes) // per_token
+    sizes = {"dtype": subject.runtime.dtype, "capacity": length}
     return {
         "parameter_bytes": cost.parameter_bytes(config, subject.runtime.dtype),
-        "cache_bytes": cache_bytes(length),
+        "cache_bytes": cost.cache_bytes(config, batch, **sizes),
         "needed_bytes": programs.needed_bytes,
-        "longest": longest,
+        "longest": longest_text(config, subject.runtime, batch, subject.memory),
         "synthetic": True,
     }
 
 
+@functools.cache
+def longest_text(
+    config: GriffinConfig, runtime: Runtime, batch: int, memory: int
+) -> int | str:
+    """Most tokens in each of some rows for which the programs fit the memory, or "any".
+
+    Nothing is allocated.
+    """
+    if not cache_lib.grows(config):
+        return "any"
+    model = abstract_model(config, runtime)
+
+    def needed(tokens: int) -> int:
+        programs = Programs(model, batch, tokens + BLOCK_STEPS, NO_LIMIT)
+        programs.compile_for(CHUNK_SIZES[-1])
+        return programs.needed_bytes
+
+    sizes = {"dtype": runtime.dtype, "capacity": 1}
+    cache = cost.cache_bytes(config, batch, **sizes)
+    # The caches alone would fill the memory at the end of the line.
+    low, high = CHUNK_SIZES[-1], max(memory // cache, 2 * CHUNK_SIZES[-1])
+    needed_low, needed_high = needed(low), needed(high)
+    for _ in range(REFINEMENTS):
+        slope = (needed_high - needed_low) / (high - low)
+        low = max(low + int((memory - needed_low) / slope), 1)
+        needed_low = needed(low)
+    return low
+
+
 def panels(rows: list[Row]) -> list[Panel]:
     """The cache and what the programs need, by length."""
-    read_rows = [row | {"synthetic": False} for row in rows]  # sizes are exact
-    return [
-        Panel("tokens", label, lines_of(read_rows, key))
-        for key, label in (
-            ("cache_bytes", "cache, bytes"),
-            ("needed_bytes", "programs with parameters and cache, bytes"),
-        )
-    ]
+    found = []
+    for key, label in (
+        ("cache_bytes", "cache, MB"),
+        ("needed_bytes", "programs with parameters and cache, MB"),
+    ):
+        sizes = [  # exact, also of a cache that was filled
+            row | {"synthetic": False, "MB": row[key] / 1e6}
+            for row in rows
+            if not row.get("out_of_memory")
+        ]
+        found.append(Panel("tokens", label, lines_of(sizes, "MB")))
+    return found
 
 
 SWEEP = Sweep(

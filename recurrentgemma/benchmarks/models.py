@@ -104,6 +104,16 @@ def random_model(config: GriffinConfig, runtime: Runtime = Runtime()) -> Griffin
     return jax.tree.unflatten(jax.tree.structure(described), leaves)
 
 
+def abstract_model(config: GriffinConfig, runtime: Runtime) -> Griffin:
+    """The shapes and dtypes of such a model, to compile programs for."""
+    described = describe(config, runtime)
+    leaves = [
+        jax.ShapeDtypeStruct(leaf.shape, parameter_dtype(name, config, runtime))
+        for name, leaf in named_parameters(described).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(described), leaves)
+
+
 @functools.cache
 def _normal() -> np.ndarray:
     return np.random.default_rng(0).standard_normal(RANDOM_VALUES, np.float32)
@@ -199,41 +209,41 @@ class Programs:
             functools.partial(programs.new_cache, **self._sizes), model
         )
 
-    def compile_s(self, *names: str) -> float:
-        """Seconds that the programs whose names begin with one of these took."""
-        taken = self._compiled.items()
-        return sum(seconds for name, (_, seconds) in taken if name.startswith(names))
-
     def _run(self, name: str, function: Any, *arguments: Any, **static: Any) -> Any:
-        """Runs a program, compiled before if it is new and its memory suffices."""
-        self._prepare(name, function, *arguments, **static)
+        """Runs a program; one that `compile_for` did not see is compiled first."""
+        if name not in self._compiled:
+            self._prepare(name, function, *arguments, **static)
         return self._compiled[name][0](self._model, *arguments)
 
     def _prepare(self, name: str, function: Any, *shapes: Any, **static: Any) -> None:
-        if name in self._compiled:
-            return
-        start = time.perf_counter()
-        compiled = function.lower(self._model, *shapes, **static).compile()
-        self._compiled[name] = compiled, time.perf_counter() - start
-        needed = needed_bytes(compiled)
+        if name not in self._compiled:
+            start = time.perf_counter()
+            compiled = function.lower(self._model, *shapes, **static).compile()
+            self._compiled[name] = compiled, time.perf_counter() - start
+        needed = needed_bytes(self._compiled[name][0])
         self.needed_bytes = max(self.needed_bytes, needed)
         check_memory(needed, self._memory)
 
-    def compile_for(self, length: int) -> None:
-        """Compiles what reads `length` tokens and what writes.
+    def compile_for(self, *lengths: int) -> float:
+        """Compiles what reads texts of these lengths, and what writes.
+
+        Returns:
+          Seconds that these programs took, now or earlier.
 
         Raises:
           OutOfMemory: a program needs more memory than there is; nothing was allocated.
         """
-        lengths = jax.ShapeDtypeStruct((self.batch,), jnp.int32)
-        for size in set(programs.plan_chunks(length)):
+        counts = jax.ShapeDtypeStruct((self.batch,), jnp.int32)
+        sizes = {size for length in lengths for size in programs.plan_chunks(length)}
+        for size in sizes:
             tokens = jax.ShapeDtypeStruct((self.batch, size), jnp.int32)
-            self._prepare(
-                f"read {size}", programs.read_chunk, self._shapes, tokens, lengths
-            )
+            shapes = self._shapes, tokens, counts
+            self._prepare(f"read {size}", programs.read_chunk, *shapes)
         state = jax.eval_shape(self.start, self._shapes)
         arguments = self._decode_arguments(state, 1)
         self._prepare("write", programs.decode_block, *arguments, keep_logits=False)
+        names = ["write", *(f"read {size}" for size in sizes)]
+        return sum(self._compiled[name][1] for name in names)
 
     def new_cache(self) -> Cache:
         """An empty cache."""

@@ -69,7 +69,7 @@ def lines_of(
         parts = [_part(name, row.get(name)) for name in telling or names[:1]]
         point = Point(row[x], row.get(y), row.get("synthetic", False))
         found.setdefault(", ".join(parts), []).append(point)
-    return {name: sorted(points) for name, points in found.items()}
+    return {name: sorted(found[name], key=lambda point: point.x) for name in found}
 
 
 def _part(name: str, value: Any) -> str:
@@ -107,13 +107,13 @@ def draw(path: Path, title: str, panels: Sequence[Panel]) -> None:
         else:
             axes.set_yscale("log")
         for axis in (axes.xaxis, axes.yaxis):
-            if axis is axes.yaxis or not panel.is_over_length:
-                steps = (1, 2, 5) if axis is axes.yaxis else (1,)
-                axis.set_major_locator(LogLocator(10, subs=steps))
-            axis.set_major_formatter(lambda value, _: short(value))
+            steps = (1, 2, 5) if axis is axes.yaxis else (1,)
+            axis.set_major_locator(LogLocator(10, subs=steps))
+            axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
             axis.set_minor_formatter(NullFormatter())
         if panel.is_over_length:
-            axes.set_xticks(sorted({point.x for point in everything}))
+            ticks = sorted({point.x for point in everything})
+            axes.set_xticks(ticks, [short(tick) for tick in ticks])
             axes.tick_params("x", which="minor", bottom=False)
         axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
         axes.grid(alpha=0.3)
@@ -151,4 +151,4 @@ def short(length: float) -> str:
     for unit, letter in ((1 << 20, "M"), (1 << 10, "k")):
         if count >= unit and count % unit == 0 and count == length:
             return f"{count // unit}{letter}"
-    return f"{length:,.0f}" if length >= 100 else f"{length:.3g}"
+    return f"{length:,.0f}"

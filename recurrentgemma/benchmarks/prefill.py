@@ -26,8 +26,7 @@ def measure(subject: Subject, point: Point, _: dict[str, Any]) -> Row:
     """Reads and writes, once to warm up and then for each sample."""
     config, length = subject.config, point.length
     programs = subject.programs(point.batch, length + QUESTION + 2)
-    programs.compile_for(length)
-    programs.compile_for(QUESTION)
+    compile_s = programs.compile_for(length, QUESTION)
     prompt = random_tokens(config, point.batch, length)
     question = random_tokens(config, point.batch, QUESTION)
 
@@ -54,7 +53,7 @@ def measure(subject: Subject, point: Point, _: dict[str, Any]) -> Row:
         "first_token_samples_s": firsts,
         "kept_prefix_first_token_s": statistics.median(answers),
         "kept_prefix_samples_s": answers,
-        "compile_s": programs.compile_s("read", "write"),
+        "compile_s": compile_s,
     }
 
 

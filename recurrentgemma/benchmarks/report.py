@@ -49,6 +49,8 @@ class Column(NamedTuple):
             value = value.get(part) if isinstance(value, dict) else None
         if value is None:
             value = "-"
+        elif isinstance(value, int) and self.scale == 1:
+            value = f"{value:,}"
         elif not isinstance(value, str):
             value = f"{value * self.scale:.4g}"
         return value.ljust(self.width)

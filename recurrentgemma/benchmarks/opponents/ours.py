@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from recurrentgemma.checkpoints import load, named_parameters
+from recurrentgemma.generation import programs
 from recurrentgemma.generation.sampler import Sampler
 from recurrentgemma.generation.sampling import Sampling
 from recurrentgemma.training.data import Batch
@@ -36,10 +37,15 @@ class Opponent:
         return str(path)
 
     def prefill(self, length: int) -> dict:
-        tokens = self.tokens[0, :length].tolist()
-        self.sampler.wait_until_compiled()
+        tokens, read, chunks = self.tokens[:1], 0, programs.plan_chunks(length)
+        assert sum(chunks) == length, "choose lengths that need no padding"
         start = time.perf_counter()
-        jax.block_until_ready(self.sampler.prefill(tokens).cache)
+        cache = programs.new_cache(self.model, batch_size=1, capacity=None)
+        for size in chunks:
+            chunk, lengths = tokens[:, read : read + size], np.array([size], np.int32)
+            cache = programs.read_chunk(self.model, cache, chunk, lengths)
+            read += size
+        jax.block_until_ready(cache)
         return {"seconds": time.perf_counter() - start}
 
     def generate(self, batch: int, prompt: int, new_tokens: int) -> dict:
