@@ -53,7 +53,7 @@ def write_tokenizer_files(path: Path, tokenizer: Tokenizer) -> None:
     """
     content = json.dumps(tokenizer_json(tokenizer), ensure_ascii=False)
     (path / "tokenizer.json").write_text(content, encoding="utf-8")
-    special = {
+    special: dict[str, Any] = {
         f"{role}_token": tokenizer.piece(token)
         for role, token in {**_token_ids(tokenizer), "unk": tokenizer.unk_id}.items()
     }
