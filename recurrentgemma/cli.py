@@ -191,7 +191,10 @@ def _help(name: str, command: Any, values: flags.FlagValues) -> str:
     for flag_name in values:
         flag = values[flag_name]
         title = f"  --[no]{flag_name}" if flag.boolean else f"  --{flag_name}"
-        default = "" if flag.default in (None, "") else f" (default: {flag.default})"
+        shown = flag.default
+        if isinstance(shown, list):
+            shown = ",".join(shown)
+        default = "" if shown in (None, "") else f" (default: {shown})"
         text = textwrap.wrap(f"{flag.help}{default}", width - HELP_INDENT)
         if len(title) < HELP_INDENT and text:
             title = f"{title:{HELP_INDENT}}{text.pop(0)}"

@@ -7,7 +7,8 @@ one of cycles / clock and bytes / bandwidth. These are estimates: they rank prog
 scale with size. Of programs of hundreds of small kernels only the bytes are estimated.
 
 `--official DIRECTORY`, which holds the official package `recurrentgemma`, adds its scan,
-compiled the same way in a separate process.
+compiled the same way in a separate process; jaxtyping and typeguard, which it imports,
+must be installed here.
 """
 
 import importlib.util
@@ -16,7 +17,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
 
 from recurrentgemma._validation import choice
@@ -98,7 +98,7 @@ def official_estimate(
       path: Directory that holds the official package.
     """
     chip = ahead_of_time.CHIPS[generation]
-    shapes = jax.tree.leaves(OPS[op].shapes(WORKLOADS[workload], dtype))
+    shapes = OPS[op].shapes(WORKLOADS[workload], dtype).values()
     arguments = [(shape.shape, shape.dtype.name) for shape in shapes]
     call = f"compile_for({chip.topology!r}, {op!r}, {gradient}, {arguments!r})"
     code = f"{OFFICIAL.read_text()}\ncompiled = {call}\n{PRINT_BYTES}"

@@ -5,7 +5,8 @@
 The card says what the device can do and what each model needs. A row's figure stands
 beside the ceiling that follows from both. A document is written after every point, and
 the same command goes on where an earlier one was interrupted. A point that does not fit
-the memory is a row that says so.
+the memory is a row that says so. A question with other axes than these calls `earlier`
+and `measure_points` itself.
 """
 
 import dataclasses

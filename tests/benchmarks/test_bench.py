@@ -21,6 +21,11 @@ def test_every_question_explains_its_flags(name, capsys):
     assert " ".join(described.split()) in text
 
 
+def test_help_shows_a_list_as_it_is_given(capsys):
+    assert cli.main(["bench", "decode", "--help"]) == 0
+    assert "(default: 1,8)" in capsys.readouterr().out
+
+
 def test_help_names_every_question(capsys):
     assert cli.main(["bench", "--help"]) == 0
     text = capsys.readouterr().out

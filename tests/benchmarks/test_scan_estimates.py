@@ -105,7 +105,13 @@ def test_table_from_what_the_compiler_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(scan_estimates.importlib.util, "find_spec", lambda name: True)
     profile = ahead_of_time.Profile({"a": 10, "b": 3_000_000}, {"a": 2, "b": 1})
     monkeypatch.setattr(ahead_of_time, "profile", lambda *_, **__: profile)
-    monkeypatch.setattr(ahead_of_time, "run", lambda *_, **__: "1638e6\n")
+    codes = []
+
+    def compiled(code, path):
+        codes.append(code)
+        return "1638e6\n"
+
+    monkeypatch.setattr(ahead_of_time, "run", compiled)
     flags = ["--generations=v5e", "--workloads=train_small", f"--official={tmp_path}"]
     assert run(tmp_path, *flags) == 0
     rows = json.loads((tmp_path / "scan_estimates.json").read_text())["rows"]
@@ -121,3 +127,6 @@ def test_table_from_what_the_compiler_writes(tmp_path, monkeypatch):
     for name in ("rg_lru: composed", "rg_lru and gradient: official"):
         row = by_name[name, "float32"]
         assert (row["estimated_ms"], row["remark"]) == (2.0, "bytes alone")
+    sequence, state = "((8, 512, 256), 'float32')", "((8, 256), 'float32')"
+    call = f"'linear_scan', False, [{sequence}, {sequence}, {state}])"  # x, a and h0
+    assert sum(call in code for code in codes) == 1
