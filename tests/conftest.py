@@ -1,6 +1,7 @@
 """Strict settings for every test: set before jax starts, no exceptions hidden."""
 
 import os
+import re
 
 # Read when the libraries are first imported, so they come before any other import.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,6 +16,34 @@ import jax
 import pytest
 
 VIRTUAL_DEVICES = 8
+SLOW_CASES = [
+    r"test_cache.py::test_rewinding.*bfloat16-(min_gru|recurrent\]|local|global|gemma)",
+    r"test_griffin_golden.py::test_bfloat16\[(?!griffin_mixed)",
+    r"test_griffin.py::test_gradients_flow_through_the_cache\[(?!nano\])",
+    r"test_speculation.py::test_the_text_is_that_of_plain_decoding.*-all\]",
+    r"test_versus.py::test_everything_runs_with_our_worker_alone",
+    r"test_scan_estimates.py::test_table_from_what_the_compiler_writes",
+    r"test_scan.py::test_a_wrong_program_is_not_timed",
+    r"test_pallas_gpu.py::test_it_lowers_for_a_gpu\[(float16|float32-rg)",
+    r"test_pallas_tpu.py::test_scan_over_many_blocks\[(bfloat16-16|float32-8)",
+    r"test_recurrent_step.py::test_the_kernel_over_many_blocks\[32",
+    r"test_recurrent_step.py::test_the_kernel_under_a_mesh\[4",
+    r"test_recurrent_step.py::test_steps_are_a_chunk.*bfloat16",
+    r"test_rg_lru.*::test_bfloat16\[pallas_tpu_from_logits",
+    r"test_rg_lru.*::test_split_invariance.*\[(pallas_tpu_from_logits|pallas_gpu)",
+    r"test_rg_lru.*::test_values_and_gradients\[(pallas\w+-[17]\b|pallas_tpu_from_l)",
+    r"test_local_attention.py::test_split_invariance\[splash-24",
+    r"test_linear_scan.py::test_slow_decay_over_100000_steps\[(?!chunked)",
+    r"test_sharding.py::test_what_is_accepted_runs_like_one_device\[(?!foreign)",
+    r"test_layers.py::test_complex_rg_lru\[(documents-no_h0|continuing-with)",
+    r"test_losses.py::test_loss_and_gradients_are_those_of.*\[packed",
+    r"test_verify.py::test_the_layers_lead_to_the_model_s_own_logits\[(?!griffin)",
+    r"test_sampler.py::test_a_row_in_a_batch_is_what_it_is_alone.*penalty=None",
+    r"test_transformers.py::test_loss_and_gradients\[(?!recurrent_gemma)",
+    r"test_meshes.py::test_sampler\[AxisType.Auto",
+]
+"""Heavy cases that the default run leaves out, as patterns of their names: other cases
+of the same tests, of the same code, stay. `-m slow` runs them."""
 
 jax.config.update("jax_num_cpu_devices", VIRTUAL_DEVICES)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -27,6 +56,14 @@ def pytest_xdist_auto_num_workers(config):
     """No workers for a single file: `--dist loadfile` would use one of them."""
     files = {argument.split("::")[0] for argument in config.args}
     return 0 if len(files) == 1 and files.pop().endswith(".py") else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items):
+    """Marks the slow cases."""
+    for item in items:
+        if any(re.search(pattern, item.nodeid) for pattern in SLOW_CASES):
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)

@@ -213,12 +213,13 @@ class Programs:
         """Runs a program; one that `compile_for` did not see is compiled first."""
         if name not in self._compiled:
             self._prepare(name, function, *arguments, **static)
-        return self._compiled[name][0](self._model, *arguments)
+        return self._compiled[name][0](*arguments)
 
     def _prepare(self, name: str, function: Any, *shapes: Any, **static: Any) -> None:
         if name not in self._compiled:
             start = time.perf_counter()
-            compiled = function.lower(self._model, *shapes, **static).compile()
+            jitted = function.jitted(self.batch)
+            compiled = jitted.lower(*shapes, **static).compile()
             self._compiled[name] = compiled, time.perf_counter() - start
         needed = needed_bytes(self._compiled[name][0])
         self.needed_bytes = max(self.needed_bytes, needed)
@@ -237,7 +238,7 @@ class Programs:
         sizes = {size for length in lengths for size in programs.plan_chunks(length)}
         for size in sizes:
             tokens = jax.ShapeDtypeStruct((self.batch, size), jnp.int32)
-            shapes = self._shapes, tokens, counts
+            shapes = self._model, self._shapes, tokens, counts
             self._prepare(f"read {size}", programs.read_chunk, *shapes)
         state = jax.eval_shape(self.start, self._shapes)
         arguments = self._decode_arguments(state, 1)
@@ -275,20 +276,21 @@ class Programs:
             chunk[:, :count] = tokens[:, done : done + count]
             lengths = np.full(self.batch, count, np.int32)
             name = f"read {size}"
-            cache = self._run(name, programs.read_chunk, cache, chunk, lengths)
+            cache = self._run(
+                name, programs.read_chunk, self._model, cache, chunk, lengths
+            )
             done += count
         return cache
 
     def start(self, cache: Cache) -> programs.DecodeState:
         """A state that writes after what the cache has read."""
 
-        def array(value: int, dtype: Any = np.int32, *shape: int) -> jax.Array:
-            return jnp.asarray(np.full((self.batch, *shape), value, dtype))
+        def array(value: int, dtype: Any = np.int32) -> jax.Array:
+            return jnp.asarray(np.full(self.batch, value, dtype))
 
-        seen = array(False, bool, self._model.config.vocab_size)
         return programs.DecodeState(
             caches=(cache,),
-            history=History(array(0), array(1), seen),
+            history=History(array(0), array(1), seen=None),
             seeds=array(0, np.uint32),
             steps=array(0),
             limits=array(NEVER),
@@ -298,7 +300,7 @@ class Programs:
     def _decode_arguments(self, state: Any, count: int) -> tuple[Any, ...]:
         end_mask = np.zeros(self._model.config.vocab_size, bool)
         numbers = np.int32(count), np.int32(self.batch)
-        return state, Sampling(temperature=0), end_mask, *numbers
+        return (self._model,), state, Sampling(temperature=0), end_mask, *numbers
 
     def write(self, state: programs.DecodeState, count: int) -> programs.DecodeState:
         """The state after `count` greedy tokens a row; the one that goes in is used up."""

@@ -79,8 +79,13 @@ def one_gigabyte(request, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["host", "rows", "columns", "replicated"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "target"),
+    [
+        *(("float32", "host"), ("float32", "columns")),
+        *(("bfloat16", "rows"), ("bfloat16", "replicated")),
+    ],
+)
 def test_a_checkpoint_of_one_gigabyte_is_never_in_memory_twice(
     one_gigabyte, dtype, target
 ):
@@ -89,7 +94,7 @@ def test_a_checkpoint_of_one_gigabyte_is_never_in_memory_twice(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["host", "columns"])
+@pytest.mark.parametrize("target", ["columns"])
 def test_saving_one_gigabyte_makes_no_second_copy(one_gigabyte, target):
     layout, folder = one_gigabyte
     check(folder, layout, "float32", target, "save")
@@ -111,7 +116,8 @@ def one_gigabyte_of_orbax(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["host", "columns"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "target"), [("float32", "host"), ("bfloat16", "columns")]
+)
 def test_one_gigabyte_that_orbax_wrote(one_gigabyte_of_orbax, dtype, target):
     check(one_gigabyte_of_orbax, "official_flax", dtype, target, whole_tensors=True)
