@@ -1,6 +1,5 @@
 """Cost against length: the sizes are the model's, and nothing compiles while timed."""
 
-import time
 import types
 
 import pytest
@@ -31,15 +30,22 @@ def test_curve(name, monkeypatch):
     config, compiled = CONFIGS[name], []
     model = long_context.random_model(config)
 
+    # What a chunk, a long text and a single token take, the least of the rounds.
+    taken = [d for d in (2.0, 0.75, 0.25) for d in (d + 1, d)] * len(LENGTHS)
+    times = iter([moment for seconds in taken for moment in (5.0, 5.0 + seconds)])
+
     def clock():
         compiled.append(compiled_programs())
-        return time.perf_counter()
+        return next(times)
 
     monkeypatch.setattr(long_context, "time", types.SimpleNamespace(perf_counter=clock))
     points = long_context.curve(model, LENGTHS, rounds=ROUNDS)
     assert [point.tokens for point in points] == LENGTHS
     for point in points:
-        assert point.prefill_tokens_per_s > 0 and point.decode_tokens_per_s > 0
+        written = long_context.WRITTEN_TOKENS
+        chunk = min(long_context.CHUNK_TOKENS, point.tokens - written)
+        assert point.prefill_tokens_per_s == chunk / 2.0
+        assert point.decode_tokens_per_s == (written - 1) / 0.5
         expected = cost.cache_bytes(config, dtype="float32", capacity=point.tokens)
         assert point.cache_bytes == expected
     grows = points[1].cache_bytes > points[0].cache_bytes
