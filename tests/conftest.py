@@ -18,9 +18,18 @@ import pytest
 VIRTUAL_DEVICES = 8
 SLOW_CASES = [
     r"test_cache.py::test_rewinding.*bfloat16-(min_gru|recurrent\]|local|global|gemma)",
+    r"test_cache.py::test_rewinding.*float32-(local_attention|recurrent)\]",
+    r"test_cli.py::test_compiled_programs_are_kept_for_the_next_command",
     r"test_griffin_golden.py::test_bfloat16\[(?!griffin_mixed)",
+    r"test_griffin_golden.py::test_loss_and_every_gradient\[(?!griffin_mixed)",
     r"test_griffin.py::test_gradients_flow_through_the_cache\[(?!nano\])",
     r"test_speculation.py::test_the_text_is_that_of_plain_decoding.*-all\]",
+    r"test_speculation.py::.*plain_decoding\[global_attention-recurrent-greedy",
+    r"test_prefix.py::test_scores_are_the_plain_forwards\[gemma",
+    r"test_sampler.py::test_decoding_equals_the_plain_forward\[hawk",
+    r"test_sampler.py::test_golden_case\[(alone|batch\])",
+    r"test_transformers.py::test_greedy_generation\[generate_1",
+    r"test_versus.py::test_a_failing_command_and_a_dead_worker_say_why",
     r"test_versus.py::test_everything_runs_with_our_worker_alone",
     r"test_scan_estimates.py::test_table_from_what_the_compiler_writes",
     r"test_scan.py::test_a_wrong_program_is_not_timed",
@@ -32,7 +41,11 @@ SLOW_CASES = [
     r"test_rg_lru.*::test_bfloat16\[pallas_tpu_from_logits",
     r"test_rg_lru.*::test_split_invariance.*\[(pallas_tpu_from_logits|pallas_gpu)",
     r"test_rg_lru.*::test_values_and_gradients\[(pallas\w+-[17]\b|pallas_tpu_from_l)",
-    r"test_local_attention.py::test_split_invariance\[splash-24",
+    r"test_local_attention.py::test_split_invariance\[(splash-24|reference)",
+    r"test_local_attention.py::test_(decode|dtypes|transformations.*)\[splash",
+    r"test_linear_scan.py::test_golden\[linear_scan_real_long-pallas",
+    r"test_linear_scan.py::test_split_invariance\[pallas\w+-False",
+    r"test_rg_lru.py::test_(golden|dtypes).*pallas_tpu_from_logits",
     r"test_linear_scan.py::test_slow_decay_over_100000_steps\[(?!chunked)",
     r"test_sharding.py::test_what_is_accepted_runs_like_one_device\[(?!foreign)",
     r"test_layers.py::test_complex_rg_lru\[(documents-no_h0|continuing-with)",
@@ -40,7 +53,7 @@ SLOW_CASES = [
     r"test_verify.py::test_the_layers_lead_to_the_model_s_own_logits\[(?!griffin)",
     r"test_sampler.py::test_a_row_in_a_batch_is_what_it_is_alone.*penalty=None",
     r"test_transformers.py::test_loss_and_gradients\[(?!recurrent_gemma)",
-    r"test_meshes.py::test_sampler\[AxisType.Auto",
+    r"test_meshes.py::test_(sampler\[AxisType.Auto|model_and_gradient\[auto)",
 ]
 """Heavy cases that the default run leaves out, as patterns of their names: other cases
 of the same tests, of the same code, stay. `-m slow` runs them."""
