@@ -26,9 +26,9 @@ HOST_SHARE = 1.2
 LARGEST_TENSORS = 2.0
 ATTEMPTS = 3
 """Threads of the stores may free late on a busy machine: the least peak counts."""
-TENSORSTORE_BYTES = 128 << 20
+TENSORSTORE_BYTES = 192 << 20
 """What the threads that write Orbax's store keep of what they once needed: measured 60
-to 110 MB, whatever the size of the model."""
+to 175 MB for models of 0.4, 1.0 and 1.6 GB, without a trend."""
 
 
 def check(folder, layout, dtype, target, *options, whole_tensors=False):
@@ -50,15 +50,15 @@ def check(folder, layout, dtype, target, *options, whole_tensors=False):
         load_limit = result["on_devices"] + beside
         if target == "host":
             load_limit = HOST_SHARE * result["model"]
-        if result["load_growth"] <= load_limit:
+        if layout == "official_flax":
+            beside += TENSORSTORE_BYTES
+        # Without "save" this is the load's own.
+        save_limit = max(load_limit, result["on_devices"] + beside)
+        if result["load_growth"] <= load_limit and result["save_growth"] <= save_limit:
             break
     assert result["load_growth"] <= load_limit
     assert result["load_growth"] > 0.9 * result["on_devices"], "nothing was measured"
-    if "save" not in options:
-        return
-    if layout == "official_flax":
-        beside += TENSORSTORE_BYTES
-    assert result["save_growth"] <= result["on_devices"] + beside
+    assert result["save_growth"] <= save_limit
 
 
 @pytest.mark.parametrize(
