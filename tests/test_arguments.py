@@ -332,6 +332,8 @@ def good(tmp_path_factory):
     gate = Gate(np.zeros((2, 2, 2), np.float32), np.zeros((2, 2), np.float32))
     step = StepParameters(x[0], x[0, 0], gate, gate, x[0, 0])
     q, k = np.zeros((2, 3, 2, 4), np.float32), np.zeros((2, 3, 1, 4), np.float32)
+    attention = {"q": q, "k": k, "v": k, "positions": tokens, "cache": None}
+    attention |= {"window": 4, "scale": 1.0, "soft_cap": None}
     text = {"max_new_tokens": 1, "sampling": Sampling(), "seed": 0, "stop": ()}
     text |= {"end_tokens": None}
     prompts = folder / "prompts.jsonl"
@@ -449,16 +451,7 @@ def good(tmp_path_factory):
         ),
         "kernels.local_attention": (
             kernels.local_attention,
-            {
-                "q": q,
-                "k": k,
-                "v": k,
-                "positions": tokens,
-                "cache": None,
-                "window": 4,
-                "scale": 1.0,
-                "soft_cap": None,
-            },
+            attention,
         ),
         "complex_rg_lru.complex_rg_lru": (
             complex_rg_lru.complex_rg_lru,
@@ -496,17 +489,7 @@ def good(tmp_path_factory):
         ),
         "sharded.local_attention": (
             sharded.local_attention,
-            {
-                "q": q,
-                "k": k,
-                "v": k,
-                "positions": tokens,
-                "cache": None,
-                "window": 4,
-                "scale": 1.0,
-                "soft_cap": None,
-                "sharding": sharding,
-            },
+            attention | {"sharding": sharding},
         ),
         "kernels.Gate": (_made_into(Gate, in_rg_lru), gate._asdict()),
         "kernels.KVCache": (

@@ -24,7 +24,7 @@ from absl import flags
 
 from recurrentgemma.benchmarks import picture
 from recurrentgemma.benchmarks.report import Column, Report, Row
-from recurrentgemma.benchmarks.sweep import counts
+from recurrentgemma.benchmarks.sweep import counts, earlier, measure_points
 from recurrentgemma.checkpoints import load
 from recurrentgemma.generation.programs import plan_chunks
 from recurrentgemma.griffin import Griffin
@@ -35,6 +35,14 @@ from recurrentgemma.training.corpus import (
     split_held_out,
 )
 
+KEY = ("name", "length", "most_files")
+COLUMNS = (
+    Column("", "name", 30),
+    Column("files", "files", 6),
+    Column("tokens", "length", 8),
+    Column("nats, last half", "last_nats", 16),
+    Column("EffRem of half", "last_distance", 16),
+)
 ENDS_A_FILE = 16
 """Places in a file at which EffRem is measured."""
 
@@ -118,12 +126,12 @@ def effective_remembrance(
     return np.stack(distances, axis=1)
 
 
-def measure(name: str, length: int, rows: int) -> Row:
+def measure(name: str, length: int, most_files: int) -> Row:
     """Both figures of a model."""
     model, tokenizer = load(name)
     if tokenizer is None:
         raise ValueError(f"--models: {name} has no tokenizer")
-    texts = held_out_rows(tokenizer, length, rows)
+    texts = held_out_rows(tokenizer, length, most_files)
     nats = nats_by_position(model, texts)
     by_position = []
     for power in range(int(math.log2(length))):
@@ -145,14 +153,16 @@ def measure(name: str, length: int, rows: int) -> Row:
         )
     ]
     return {
-        "name": name,
         "files": len(texts),
-        "length": length,
         "by_position": by_position,
         "effrem": remembrance,
         "last_nats": by_position[-1]["nats"],
         "last_distance": remembrance[-1]["distance"],
     }
+
+
+def _line(row: Row) -> str:
+    return f"{row['name']}, {row['files']} files of {row['length']:,} tokens"
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -168,24 +178,20 @@ def run(values: dict[str, Any], folder: Path) -> None:
     [length] = counts("length", [values["length"]])
     if length < 16:
         raise ValueError(f"--length: expected at least 16 tokens, got {length}")
-    report = Report(
-        folder / "forgetting.json",
-        [
-            Column("", "name", 30),
-            Column("files", "files", 6),
-            Column("tokens", "length", 8),
-            Column("nats, last half", "last_nats", 16),
-            Column("EffRem of half", "last_distance", 16),
-        ],
-    )
-    for name in values["models"]:
-        report.add(measure(name, length, values["files"]))
+    path = folder / "forgetting.json"
+    rows = earlier(path, benchmark="forgetting").get("rows", ())
+    report = Report(path, COLUMNS, key=KEY, rows=rows, benchmark="forgetting")
+    points: list[Row] = [
+        dict(zip(KEY, (name, length, values["files"]), strict=True))
+        for name in values["models"]
+    ]
+    measure_points(report, points, lambda row: measure(*row.values()), title="models")
     panels = [
         picture.Panel(
             x_label,
             y_label,
             {
-                row["name"]: [picture.Point(p["length"], p[key]) for p in row[part]]
+                _line(row): [picture.Point(p["length"], p[key]) for p in row[part]]
                 for row in report.rows
             },
             is_share=True,

@@ -1,7 +1,10 @@
 """Loss by position and effective remembrance, against plain forward passes."""
 
+import json
+
 import jax
 import numpy as np
+import pytest
 
 from recurrentgemma.benchmarks import forgetting
 from tests.models import forward, random_model, random_tokens, tiny_config
@@ -32,3 +35,25 @@ def test_a_window_forgets_what_lies_beyond_it():
     np.testing.assert_allclose(
         distances[0, 0], 0.5 * np.abs(whole - near).sum(), atol=1e-5
     )
+
+
+def test_a_model_is_measured_once_for_each_length(tmp_path, monkeypatch):
+    measured = []
+
+    def measure(name, length, most_files):
+        measured.append((name, length, most_files))
+        by_position = [{"length": 8, "nats": 2.0}, {"length": 16, "nats": 1.0}]
+        effrem = [{"length": 4, "distance": 0.5}]
+        row = {"files": 1, "by_position": by_position, "effrem": effrem}
+        return row | {"last_nats": 1.0, "last_distance": 0.5}
+
+    monkeypatch.setattr(forgetting, "measure", measure)
+    for length in ("32", "64", "64"):
+        values = {"models": ["nano"], "length": length, "files": 2}
+        forgetting.run(values, tmp_path)
+    assert measured == [("nano", 32, 2), ("nano", 64, 2)]
+    rows = json.loads((tmp_path / "forgetting.json").read_text())["rows"]
+    assert [row["length"] for row in rows] == [32, 64]
+    assert (tmp_path / "forgetting.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="--length: expected at least 16 tokens"):
+        forgetting.run(values | {"length": "8"}, tmp_path)

@@ -9,7 +9,7 @@ import pytest
 from recurrentgemma.benchmarks import recall
 from recurrentgemma.benchmarks.recall import experiments
 from recurrentgemma.benchmarks.recall.tasks import Copying, Induction, Mqar, PhoneBook
-from recurrentgemma.benchmarks.recall.training import Learner, Plan
+from recurrentgemma.benchmarks.recall.training import Learner, Plan, Result
 
 ROWS = 50
 
@@ -113,11 +113,21 @@ def test_a_model_learns_and_what_is_measured_is_not_measured_again(
     assert row["trained"] > 0.9
     assert row["steps"] <= 300
     assert [test["length"] for test in row["tests"]] == [4, 6]
-    assert (tmp_path / "recall_small_induction.png").stat().st_size > 1000
+    assert (tmp_path / "recall_small_induction_300.png").stat().st_size > 1000
 
-    monkeypatch.setattr(Learner, "train", None)
+    steps = []
+
+    def train(learner, *_):
+        steps.append(learner.plan.steps)
+        return Result({}, 1, [(1, 0.5)])
+
+    monkeypatch.setattr(Learner, "train", train)
+    monkeypatch.setattr(Learner, "accuracy", lambda *_, **__: 0.5)
     recall.run(values, tmp_path)
     assert "induction" in capsys.readouterr().out
+    recall.run(values | {"steps": 7}, tmp_path)
+    recall.run(values, tmp_path)
+    assert steps == [7]  # Fewer steps are another run.
 
 
 @pytest.mark.parametrize(

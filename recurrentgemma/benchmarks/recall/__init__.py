@@ -10,9 +10,11 @@ for an accelerator; the default takes minutes for a run on a CPU.
 """
 
 import dataclasses
+import functools
+import itertools
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,22 @@ from recurrentgemma.benchmarks.recall.experiments import (
     Experiment,
 )
 from recurrentgemma.benchmarks.recall.training import Learner
-from recurrentgemma.benchmarks.report import Column, Report, Row, read_document
+from recurrentgemma.benchmarks.report import Column, Report, Row
+from recurrentgemma.benchmarks.sweep import earlier, measure_points
 from recurrentgemma.config import GriffinConfig
 
-KEY = ("size", "experiment", "model", "learning_rate", "seed")
+KEY = ("size", "experiment", "most_steps", "model", "learning_rate", "seed")
+COLUMNS = (
+    Column("size", "size", 6),
+    Column("task", "experiment", 11),
+    Column("model", "model", 16),
+    Column("rate", "learning_rate", 8),
+    Column("seed", "seed", 5),
+    Column("steps", "steps", 7),
+    Column("seconds", "seconds", 8),
+    Column("trained %", "trained", 10, 100),
+    Column("longest %", "longest", 10, 100),
+)
 NAMES = list(EXPERIMENTS["small"])
 
 
@@ -66,23 +80,35 @@ def run(values: dict[str, Any], folder: Path) -> None:
         rates.append(check.number("--learning-rates", _number(text), above=0))
     for text in values["seeds"]:
         seeds.append(check.integer("--seeds", _number(text), least=0, most=2**31 - 1))
+    experiments = {name: EXPERIMENTS[size][name] for name in values["tasks"]}
+    if values["steps"] is not None:
+        experiments = {
+            name: dataclasses.replace(
+                made, plan=dataclasses.replace(made.plan, steps=values["steps"])
+            )
+            for name, made in experiments.items()
+        }
+    points: list[Row] = [
+        dict(zip(KEY, (size, name, made.plan.steps, model, *rest), strict=True))
+        for name, made in experiments.items()
+        for model in made.models
+        for rest in itertools.product(rates, seeds)
+    ]
+
+    @functools.lru_cache(1)
+    def learner_of(name: str, model: str) -> Learner:
+        made = experiments[name]
+        return Learner(made.task, made.models[model], made.plan)
+
+    def train(row: Row) -> Row:
+        name = row["experiment"]
+        learner = learner_of(name, row["model"])
+        return measure(experiments[name], learner, row["learning_rate"], row["seed"])
+
     path = folder / "recall.json"
-    rows = read_document(path)["rows"] if path.exists() else []
-    report = Report(path, _columns(), key=KEY, rows=rows)
-    for name in values["tasks"]:
-        experiment = EXPERIMENTS[size][name]
-        if values["steps"] is not None:
-            plan = dataclasses.replace(experiment.plan, steps=values["steps"])
-            experiment = dataclasses.replace(experiment, plan=plan)
-        for model, config in experiment.models.items():
-            learner = Learner(experiment.task, config, experiment.plan)
-            for rate in rates:
-                for seed in seeds:
-                    row: Row = dict(
-                        zip(KEY, (size, name, model, rate, seed), strict=True)
-                    )
-                    if not report.has(row):
-                        report.add(row | measure(experiment, learner, rate, seed))
+    rows = earlier(path, benchmark="recall").get("rows", ())
+    report = Report(path, COLUMNS, key=KEY, rows=rows, benchmark="recall")
+    measure_points(report, points, train, title="recall")
     draw(folder, report.rows)
 
 
@@ -122,17 +148,16 @@ def state_bytes(config: GriffinConfig, tokens: int) -> int:
 
 
 def draw(folder: Path, rows: Iterable[Row]) -> None:
-    """A picture for each size and task: accuracy by length, rate and bytes of state."""
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["size"], row["experiment"]), []).append(row)
-    for (size, name), group in groups.items():
-        best = [point for model in _by("model", group) for point in _best(model)]
+    """A picture for each size, task and number of steps: accuracy by length, bytes of
+    state and learning rate."""
+    for group in _by(KEY[:3], rows):
+        size, name, steps = (group[0][key] for key in KEY[:3])
+        best = [point for model in _by(["model"], group) for point in _best(model)]
         by_rate = [
             {"model": row[0]["model"], "rate": row[0]["learning_rate"]}
             | {"accuracy": statistics.median(r["trained"] for r in row)}
-            for model in _by("model", group)
-            for row in _by("learning_rate", model)
+            for model in _by(["model"], group)
+            for row in _by(["learning_rate"], model)
         ]
         panels = [
             picture.Panel(x_label, "accuracy", lines, key == "tokens", is_share=True)
@@ -144,7 +169,7 @@ def draw(folder: Path, rows: Iterable[Row]) -> None:
             for lines in [picture.lines_of(rows, "accuracy", key, ["model"])]
         ]
         title = f"{name}, {size}: median of the seeds, at the best learning rate"
-        picture.draw(folder / f"recall_{size}_{name}.png", title, panels)
+        picture.draw(folder / f"recall_{size}_{name}_{steps}.png", title, panels)
 
 
 def _best(rows: list[Row]) -> list[Row]:
@@ -156,30 +181,17 @@ def _best(rows: list[Row]) -> list[Row]:
             | {"accuracy": statistics.median(t["accuracy"] for t in test)}
             for test in zip(*(row["tests"] for row in of_rate), strict=True)
         ]
-        for of_rate in _by("learning_rate", rows)
+        for of_rate in _by(["learning_rate"], rows)
     ]
     return max(medians, key=lambda tests: sum(test["accuracy"] for test in tests))
 
 
-def _by(key: str, rows: Iterable[Row]) -> list[list[Row]]:
+def _by(keys: Sequence[str], rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows, in groups of equal values."""
     found: dict[Any, list[Row]] = {}
     for row in rows:
-        found.setdefault(row[key], []).append(row)
+        found.setdefault(tuple(row[key] for key in keys), []).append(row)
     return list(found.values())
-
-
-def _columns() -> list[Column]:
-    return [
-        Column("size", "size", 6),
-        Column("task", "experiment", 11),
-        Column("model", "model", 16),
-        Column("rate", "learning_rate", 8),
-        Column("seed", "seed", 5),
-        Column("steps", "steps", 7),
-        Column("seconds", "seconds", 8),
-        Column("trained %", "trained", 10, 100),
-        Column("longest %", "longest", 10, 100),
-    ]
 
 
 def _number(text: str) -> float | int | str:
