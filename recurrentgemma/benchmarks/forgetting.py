@@ -194,7 +194,7 @@ def run(values: dict[str, Any], folder: Path) -> None:
                 _line(row): [picture.Point(p["length"], p[key]) for p in row[part]]
                 for row in report.rows
             },
-            is_share=True,
+            is_linear=True,
         )
         for x_label, y_label, part, key in (
             ("position in the file, tokens", "nats a token", "by_position", "nats"),

@@ -36,14 +36,14 @@ class Panel(NamedTuple):
       y_label: Name and unit of y.
       lines: Points by the line's name.
       is_over_length: Whether x is a number of tokens, with a tick at each.
-      is_share: Whether y is linear, from 0; otherwise it is logarithmic.
+      is_linear: Whether y is linear, from 0; otherwise it is logarithmic.
     """
 
     x_label: str
     y_label: str
     lines: dict[str, list[Point]]
     is_over_length: bool = True
-    is_share: bool = False
+    is_linear: bool = False
 
 
 def lines_of(
@@ -102,12 +102,13 @@ def draw(path: Path, title: str, panels: Sequence[Panel]) -> None:
             label = "cache filled, not read"
             axes.plot([], [], "o", color="gray", markerfacecolor="white", label=label)
         axes.set_xscale("log", base=2 if panel.is_over_length else 10)
-        if panel.is_share:
+        logarithmic = [(axes.xaxis, (1,)), (axes.yaxis, (1, 2, 5))]
+        if panel.is_linear:
             axes.set_ylim(bottom=0)
+            logarithmic.pop()
         else:
             axes.set_yscale("log")
-        for axis in (axes.xaxis, axes.yaxis):
-            steps = (1, 2, 5) if axis is axes.yaxis else (1,)
+        for axis, steps in logarithmic:
             axis.set_major_locator(LogLocator(10, subs=steps))
             axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
             axis.set_minor_formatter(NullFormatter())

@@ -160,7 +160,7 @@ def draw(folder: Path, rows: Iterable[Row]) -> None:
             for row in _by(["learning_rate"], model)
         ]
         panels = [
-            picture.Panel(x_label, "accuracy", lines, key == "tokens", is_share=True)
+            picture.Panel(x_label, "accuracy", lines, key == "tokens", is_linear=True)
             for x_label, key, rows in (
                 ("tokens of the test", "tokens", best),
                 ("bytes of state in the test", "state_bytes", best),
