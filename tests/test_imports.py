@@ -121,3 +121,53 @@ def test_setup_lists_every_package():
     for folder in packages:
         name = folder.name
         assert re.search(rf'[".]{name}"', listed), f"setup.py does not list {folder}"
+
+
+def file_map() -> list[Path]:
+    """The files and folders of the README's map, in its order."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = readme.split("## File map")[1].split("```")[1]
+    entries, folders = [], [ROOT]
+    for line in block.strip().splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        names = re.match(r"[\w./]+(?:, [\w./]+)*", line.strip())
+        assert names, line
+        del folders[depth + 1 :]
+        found = [folders[-1] / name for name in names[0].split(", ") if name != "..."]
+        entries += found
+        folders.append(found[0])
+    return entries
+
+
+def test_the_map_names_every_file_and_folder():
+    entries = file_map()
+    assert [path for path in entries if not path.exists()] == []
+    for folder in (ROOT / "kernels", PACKAGE, PACKAGE / "generation"):
+        parts = {
+            p for p in folder.iterdir() if p.suffix in ("", ".py") and p.stem[1] != "_"
+        }
+        parts -= {folder / "__pycache__", PACKAGE / "kernels"}
+        unlisted = [p for p in parts if not any(p in (e, *e.parents) for e in entries)]
+        assert unlisted == [], f"the README's file map lacks {unlisted}"
+
+
+def test_the_map_lists_a_file_after_those_that_it_uses():
+    order = [ROOT / "kernels" / "__init__.py", *file_map()]
+    rank = {path: i for i, path in enumerate(order)}
+
+    def place(path: Path) -> int | None:
+        return next((rank[p] for p in (path, *path.parents) if p in rank), None)
+
+    for path in module_files():
+        # The map calls the kernels by their own folder.
+        parts = path.relative_to(ROOT).parts
+        own = place(ROOT.joinpath(*parts[parts[:2] == ("recurrentgemma", "kernels") :]))
+        for name in imported_modules(path):
+            target = name.replace("recurrentgemma.kernels", "kernels").split(".")
+            used = place(ROOT.joinpath(*target).with_suffix(".py"))
+            if used is None or own is None or path.stem[:2] == "__":
+                continue
+            inside = (
+                order[own] in order[used].parents or order[used] in order[own].parents
+            )
+            assert used <= own or inside, f"the map lists {path} before {name}"
