@@ -147,7 +147,7 @@ def _add_transposed(d_embedding, d_logits, hidden):
 
 def _add_in_place(d_embedding, d_logits, hidden):
     """[V, D], in parts: neither the sum nor what is added to it is there twice."""
-    vocab_size, width = d_embedding.shape
+    vocab_size = len(d_embedding)
     parts = -(-d_embedding.size // LARGE_EMBEDDING)
     rows = -(-vocab_size // parts)
 

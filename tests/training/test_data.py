@@ -8,7 +8,7 @@ from recurrentgemma.cache import check_positions
 from recurrentgemma.tokenizer import Tokenizer
 from recurrentgemma.training.corpus import Document, read_documents, split_held_out
 from recurrentgemma.training.data import PackedTokens, encode_document
-from recurrentgemma.training.loop import BUNDLED_TOKENIZER
+from recurrentgemma.training.start import BUNDLED_TOKENIZER
 from recurrentgemma.training.step import batch_sums, mean_metrics, means
 from tests.models import random_model, tiny_config
 from tests.tolerances import assert_close
