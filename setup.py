@@ -16,6 +16,7 @@ VERSION = re.search(
 
 KERNEL_PACKAGES = ["linear_scan", "rg_lru", "recurrent_step", "local_attention"]
 PLOT = ["matplotlib"]
+TENSORBOARD = ["tensorboardX"]
 NOTEBOOKS = ["nbclient>=0.10", "ipykernel", *PLOT]
 
 setup(
@@ -70,12 +71,14 @@ setup(
         "tpu": ["jax[tpu]"],
         "notebooks": NOTEBOOKS,
         "plot": PLOT,
+        "tensorboard": TENSORBOARD,
         "test": [
             "pytest",
             "pytest-xdist",
             "hypothesis",
             "ruff",
             "basedpyright",
+            *TENSORBOARD,
             *NOTEBOOKS,
         ],
     },

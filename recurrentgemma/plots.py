@@ -1,4 +1,4 @@
-"""Plots of what `recurrentgemma.inspect` shows: decays, gates, attention.
+"""Plots of what `recurrentgemma.inspect` shows (decays, gates, attention), and losses.
 
 Each function takes a model or captured values, [B, T, ...] by name, of which row 0 is
 drawn, and returns a matplotlib figure (extra `plot`), which a notebook shows and
@@ -6,7 +6,7 @@ drawn, and returns a matplotlib figure (extra `plot`), which a notebook shows an
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -168,6 +168,30 @@ def attention(values: Values, pieces: Sequence[str] | None = None) -> "Figure":
         figure.colorbar(image, ax=axes, shrink=0.7)
     panels[0].set_ylabel("token")
     _label_tokens(panels[0], pieces, "y")
+    return figure
+
+
+def losses(rows: Sequence[Mapping[str, Any]]) -> "Figure":
+    """The losses of a training run by step, and the last held-out one by position.
+
+    Args:
+        rows: the rows of its `metrics.jsonl`.
+    """
+    figure = _figure(2.6 * _PANEL_INCHES, _PANEL_INCHES)
+    left, right = figure.subplots(1, 2)
+    trained = [(row["step"], row["loss"]) for row in rows if row["loss"] is not None]
+    left.plot(*zip(*trained, strict=True), lw=0.5, alpha=0.6, label="training")
+    held_out = [row for row in rows if "held_out_loss" in row]
+    if held_out:
+        curve = [(row["step"], row["held_out_loss"]) for row in held_out]
+        left.plot(*zip(*curve, strict=True), ".-", label="held out")
+        last = held_out[-1].get("held_out_loss_by_position", {})
+        right.plot([int(first) + 1 for first in last], list(last.values()), ".-")
+    left.set(xlabel="step", ylabel="nats a token")
+    left.legend()
+    right.set(xlabel="position + 1", ylabel="held-out nats a token", xscale="log")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
     return figure
 
 

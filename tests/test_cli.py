@@ -639,7 +639,9 @@ def test_the_help_of_train_explains_every_field(run):
     assert status == 0
     text = " ".join(out.split())
     for field in options(train_command.TrainConfig):
-        assert f"--{field.name.replace('_', '-')} {field.metadata['help']}" in text
+        name = field.name.replace("_", "-")
+        flag = f"--[no]{name}" if isinstance(field.default, bool) else f"--{name}"
+        assert f"{flag} {train_command.help_of(field)}" in text
 
 
 def test_only_names_of_flags_are_normalised(run, checkpoint, sampler, monkeypatch):

@@ -1,6 +1,16 @@
 """Training: documents, packed rows, loss, optimizer, the loop and its checkpoints."""
 
-from recurrentgemma.training.loop import TrainConfig, train
+from recurrentgemma.training.config import ComputeConfig, TrainConfig
+from recurrentgemma.training.guard import GuardConfig
+from recurrentgemma.training.loop import train
 from recurrentgemma.training.optimizer import OptimizerConfig
+from recurrentgemma.training.watch import WatchConfig
 
-__all__ = ["OptimizerConfig", "TrainConfig", "train"]
+__all__ = [
+    "ComputeConfig",
+    "GuardConfig",
+    "OptimizerConfig",
+    "TrainConfig",
+    "WatchConfig",
+    "train",
+]

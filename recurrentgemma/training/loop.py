@@ -4,116 +4,60 @@
 
 The defaults are those of the bundled model.
 
-An output directory holds `train_config.json`, `metrics.jsonl` (one object a line),
-`checkpoints/` (training states) and, when the run is done, `model/` (what `load` reads).
-The same call with the same config resumes from the newest checkpoint, and ends with the
-same parameters, bit for bit, as a run that was never interrupted.
+An output directory holds `train_config.json`, what `watch.py` records, `checkpoints/`
+(training states) and, when the run is done, `model/` (what `load` reads). The same call
+with the same config resumes from the newest checkpoint, however the run ended, and ends
+with the same parameters, bit for bit, as a run that was never interrupted.
 """
 
-import dataclasses
-import json
+import contextlib
 import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import tqdm
 from absl import logging
-from flax import nnx
 
+from recurrentgemma import cost
+from recurrentgemma._atomic import LockedError, lock
 from recurrentgemma.checkpoints import named_parameters, parameter_dtype, save
-from recurrentgemma.checkpoints.parameters import check_tokenizer
-from recurrentgemma.config import Runtime, find_preset
-from recurrentgemma.griffin import Griffin
+from recurrentgemma.config import Runtime
+from recurrentgemma.griffin import Griffin, unstack_layers
 from recurrentgemma.tokenizer import Tokenizer
-from recurrentgemma.training.corpus import (
-    PYTHON_STDLIB,
-    Document,
-    read_documents,
-    split_held_out,
+from recurrentgemma.training.config import TrainConfig, claim
+from recurrentgemma.training.corpus import Document, read_documents, split_held_out
+from recurrentgemma.training.data import Batch, PackedTokens, encode_document
+from recurrentgemma.training.guard import SKIP, guarded
+from recurrentgemma.training.optimizer import learning_rate_schedule, make_optimizer
+from recurrentgemma.training.selection import split_parameters
+from recurrentgemma.training.start import (
+    STATES,
+    architecture_of,
+    branch,
+    first_model,
+    frozen_in_compute_dtype,
+    tokenizer_of,
 )
-from recurrentgemma.training.data import PackedTokens, encode_document
-from recurrentgemma.training.optimizer import (
-    OptimizerConfig,
-    learning_rate_schedule,
-    make_optimizer,
-)
-from recurrentgemma.training.options import nested_config, option
 from recurrentgemma.training.state import (
     Checkpoints,
+    Parameters,
     TrainState,
     with_parameters,
 )
 from recurrentgemma.training.step import (
+    add_up,
+    loss_by_position,
     make_evaluation_step,
     make_train_step,
-    means,
+    mean_metrics,
 )
+from recurrentgemma.training.watch import METRICS, Watch, product_flops_per_s
 
-BUNDLED_TOKENIZER = Path(__file__).parents[1] / "assets" / "nano" / "tokenizer.model"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """A whole training run.
-
-    Raises:
-        ValueError: a value is outside its range.
-    """
-
-    output: str = option("directory of the run")
-    model: str = option(
-        "name of a preset, trained from random parameters", default="nano"
-    )
-    data: str = option(
-        f"{PYTHON_STDLIB} (the Python files of the standard library), a directory or a "
-        "file",
-        default=PYTHON_STDLIB,
-    )
-    tokenizer: str | None = option(
-        "path of a SentencePiece model, instead of the bundled one", default=None
-    )
-    steps: int = option("number of updates of the parameters", default=2500)
-    batch_size: int = option("rows of a step", default=4)
-    sequence_length: int = option("tokens of a row", default=512)
-    seed: int = option(
-        "seed of the initial parameters, the order of rows and the places of cuts",
-        default=0,
-    )
-    held_out_share: float = option(
-        "share of the documents that is kept for evaluation, about; 0 evaluates never",
-        default=0.05,
-    )
-    evaluate_every: int = option(
-        "steps between evaluations on held-out rows", default=250
-    )
-    evaluation_batches: int = option("batches that an evaluation reads", default=24)
-    checkpoint_every: int = option("steps between saved training states", default=100)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    """AdamW and its schedule."""
-
-    def __post_init__(self):
-        for name in (
-            "steps",
-            "batch_size",
-            "sequence_length",
-            "evaluate_every",
-            "evaluation_batches",
-            "checkpoint_every",
-        ):
-            if not getattr(self, name) >= 1:
-                raise ValueError(
-                    f"{name} must be at least 1, got {getattr(self, name)}"
-                )
-        if not 0 <= self.held_out_share < 1:
-            raise ValueError(
-                f"held_out_share must be in [0, 1), got {self.held_out_share}"
-            )
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def train(config: TrainConfig) -> Path:
@@ -124,14 +68,191 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         ValueError: the config does not fit the data, the tokenizer or the run that the
-            output directory already holds.
-        OSError: nothing could be written; what was saved before is as it was.
-        KeyboardInterrupt: interrupted; the state has been saved.
+            output directory already holds; or a step must not count and `guard` says
+            stop.
+        OSError: something could not be written; what was saved before is as it was.
+        KeyboardInterrupt: interrupted (Ctrl-C, SIGTERM); the state has been saved.
     """
     output = Path(config.output)
-    model_config = find_preset(config.model)
-    tokenizer = Tokenizer(config.tokenizer or BUNDLED_TOKENIZER)
-    check_tokenizer(model_config, tokenizer)
+    architecture = architecture_of(config)
+    tokenizer = tokenizer_of(config, architecture)
+    training, held_out = _documents(config)
+    claim(output, config, architecture)
+    with _only_process(output):
+        run = _prepare(config, first_model(config, architecture), tokenizer)
+        packed = _pack(training, tokenizer, config, cut_seed=config.seed)
+        evaluation = _pack(held_out, tokenizer, config) if held_out else None
+        try:
+            params = _run(run, _Shuffled(packed, config), evaluation)
+        finally:
+            run.checkpoints.close()
+        save(output / "model", export(run.model, params), tokenizer)
+    return output / "model"
+
+
+class _Run(NamedTuple):
+    """What a run has besides its data."""
+
+    config: TrainConfig
+    model: Griffin
+    """Shapes; how it runs is used."""
+    tokenizer: Tokenizer
+    optimizer: Any
+    state: TrainState
+    frozen: Parameters
+    checkpoints: Checkpoints
+
+
+def _prepare(config: TrainConfig, model: Griffin, tokenizer: Tokenizer) -> _Run:
+    """The state to go on from: the newest, that of the run it branches off, or a new
+    one."""
+    optimizer = guarded(
+        make_optimizer(config.optimizer, config.steps, model.config), config.guard
+    )
+    params, frozen = split_parameters(
+        named_parameters(model), config.train_only, config.freeze
+    )
+    frozen = frozen_in_compute_dtype(frozen, model)
+    # Its parameters are those of the state, which the first step uses up.
+    model = jax.eval_shape(lambda: model)
+    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    checkpoints = Checkpoints(
+        Path(config.output) / STATES,
+        keep=config.keep_checkpoints,
+        keep_every=config.keep_every,
+    )
+    if checkpoints.latest_step is not None:
+        state = checkpoints.restore(state)
+    elif config.branch_from is not None:
+        state = branch(config.branch_from, state)
+        if int(state.step) >= config.steps:
+            raise ValueError(
+                f"steps: expected more than the {int(state.step)} of "
+                f"{config.branch_from}, got {config.steps}"
+            )
+        # The other run may go on, and lose this state.
+        checkpoints.save(state)
+    return _Run(config, model, tokenizer, optimizer, state, frozen, checkpoints)
+
+
+def _run(run: _Run, data: "_Shuffled", evaluation: PackedTokens | None) -> Parameters:
+    """Trains to the end; returns all parameters."""
+    config, frozen, state = run.config, run.frozen, run.state
+    train_step = make_train_step(
+        run.model,
+        run.optimizer,
+        learning_rate_schedule(config.optimizer, config.steps),
+        accumulation=config.accumulation,
+        z_weight=config.z_loss,
+    )
+    evaluation_step = make_evaluation_step(run.model)
+    step, skipped = int(state.step), 0
+    batch = data.batch(step)
+    with _watch(run, step) as watch, _interruption() as interrupted:
+        while step < config.steps:
+            started = time.perf_counter()
+            state, metrics = train_step(state, frozen, batch)
+            step += 1
+            last = step == config.steps
+            # While the devices work.
+            if not last:
+                batch = data.batch(step)
+            row: dict[str, Any] = {"step": step}
+            row |= {name: float(value) for name, value in metrics.items()}
+            seconds = time.perf_counter() - started
+            if evaluation and (last or step % config.evaluate_every == 0):
+                batches = evaluation.batches(
+                    config.batch_size, config.evaluation_batches
+                )
+                params = state.params | frozen
+                row |= _evaluate(evaluation_step(params, b) for b in batches)
+                row |= watch.memories(with_parameters(run.model, params), step)
+                watch.say(f"step {step}: held-out loss {row['held_out_loss']:.4f}")
+            watch.step(row, seconds)
+            skipped = _look_at(row, config, skipped, run.checkpoints, watch)
+            if last or interrupted or step % config.checkpoint_every == 0:
+                run.checkpoints.save(state)
+            if interrupted:
+                run.checkpoints.finish()
+                raise KeyboardInterrupt(f"stopped after step {step}; state saved")
+            every = config.watch.sample_every
+            if every is not None and step % every == 0:
+                model = export(run.model, state.params | frozen)
+                watch.sample(model, run.tokenizer, step)
+        run.checkpoints.finish()
+        watch.plot()
+    return state.params | frozen
+
+
+def _watch(run: _Run, step: int) -> Watch:
+    config = run.config
+    tokens = config.batch_size * config.sequence_length
+    flops = cost.train_flops_per_token(run.model.config, config.sequence_length)
+    devices = next(iter(run.state.params.values())).sharding.num_devices
+    return Watch(
+        Path(config.output),
+        config.watch,
+        first_step=step,
+        steps=config.steps,
+        tokens_per_step=tokens,
+        flops_per_step=tokens * flops,
+        peak_flops_per_s=devices * product_flops_per_s(run.model.runtime.dtype.name),
+    )
+
+
+def _evaluate(batches: Iterator[Any]) -> dict[str, Any]:
+    """Entries of a row, from the sums of each batch."""
+    totals = add_up(batches)
+    found = {name: float(value) for name, value in mean_metrics(totals).items()}
+    return {
+        **{f"held_out_{name}": value for name, value in found.items()},
+        "held_out_loss_by_position": loss_by_position(totals),
+    }
+
+
+def _look_at(
+    row: dict[str, Any],
+    config: TrainConfig,
+    skipped: int,
+    checkpoints: Checkpoints,
+    watch: Watch,
+) -> int:
+    """The number of steps in a row that did not count, this one included.
+
+    Raises:
+        ValueError: this one did not, and it is one too many.
+    """
+    finite = math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])
+    if finite and not row.get("skipped"):
+        return 0
+    skipped += 1
+    what = f"the loss at step {row['step']} is {row['loss']:.4g}"
+    what += f" (gradient norm {row['gradient_norm']:.4g})"
+    if config.guard.on_bad_step == SKIP and skipped <= config.guard.most_skips:
+        watch.say(f"{what}; the step is skipped")
+        return skipped
+    checkpoints.finish()
+    raise ValueError(
+        f"{what}; the newest good state is that of step {checkpoints.latest_step}. Try "
+        f"a lower learning rate, or --on-bad-step {SKIP}."
+    )
+
+
+def export(model: Griffin, params: Parameters) -> Griffin:
+    """The model with these parameters, those in bfloat16 that `load` would put there,
+    its layers not stacked."""
+    runtime = Runtime(compute_dtype="bfloat16")
+    converted = with_parameters(
+        model,
+        {
+            name: value.astype(parameter_dtype(name, model.config, runtime))
+            for name, value in params.items()
+        },
+    )
+    return unstack_layers(converted)
+
+
+def _documents(config: TrainConfig) -> tuple[list[Document], list[Document]]:
     training, held_out = split_held_out(
         read_documents(config.data), config.held_out_share
     )
@@ -141,110 +262,7 @@ def train(config: TrainConfig) -> Path:
             "loss. Give more files or a larger held_out_share.",
             len(training),
         )
-    _claim(output, config)
-
-    model = Griffin(model_config, rngs=nnx.Rngs(config.seed))
-    optimizer = make_optimizer(config.optimizer, config.steps, model_config)
-    params = named_parameters(model)
-    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-    checkpoints = Checkpoints(output / "checkpoints")
-    if checkpoints.latest_step is not None:
-        state = checkpoints.restore(state)
-    # The state is used up by the first step, so the template may not share its arrays.
-    model = jax.eval_shape(lambda: model)
-
-    packed = _pack(training, tokenizer, config, cut_seed=config.seed)
-    evaluation = _pack(held_out, tokenizer, config) if held_out else None
-    try:
-        state = _run(config, model, optimizer, state, checkpoints, packed, evaluation)
-    finally:
-        checkpoints.close()
-    save(output / "model", export(model, state.params), tokenizer)
-    return output / "model"
-
-
-def _run(config, model, optimizer, state, checkpoints, packed, evaluation):
-    learning_rate = learning_rate_schedule(config.optimizer, config.steps)
-    train_step = make_train_step(model, optimizer, learning_rate)
-    evaluation_step = make_evaluation_step(model)
-    step = int(state.step)
-    log = MetricsLog(Path(config.output) / "metrics.jsonl", first_step=step)
-    bar = tqdm.tqdm(total=config.steps, initial=step, desc="train", unit="step")
-    with log, bar, _interruption() as interrupted:
-        while step < config.steps:
-            started = time.perf_counter()
-            batch = packed.shuffled_batch(step, config.batch_size, config.seed)
-            state, metrics = train_step(state, batch)
-            metrics = {name: float(value) for name, value in metrics.items()}
-            seconds = time.perf_counter() - started
-            step += 1
-            row = {
-                "step": step,
-                **metrics,
-                "train_tokens_per_s": batch.tokens.size / seconds,
-            }
-            last = step == config.steps
-            if evaluation and (last or step % config.evaluate_every == 0):
-                batches = evaluation.batches(
-                    config.batch_size, config.evaluation_batches
-                )
-                held_out = means(evaluation_step(state.params, b) for b in batches)
-                row |= {f"held_out_{name}": held_out[name] for name in held_out}
-                bar.write(f"step {step}: held-out loss {row['held_out_loss']:.4f}")
-            log.write(row)
-            bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-            bar.update()
-            if not math.isfinite(row["loss"]):
-                raise ValueError(
-                    f"the loss at step {step} is {row['loss']}; the newest good state is that "
-                    f"of step {checkpoints.latest_step}. Try a lower learning rate."
-                )
-            if last or interrupted or step % config.checkpoint_every == 0:
-                checkpoints.save(state)
-            if interrupted:
-                raise KeyboardInterrupt(f"stopped after step {step}; state saved")
-    return state
-
-
-def export(model: Griffin, params: dict[str, jax.Array]) -> Griffin:
-    """The model with these parameters, those in bfloat16 that `load` would put there."""
-    runtime = Runtime(compute_dtype="bfloat16")
-    return with_parameters(
-        model,
-        {
-            name: value.astype(parameter_dtype(name, model.config, runtime))
-            for name, value in params.items()
-        },
-    )
-
-
-class MetricsLog:
-    """A JSON object a line; lines of steps that are about to be done again go.
-
-    Args:
-        path: the file; its directory exists.
-        first_step: steps done so far.
-    """
-
-    def __init__(self, path: Path, first_step: int):
-        kept = []
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            # A line that an interruption cut short has no newline.
-            whole = [line for line in lines if line.endswith("\n")]
-            kept = [line for line in whole if json.loads(line)["step"] <= first_step]
-        self._file = path.open("w", encoding="utf-8")
-        self._file.writelines(kept)
-
-    def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    return training, held_out
 
 
 def _pack(
@@ -257,56 +275,50 @@ def _pack(
     return PackedTokens(ids, config.sequence_length)
 
 
-def _claim(output: Path, config: TrainConfig) -> None:
-    """Records the config of a new run; refuses to go on with another run's."""
-    path = output / "train_config.json"
-    fields = dataclasses.asdict(config)
-    del fields["output"]
-    if not path.exists():
-        output.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        return
-    stored = _with_defaults(json.loads(path.read_text(encoding="utf-8")), TrainConfig)
-    differing = sorted(
-        f"{name} is {stored.get(name)!r}, not {fields.get(name)!r}"
-        for name in stored.keys() | fields.keys()
-        if stored.get(name) != fields.get(name)
-    )
-    if differing:
-        raise ValueError(
-            f"output: {output} holds a run of another config ({'; '.join(differing)}); "
-            "choose another directory, or the same config to resume"
-        )
+class _Shuffled:
+    """The batches of a run."""
+
+    def __init__(self, packed: PackedTokens, config: TrainConfig):
+        self._packed, self._config = packed, config
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step: a function of the seed and the step alone."""
+        config = self._config
+        return self._packed.shuffled_batch(step, config.batch_size, config.seed)
 
 
-def _with_defaults(stored: dict[str, Any], kind: type) -> dict[str, Any]:
-    """A recorded config, with the default of each field that was not there yet."""
-    fields = dict(stored)
-    for field in dataclasses.fields(kind):
-        if nested := nested_config(field):
-            fields[field.name] = _with_defaults(stored.get(field.name, {}), nested)
-        elif field.default is not dataclasses.MISSING:
-            fields.setdefault(field.name, field.default)
-    return fields
+@contextlib.contextmanager
+def _only_process(output: Path) -> Iterator[None]:
+    """Raises ValueError if another process trains in this directory."""
+    with (output / METRICS).open("ab") as metrics:
+        try:
+            lock(metrics.fileno())
+        except LockedError:
+            raise ValueError(
+                f"output: another process trains in {output}; wait for it, or choose "
+                "another directory"
+            ) from None
+        yield
 
 
-@contextmanager
+@contextlib.contextmanager
 def _interruption() -> Iterator[list[int]]:
-    """A list that is no longer empty once Ctrl-C was pressed; twice stops at once."""
-    pressed: list[int] = []
+    """A list that is no longer empty once a stop signal came; a second stops at once."""
+    received: list[int] = []
 
     def note(number, frame):
-        if pressed:
+        if received:
             raise KeyboardInterrupt
-        pressed.append(number)
+        received.append(number)
 
     try:
-        previous = signal.signal(signal.SIGINT, note)
+        previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
     except ValueError:
-        # Only the main thread may; elsewhere Ctrl-C does not arrive either.
-        yield pressed
+        # Only the main thread may; elsewhere no signal arrives either.
+        yield received
         return
     try:
-        yield pressed
+        yield received
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""AdamW with a warm-up, a cosine, a clip and a decay mask.
+"""AdamW with a schedule, a clip and a decay mask.
 
 Weight decay pulls matrices to zero, where a matrix does nothing. Norm scales, biases,
 the embedding and what the class of a temporal mixer names (the convolution and the
@@ -9,11 +9,15 @@ import dataclasses
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from recurrentgemma._validation import choice
 from recurrentgemma.checkpoints.parameters import mixer_of
 from recurrentgemma.config import GriffinConfig
 from recurrentgemma.training.options import option
+
+COSINE, WSD = "cosine", "wsd"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +34,18 @@ class OptimizerConfig:
     final_learning_rate_ratio: float = option(
         "last learning rate, as a share of the highest", default=0.05
     )
+    schedule: str = option(
+        f"learning rate after the warm-up: {COSINE}; or {WSD}, constant until the "
+        "cool-down",
+        default=COSINE,
+    )
     warmup_steps: int = option(
         "steps over which the learning rate rises from 0; at most a tenth of all steps",
         default=100,
+    )
+    cooldown_steps: int | None = option(
+        f"last steps of {WSD}, over which the learning rate falls; none: a fifth of all",
+        default=None,
     )
     b1: float = option("decay of the mean gradient", default=0.9)
     b2: float = option("decay of the mean squared gradient", default=0.98)
@@ -55,9 +68,10 @@ class OptimizerConfig:
         for name in ("b1", "b2", "final_learning_rate_ratio"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_steps"):
-            if not getattr(self, name) >= 0:
+        for name in ("weight_decay", "warmup_steps", "cooldown_steps"):
+            if not (getattr(self, name) or 0) >= 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        choice("schedule", self.schedule, (COSINE, WSD))
 
 
 def is_decayed(name: str, model_config: GriffinConfig) -> bool:
@@ -69,15 +83,35 @@ def is_decayed(name: str, model_config: GriffinConfig) -> bool:
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear to the highest, then a cosine to the last."""
+    """Learning rate by step.
+
+    Linear to the highest; then a cosine to the last, or constant and, over the last
+    steps, down as 1 - sqrt (warm-up, stable, decay: arXiv 2405.18392, section 3.1).
+
+    Args:
+        config: rates and lengths.
+        steps: number of steps of the run.
+    """
     warmup_steps = min(config.warmup_steps, steps // 10)
-    return optax.warmup_cosine_decay_schedule(
-        init_value=config.learning_rate / (warmup_steps + 1),
-        peak_value=config.learning_rate,
-        warmup_steps=warmup_steps,
-        decay_steps=steps,
-        end_value=config.learning_rate * config.final_learning_rate_ratio,
-    )
+    if config.schedule == COSINE:
+        return optax.warmup_cosine_decay_schedule(
+            init_value=config.learning_rate / (warmup_steps + 1),
+            peak_value=config.learning_rate,
+            warmup_steps=warmup_steps,
+            decay_steps=steps,
+            end_value=config.learning_rate * config.final_learning_rate_ratio,
+        )
+    highest, last = config.learning_rate, config.final_learning_rate_ratio
+    cooldown = steps // 5 if config.cooldown_steps is None else config.cooldown_steps
+    cooldown = min(cooldown, steps)
+
+    def rate(step: jax.typing.ArrayLike) -> jax.Array:
+        done = jnp.asarray(step, jnp.float32)
+        rising = jnp.minimum((done + 1) / (warmup_steps + 1), 1.0)
+        fallen = jnp.clip((done - (steps - cooldown)) / max(cooldown, 1), 0.0, 1.0)
+        return highest * rising * (1 - (1 - last) * jnp.sqrt(fallen))
+
+    return rate
 
 
 def make_optimizer(

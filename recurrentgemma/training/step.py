@@ -1,99 +1,219 @@
 """One step of training, and one batch of evaluation, as jitted functions.
 
-The model that is passed in is a template: its structure and how it runs are used, its
-parameters are those of the state.
+The model that is passed in is a template: its structure and how it runs are used. Its
+parameters are those of the state, which are trained, and those that are frozen.
 
 Metrics are dictionaries from here to the log: `batch_sums` is the place to add one that
 is a mean over counted tokens, in training and in evaluation, and `make_train_step` the
 place for any other.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from recurrentgemma.cache import Cache
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.training.data import Batch
-from recurrentgemma.training.losses import cross_entropy
-from recurrentgemma.training.state import TrainState, with_parameters
+from recurrentgemma.training.guard import GuardState, choose
+from recurrentgemma.training.losses import token_losses
+from recurrentgemma.training.state import Parameters, TrainState, with_parameters
 
 Metrics = dict[str, jax.Array]
 """Scalars by name."""
 TOKENS = "tokens"
 """The number of counted targets in the sums of a batch."""
+OBJECTIVE = "objective"
+"""What is minimised, where it is more than the loss."""
+BY_POSITION = "by_position"
+"""Sums by position in the document, [2, POSITION_RANGES]: nats, and counted targets.
+Range i holds the positions from 2^i - 1 to 2^(i + 1) - 2."""
+POSITION_RANGES = 32
 
 
-def batch_sums(model: Griffin, batch: Batch) -> Metrics:
+def batch_sums(
+    model: Griffin, batch: Batch, cache: Cache | None = None, *, z_weight: float = 0.0
+) -> tuple[Metrics, Cache]:
     """Sums over the counted targets of a batch.
 
+    Args:
+        model: what predicts.
+        batch: its arrays are [B, T].
+        cache: what the B rows have read before; None is nothing.
+        z_weight: weight of the z-loss in the `objective`.
+
     Returns:
-        float32 scalars: `loss` in nats, and the number of counted `tokens`.
+        float32 sums: `loss` in nats, the number of counted `tokens`, `by_position`, and
+        with a z-loss the `objective`; and the cache of the rows after the batch.
     """
     chex.assert_rank(batch.tokens, 2)
     chex.assert_equal_shape(batch)
-    hidden, _ = model(batch.tokens, batch.positions)
-    return {
-        "loss": cross_entropy(model, hidden, batch.targets, batch.mask),
+    hidden, cache = model(batch.tokens, batch.positions, cache)
+    found = token_losses(model, hidden, batch.targets, batch.mask, z_weight=z_weight)
+    nats = found.nats * batch.mask
+    sums = {
+        "loss": found.objective,
         TOKENS: jnp.sum(batch.mask),
+        BY_POSITION: _by_position(nats, batch),
     }
+    if z_weight:
+        sums |= {"loss": jnp.sum(nats), OBJECTIVE: found.objective}
+    return sums, cache
 
 
-def mean_metrics(sums: Metrics) -> Metrics:
-    """Means over the counted targets, from their sums; 0 if none counts."""
-    count = jnp.maximum(sums[TOKENS], 1)
-    return {name: sums[name] / count for name in sums if name != TOKENS}
+def _by_position(nats: jax.Array, batch: Batch) -> jax.Array:
+    position = jnp.maximum(jnp.asarray(batch.positions), 0).astype(jnp.uint32)
+    ranges = (31 - jax.lax.clz(position + 1)).astype(jnp.int32).reshape(-1)
+    values = jnp.stack([nats.reshape(-1), jnp.asarray(batch.mask).reshape(-1)])
+    zeros = jnp.zeros((2, POSITION_RANGES), jnp.float32)
+    return zeros.at[:, ranges].add(values)
+
+
+def mean_metrics(sums: Metrics, tokens: jax.Array | None = None) -> Metrics:
+    """Means over the counted targets, from their sums; 0 if none counts.
+
+    Args:
+        sums: those of `batch_sums`, or their totals; what is no scalar is left out.
+        tokens: how many targets count, if other than those of the sums.
+    """
+    count = jnp.maximum(sums[TOKENS] if tokens is None else tokens, 1)
+    others = (TOKENS, BY_POSITION)
+    return {name: sums[name] / count for name in sums if name not in others}
+
+
+def add_up(batches: Iterable[Metrics]) -> dict[str, Any]:
+    """Totals of the sums of several batches, in float64."""
+    return jax.tree.map(
+        lambda *sums: np.sum(np.asarray(sums, np.float64), axis=0), *batches
+    )
 
 
 def means(batches: Iterable[Metrics]) -> dict[str, float]:
     """Means over the counted targets of several batches, from the sums of each."""
-    total = jax.tree.map(lambda *sums: sum(map(float, sums)), *batches)
-    return {name: float(value) for name, value in mean_metrics(total).items()}
+    return {name: float(x) for name, x in mean_metrics(add_up(batches)).items()}
+
+
+def loss_by_position(totals: Mapping[str, Any]) -> dict[str, float]:
+    """Mean nats of the targets whose context has a length, by its range.
+
+    Args:
+        totals: as `add_up` returns them.
+
+    Returns:
+        Means by the range's first position; ranges without a target are left out.
+    """
+    nats, counts = np.asarray(totals[BY_POSITION])
+    return {
+        str(2**i - 1): float(nats[i] / counts[i])
+        for i in range(POSITION_RANGES)
+        if counts[i]
+    }
 
 
 def mean_loss(model: Griffin, batch: Batch) -> jax.Array:
     """Mean nats of a counted target; 0 if none counts."""
-    return mean_metrics(batch_sums(model, batch))["loss"]
+    sums, _ = batch_sums(model, batch)
+    return mean_metrics(sums)["loss"]
 
 
 def make_train_step(
     model: Griffin,
     optimizer: optax.GradientTransformation,
     learning_rate: optax.Schedule | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """A jitted (state, batch) -> (state, metrics); the state that goes in is used up.
+    *,
+    accumulation: int = 1,
+    z_weight: float = 0.0,
+) -> Callable[[TrainState, Parameters, Batch], tuple[TrainState, Metrics]]:
+    """A jitted (state, frozen, batch) -> (state, metrics).
+
+    The state that goes in is used up. `frozen` are the parameters of the model that the
+    state does not have, {} if it has all. Rows of the state that carry a cache begin
+    with it, and carry the cache after the batch, without gradient, to the next step.
 
     Metrics are float32 scalars: those of `mean_metrics`, `gradient_norm` before the
-    clip, and `learning_rate` if its schedule is given.
+    clip, `learning_rate` if its schedule is given, and `skipped` (0 or 1) with an
+    optimizer that is `guarded`.
+
+    Args:
+        model: the template.
+        optimizer: of the trained parameters; its state is the state's.
+        learning_rate: schedule, for the metrics alone.
+        accumulation: number of parts of a batch whose gradients are added up, one after
+            the other; each has as many rows. The mean is over the whole batch.
+        z_weight: weight of the z-loss.
     """
+    optimizer = optax.with_extra_args_support(optimizer)
+    options = {"z_weight": z_weight} if z_weight else {}
 
-    def loss_of(params, batch):
-        metrics = mean_metrics(batch_sums(with_parameters(model, params), batch))
-        return metrics["loss"], metrics
+    def loss_of(params, frozen, batch, rows, tokens):
+        whole = with_parameters(model, params | frozen)
+        sums, cache = batch_sums(whole, batch, rows, **options)
+        metrics = mean_metrics(sums, tokens)
+        return metrics.get(OBJECTIVE, metrics["loss"]), (metrics, cache)
 
-    def train_step(state: TrainState, batch: Batch):
-        gradients, metrics = jax.grad(loss_of, has_aux=True)(state.params, batch)
+    def gradients_of(params, frozen, batch, rows):
+        tokens = jnp.sum(batch.mask)
+        gradient = jax.grad(loss_of, has_aux=True)
+        if accumulation == 1:
+            return gradient(params, frozen, batch, rows, tokens)
+
+        def add_part(total, part):
+            gradients, (metrics, cache) = gradient(params, frozen, *part, tokens)
+            return jax.tree.map(jnp.add, total, (gradients, metrics)), cache
+
+        parts = jax.tree.map(partial(_interleaved, parts=accumulation), (batch, rows))
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes, (metrics, _) = jax.eval_shape(gradient, params, frozen, *first, tokens)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes, metrics))
+        (gradients, metrics), cache = jax.lax.scan(add_part, zeros, parts)
+        return gradients, (metrics, jax.tree.map(_joined, cache))
+
+    def train_step(state: TrainState, frozen: Parameters, batch: Batch):
+        gradients, (metrics, cache) = gradients_of(
+            state.params, frozen, batch, state.rows
+        )
         chex.assert_trees_all_equal_shapes_and_dtypes(gradients, state.params)
+        metrics["gradient_norm"] = optax.global_norm(gradients)
         updates, optimizer_state = optimizer.update(
-            gradients, state.optimizer_state, state.params
+            gradients,
+            state.optimizer_state,
+            state.params,
+            loss=metrics["loss"],
+            gradient_norm=metrics["gradient_norm"],
         )
         params: Any = optax.apply_updates(state.params, updates)
         chex.assert_trees_all_equal_shapes_and_dtypes(params, state.params)
-        metrics["gradient_norm"] = optax.global_norm(gradients)
+        rows, scheduled = None if state.rows is None else cache, state.step
+        if isinstance(optimizer_state, GuardState):
+            before = state.optimizer_state.skipped
+            good = optimizer_state.skipped == before
+            metrics["skipped"] = 1.0 - good.astype(jnp.float32)
+            rows, scheduled = choose(good, rows, state.rows), scheduled - before
         if learning_rate is not None:
-            metrics["learning_rate"] = jnp.asarray(learning_rate(state.step))
-        return TrainState(params, optimizer_state, state.step + 1), metrics
+            metrics["learning_rate"] = jnp.asarray(learning_rate(scheduled))
+        return TrainState(params, optimizer_state, state.step + 1, rows), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_evaluation_step(
-    model: Griffin,
-) -> Callable[[dict[str, jax.Array], Batch], Metrics]:
-    """A jitted (params, batch) -> `batch_sums`."""
+def _interleaved(x: jax.Array, parts: int) -> jax.Array:
+    """[B, ...] -> [parts, B / parts, ...]; each part has rows of every device."""
+    return jnp.moveaxis(jnp.reshape(x, (-1, parts, *x.shape[1:])), 1, 0)
+
+
+def _joined(x: jax.Array) -> jax.Array:
+    """The inverse of `_interleaved`."""
+    return jnp.reshape(jnp.moveaxis(x, 0, 1), (-1, *x.shape[2:]))
+
+
+def make_evaluation_step(model: Griffin) -> Callable[[Parameters, Batch], Metrics]:
+    """A jitted (params, batch) -> the sums of `batch_sums`; params are all of them."""
     return jax.jit(
-        lambda params, batch: batch_sums(with_parameters(model, params), batch)
+        lambda params, batch: batch_sums(with_parameters(model, params), batch)[0]
     )

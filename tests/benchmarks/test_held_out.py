@@ -7,7 +7,7 @@ import pytest
 from recurrentgemma.benchmarks.held_out import held_out_loss, xz_bits_per_byte
 from recurrentgemma.tokenizer import Tokenizer
 from recurrentgemma.training.corpus import Document
-from recurrentgemma.training.loop import BUNDLED_TOKENIZER
+from recurrentgemma.training.start import BUNDLED_TOKENIZER
 from tests.models import random_model, tiny_config
 
 

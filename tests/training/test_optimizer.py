@@ -1,5 +1,7 @@
 """What is decayed, and the schedule."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -55,9 +57,34 @@ def test_schedule_rises_then_falls():
     assert rates[-1] == pytest.approx(1e-3)
 
 
+def test_warm_up_stable_decay():
+    config = OptimizerConfig(
+        learning_rate=1e-2,
+        schedule="wsd",
+        warmup_steps=4,
+        cooldown_steps=20,
+        final_learning_rate_ratio=0.1,
+    )
+    rates = jax.jit(learning_rate_schedule(config, 100))(jnp.arange(101)).tolist()
+    assert rates[:4] == pytest.approx([2e-3, 4e-3, 6e-3, 8e-3])
+    assert rates[4:81] == pytest.approx([1e-2] * 77)
+    assert rates[85] == pytest.approx(1e-2 * (1 - 0.9 * 0.5))
+    assert rates[100] == pytest.approx(1e-3)
+    whole = dataclasses.replace(config, cooldown_steps=None)
+    fifth = jax.jit(learning_rate_schedule(whole, 100))(jnp.arange(101)).tolist()
+    assert fifth == rates
+
+
 @pytest.mark.parametrize(
     "fields",
-    [{"learning_rate": 0}, {"b2": 1.0}, {"weight_decay": -1}, {"clip_norm": -1.0}],
+    [
+        {"learning_rate": 0},
+        {"b2": 1.0},
+        {"weight_decay": -1},
+        {"clip_norm": -1.0},
+        {"schedule": "linear"},
+        {"cooldown_steps": -1},
+    ],
 )
 def test_values_out_of_range_are_refused(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
