@@ -69,6 +69,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "notebooks": NOTEBOOKS,
         "plot": PLOT,
+        "data": ["grain", "pyarrow"],
         "test": [
             "pytest",
             "pytest-xdist",

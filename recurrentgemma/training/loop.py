@@ -23,7 +23,6 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import tqdm
-from absl import logging
 from flax import nnx
 
 from recurrentgemma.checkpoints import named_parameters, parameter_dtype, save
@@ -31,13 +30,7 @@ from recurrentgemma.checkpoints.parameters import check_tokenizer
 from recurrentgemma.config import Runtime, find_preset
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.tokenizer import Tokenizer
-from recurrentgemma.training.corpus import (
-    PYTHON_STDLIB,
-    Document,
-    read_documents,
-    split_held_out,
-)
-from recurrentgemma.training.data import PackedTokens, encode_document
+from recurrentgemma.training.data import DataConfig, check_unchanged, open_data
 from recurrentgemma.training.optimizer import (
     OptimizerConfig,
     learning_rate_schedule,
@@ -70,24 +63,15 @@ class TrainConfig:
     model: str = option(
         "name of a preset, trained from random parameters", default="nano"
     )
-    data: str = option(
-        f"{PYTHON_STDLIB} (the Python files of the standard library), a directory or a "
-        "file",
-        default=PYTHON_STDLIB,
-    )
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """Sources and batches."""
     tokenizer: str | None = option(
         "path of a SentencePiece model, instead of the bundled one", default=None
     )
     steps: int = option("number of updates of the parameters", default=2500)
-    batch_size: int = option("rows of a step", default=4)
-    sequence_length: int = option("tokens of a row", default=512)
     seed: int = option(
         "seed of the initial parameters, the order of rows and the places of cuts",
         default=0,
-    )
-    held_out_share: float = option(
-        "share of the documents that is kept for evaluation, about; 0 evaluates never",
-        default=0.05,
     )
     evaluate_every: int = option(
         "steps between evaluations on held-out rows", default=250
@@ -100,8 +84,6 @@ class TrainConfig:
     def __post_init__(self):
         for name in (
             "steps",
-            "batch_size",
-            "sequence_length",
             "evaluate_every",
             "evaluation_batches",
             "checkpoint_every",
@@ -110,10 +92,6 @@ class TrainConfig:
                 raise ValueError(
                     f"{name} must be at least 1, got {getattr(self, name)}"
                 )
-        if not 0 <= self.held_out_share < 1:
-            raise ValueError(
-                f"held_out_share must be in [0, 1), got {self.held_out_share}"
-            )
 
 
 def train(config: TrainConfig) -> Path:
@@ -132,16 +110,9 @@ def train(config: TrainConfig) -> Path:
     model_config = find_preset(config.model)
     tokenizer = Tokenizer(config.tokenizer or BUNDLED_TOKENIZER)
     check_tokenizer(model_config, tokenizer)
-    training, held_out = split_held_out(
-        read_documents(config.data), config.held_out_share
-    )
-    if config.held_out_share and not held_out:
-        logging.warning(
-            "data: none of the %d documents is held out, so the run has no held-out "
-            "loss. Give more files or a larger held_out_share.",
-            len(training),
-        )
+    training, held_out = open_data(config.data, tokenizer, config.seed)
     _claim(output, config)
+    check_unchanged(output / "data.json", training)
 
     model = Griffin(model_config, rngs=nnx.Rngs(config.seed))
     optimizer = make_optimizer(config.optimizer, config.steps, model_config)
@@ -153,17 +124,15 @@ def train(config: TrainConfig) -> Path:
     # The state is used up by the first step, so the template may not share its arrays.
     model = jax.eval_shape(lambda: model)
 
-    packed = _pack(training, tokenizer, config, cut_seed=config.seed)
-    evaluation = _pack(held_out, tokenizer, config) if held_out else None
     try:
-        state = _run(config, model, optimizer, state, checkpoints, packed, evaluation)
+        state = _run(config, model, optimizer, state, checkpoints, training, held_out)
     finally:
         checkpoints.close()
     save(output / "model", export(model, state.params), tokenizer)
     return output / "model"
 
 
-def _run(config, model, optimizer, state, checkpoints, packed, evaluation):
+def _run(config, model, optimizer, state, checkpoints, training, evaluation):
     learning_rate = learning_rate_schedule(config.optimizer, config.steps)
     train_step = make_train_step(model, optimizer, learning_rate)
     evaluation_step = make_evaluation_step(model)
@@ -173,7 +142,7 @@ def _run(config, model, optimizer, state, checkpoints, packed, evaluation):
     with log, bar, _interruption() as interrupted:
         while step < config.steps:
             started = time.perf_counter()
-            batch = packed.shuffled_batch(step, config.batch_size, config.seed)
+            batch = training.batch(step)
             state, metrics = train_step(state, batch)
             metrics = {name: float(value) for name, value in metrics.items()}
             seconds = time.perf_counter() - started
@@ -186,7 +155,7 @@ def _run(config, model, optimizer, state, checkpoints, packed, evaluation):
             last = step == config.steps
             if evaluation and (last or step % config.evaluate_every == 0):
                 batches = evaluation.batches(
-                    config.batch_size, config.evaluation_batches
+                    config.data.batch_size, config.evaluation_batches
                 )
                 held_out = means(evaluation_step(state.params, b) for b in batches)
                 row |= {f"held_out_{name}": held_out[name] for name in held_out}
@@ -247,30 +216,22 @@ class MetricsLog:
         self._file.close()
 
 
-def _pack(
-    documents: list[Document],
-    tokenizer: Tokenizer,
-    config: TrainConfig,
-    cut_seed: int | None = None,
-) -> PackedTokens:
-    ids = (encode_document(tokenizer, d, cut_seed=cut_seed) for d in documents)
-    return PackedTokens(ids, config.sequence_length)
-
-
 def _claim(output: Path, config: TrainConfig) -> None:
     """Records the config of a new run; refuses to go on with another run's."""
     path = output / "train_config.json"
     fields = dataclasses.asdict(config)
-    del fields["output"]
+    # Where things are is not what the run is.
+    del fields["output"], fields["data"]["data_cache"]
     if not path.exists():
         output.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         return
     stored = _with_defaults(json.loads(path.read_text(encoding="utf-8")), TrainConfig)
+    old, new = _leaves(stored), _leaves(fields)
     differing = sorted(
-        f"{name} is {stored.get(name)!r}, not {fields.get(name)!r}"
-        for name in stored.keys() | fields.keys()
-        if stored.get(name) != fields.get(name)
+        f"{name} is {old.get(name)!r}, not {new.get(name)!r}"
+        for name in old | new
+        if old.get(name) != new.get(name) and name != "data.data_cache"
     )
     if differing:
         raise ValueError(
@@ -288,6 +249,17 @@ def _with_defaults(stored: dict[str, Any], kind: type) -> dict[str, Any]:
         elif field.default is not dataclasses.MISSING:
             fields.setdefault(field.name, field.default)
     return fields
+
+
+def _leaves(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of a record and of those nested in it, by dotted name."""
+    leaves = {}
+    for name, value in fields.items():
+        nested = isinstance(value, dict)
+        leaves |= (
+            _leaves(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+        )
+    return leaves
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Runs: they learn, resume bit for bit, and leave nothing half-done."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import pytest
 from recurrentgemma import PRESETS, load
 from recurrentgemma.checkpoints import named_parameters
 from recurrentgemma.training import loop, step
+from recurrentgemma.training.data import DataConfig
 from recurrentgemma.training.loop import TrainConfig, train
 from recurrentgemma.training.optimizer import OptimizerConfig
 from recurrentgemma.training.state import Checkpoints, TrainState
@@ -33,18 +35,22 @@ def corpus(tmp_path, monkeypatch):
 
 
 def config_for(corpus, output, **fields):
-    defaults = {
+    data = {
         "data": corpus,
-        "output": str(output),
-        "steps": 6,
         "batch_size": 2,
         "sequence_length": 16,
         "held_out_share": 0.2,
+    }
+    defaults = {
+        "output": str(output),
+        "steps": 6,
         "evaluate_every": 3,
         "evaluation_batches": 1,
         "checkpoint_every": 2,
     }
-    return TrainConfig(**{**defaults, **fields})
+    names = {field.name for field in dataclasses.fields(DataConfig)}
+    data |= {name: fields.pop(name) for name in names & fields.keys()}
+    return TrainConfig(**{**defaults, **fields}, data=DataConfig(**data))
 
 
 def metrics_of(output):
