@@ -116,7 +116,7 @@ def documents_of(
             left_out.append(file.name)
     if not found:
         raise ValueError(
-            f"data: expected documents in {str(source)!r}, got {len(files)} files and no "
+            f"data: expected documents in {str(source)!r}, got {len(files)} files without "
             "UTF-8 text; give another source"
         )
     if left_out and source != PYTHON_STDLIB:

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
@@ -47,6 +48,7 @@ __all__ = [
     "PackedTokens",
     "check_unchanged",
     "encode_document",
+    "lift_record",
     "open_data",
     "parse_sources",
 ]
@@ -165,6 +167,20 @@ def open_data(
             sum(source.streams.num_documents for source in opened),
         )
     return training, None
+
+
+def lift_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a run, with what belongs to its data under `data`.
+
+    Args:
+        record: fields of a config; older records have those of `DataConfig` beside the
+            others, and a name or path as `data`.
+    """
+    if not isinstance(record.get("data"), str):
+        return dict(record)
+    names = {field.name for field in dataclasses.fields(DataConfig)}
+    lifted = {name: value for name, value in record.items() if name not in names}
+    return lifted | {"data": {name: record[name] for name in names & record.keys()}}
 
 
 def check_unchanged(path: Path, data: Mixture) -> None:

@@ -30,7 +30,12 @@ from recurrentgemma.checkpoints.parameters import check_tokenizer
 from recurrentgemma.config import Runtime, find_preset
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.tokenizer import Tokenizer
-from recurrentgemma.training.data import DataConfig, check_unchanged, open_data
+from recurrentgemma.training.data import (
+    DataConfig,
+    check_unchanged,
+    lift_record,
+    open_data,
+)
 from recurrentgemma.training.optimizer import (
     OptimizerConfig,
     learning_rate_schedule,
@@ -226,7 +231,8 @@ def _claim(output: Path, config: TrainConfig) -> None:
         output.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         return
-    stored = _with_defaults(json.loads(path.read_text(encoding="utf-8")), TrainConfig)
+    stored = lift_record(json.loads(path.read_text(encoding="utf-8")))
+    stored = _with_defaults(stored, TrainConfig)
     old, new = _leaves(stored), _leaves(fields)
     differing = sorted(
         f"{name} is {old.get(name)!r}, not {new.get(name)!r}"

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from recurrentgemma import _validation as check
-from recurrentgemma.training.packing import Batch, PackedTokens
+from recurrentgemma.training.packing import Batch, PackedTokens, as_batch
 
 SHARES = 10_000
 """Weights are rounded to shares of one in so many."""
@@ -72,8 +72,9 @@ class Mixture:
         self.batch_size = check.positive_integer("batch_size", batch_size)
         self.order = check.choice("order", order, ORDERS)
         self.digests = {name: dict(files) for name, files in (digests or {}).items()}
-        if len({source.row_tokens for source in self.sources}) != 1:
-            check.refuse("sources", "rows of one length", self.sources)
+        lengths = sorted({source.row_tokens for source in self.sources})
+        if len(lengths) != 1:
+            check.refuse("sources", "rows of one length", lengths)
         if weights is None:
             weights = [source.num_rows for source in self.sources]
         if len(weights) != len(self.sources):
@@ -117,15 +118,7 @@ class Mixture:
         rounds, places = np.divmod(slots, len(self._pattern))
         which = self._pattern[places]
         numbers = rounds * self._shares[which] + self._rank[places]
-        sizes = np.array([source.num_rows for source in self.sources])
-        epochs, places = np.divmod(numbers, sizes[which])
-        rows = np.array(
-            [
-                self._orders[source](int(epoch))[place]
-                for source, epoch, place in zip(which, epochs, places, strict=True)
-            ]
-        )
-        return self._gather(which, rows)
+        return self._gather(which, numbers, shuffled=True)
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         """Every row once, in the sources' own order, mixed by their weights.
@@ -155,22 +148,45 @@ class Mixture:
         ]
         return which, np.concatenate(rows)
 
-    def _gather(self, which: np.ndarray, rows: np.ndarray) -> Batch:
-        """These rows, each of the source of that number."""
-        if len(self.sources) == 1:
-            return self.sources[0].rows(rows)
-        parts = []
+    def _gather(
+        self, which: np.ndarray, rows: np.ndarray, *, shuffled: bool = False
+    ) -> Batch:
+        """These rows, each of the source of that number.
+
+        Args:
+            which: [B], the number of each row's source.
+            rows: [B], the row's index; if shuffled, the number of rows that came from
+                the source before.
+            shuffled: whether the rows have the shuffled order.
+        """
+        windows: tuple[np.ndarray, ...] = ()
         for number, source in enumerate(self.sources):
             places = np.flatnonzero(which == number)
-            if len(places):
-                parts.append((places, source.rows(rows[places])))
-        back = np.argsort(np.concatenate([places for places, _ in parts]))
-        return Batch(
-            *(
-                np.concatenate(arrays)[back]
-                for arrays in zip(*(batch for _, batch in parts), strict=True)
-            )
-        )
+            if not len(places):
+                continue
+            chosen = rows[places]
+            if shuffled:
+                chosen = self._shuffled(number, chosen)
+            found = source.windows(chosen)
+            if len(places) == len(which):
+                return as_batch(*found)
+            if not windows:
+                windows = tuple(
+                    np.empty((len(which), *column.shape[1:]), column.dtype)
+                    for column in found
+                )
+            for column, part in zip(windows, found, strict=True):
+                column[places] = part
+        return as_batch(*windows)
+
+    def _shuffled(self, number: int, rows: np.ndarray) -> np.ndarray:
+        """Indices of the rows that a source gives at these, rising, times."""
+        epochs, places = np.divmod(rows, self.sources[number].num_rows)
+        parts = [
+            self._orders[number](epoch)[places[epochs == epoch]]
+            for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
+        ]
+        return np.concatenate(parts)
 
 
 def apportion(weights: Sequence[float], total: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from recurrentgemma import _validation as check
 from recurrentgemma.training.streams import TokenStream, stream_of
@@ -66,11 +67,16 @@ class PackedTokens:
         if not isinstance(documents, TokenStream):
             documents = stream_of(documents)
         self._stream = documents
+        self._columns = (documents.tokens, documents.positions, documents.counted)
         total = len(documents.tokens)
         if total < 2:
             raise ValueError(
                 f"data: expected two tokens at least, got {total}; give more text"
             )
+        # A window of each place is a view: taking some of them copies whole rows.
+        size = row_tokens + 1
+        views = [sliding_window_view(c, size) for c in self._columns if total >= size]
+        self._windows = tuple(views)
         if whole:
             self._pack_whole()
         else:
@@ -109,36 +115,48 @@ class PackedTokens:
 
     def rows(self, indices: np.ndarray) -> Batch:
         """The rows of these indices; an index past the last one is a row of padding."""
+        return as_batch(*self.windows(indices))
+
+    def windows(self, indices: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The T + 1 tokens of each row, for `as_batch`.
+
+        Returns:
+            Tokens int32, positions int32 and whether each counts, [len(indices), T + 1].
+        """
+        size = self.row_tokens + 1
         total = len(self._stream.tokens)
         exists = indices < self.num_rows
+        known = np.where(exists, indices, 0)
         if self._starts is None:
-            starts = indices * self.row_tokens
-            ends = np.minimum(starts + self.row_tokens + 1, total)
+            starts = known * self.row_tokens
+            ends = np.minimum(starts + size, total)
         else:
-            known = np.where(exists, indices, 0)
             starts, ends = self._starts[known], self._ends[known]
-        ends = np.where(exists, ends, 0)
-        places = starts[:, None] + np.arange(self.row_tokens + 1)
-        inside = places < ends[:, None]
-        is_full = inside.all()
-        if not is_full:
-            places = np.where(inside, places, 0)
-        tokens = self._stream.tokens[places].astype(np.int32)
-        positions = self._stream.positions[places]
-        counted = self._stream.counted[places]
-        if not is_full:
-            tokens = np.where(inside, tokens, 0)
-            positions = np.where(inside, positions, -1)
-            counted &= inside
-        return Batch(
-            tokens=tokens[:, :-1],
-            positions=positions[:, :-1],
-            targets=tokens[:, 1:],
-            mask=counted[:, 1:].astype(np.float32),
-        )
+        if self._windows and starts.max(initial=0) + size <= total:
+            columns = [window[starts] for window in self._windows]
+        else:
+            places = np.minimum(starts[:, None] + np.arange(size), total - 1)
+            columns = [column[places] for column in self._columns]
+        tokens, positions, counted = columns
+        tokens = tokens.astype(np.int32)
+        sizes = np.where(exists, ends - starts, 0)
+        if sizes.min(initial=size) < size:
+            outside = np.arange(size)[None] >= sizes[:, None]
+            tokens[outside], positions[outside], counted[outside] = 0, -1, False
+        return tokens, positions, counted
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         """All rows in order, or the first `limit` batches; padded to `batch_size`."""
         count = -(-self.num_rows // batch_size)
         for index in range(count if limit is None else min(limit, count)):
             yield self.rows(np.arange(index * batch_size, (index + 1) * batch_size))
+
+
+def as_batch(tokens: np.ndarray, positions: np.ndarray, counted: np.ndarray) -> Batch:
+    """Inputs and targets of rows of T + 1 tokens; see `PackedTokens.windows`."""
+    return Batch(
+        tokens=tokens[:, :-1],
+        positions=positions[:, :-1],
+        targets=tokens[:, 1:],
+        mask=counted[:, 1:].astype(np.float32),
+    )

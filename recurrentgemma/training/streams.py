@@ -175,21 +175,16 @@ class _Writer:
 
     def add(self, document: Document, spans: Sequence[Span]) -> bytes:
         """Returns what tells these tokens from others."""
-        sizes = [len(span.ids) for span in spans]
-        counted = np.repeat([span.counts for span in spans], sizes)
+        parts = [np.array(span.ids, self._dtypes["tokens"]) for span in spans]
+        counted = np.repeat([span.counts for span in spans], [*map(len, parts)])
         counted[0] = False
-        columns = {
-            "tokens": [id for span in spans for id in span.ids],
-            "positions": np.arange(len(counted)),
-            "counted": counted,
-        }
-        arrays = [np.asarray(columns[part], self._dtypes[part]) for part in columns]
-        for file, array in zip(self._files, arrays, strict=True):
+        tokens = np.concatenate(parts)
+        positions = np.arange(len(tokens), dtype=self._dtypes["positions"])
+        for file, array in zip(self._files, (tokens, positions, counted), strict=True):
             file.write(array.data)
         self.meta["documents"] += 1
-        self.meta["tokens"] += len(counted)
+        self.meta["tokens"] += len(tokens)
         self.meta["has_responses"] |= document.has_response
-        tokens, _, counted = arrays
         return tokens.tobytes() + counted.tobytes()
 
     def __enter__(self) -> Self:

@@ -35,7 +35,7 @@ def test_sources_without_text_are_refused(tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"ab\xff")
     (tmp_path / "empty.txt").write_text("")
     for source, message in [
-        (tmp_path, "expected documents in .*, got 2 files and no UTF-8 text"),
+        (tmp_path, "expected documents in .*, got 2 files without UTF-8 text"),
         (tmp_path / "bad.txt", r"UTF-8 text in '.*bad.txt', got another byte at 2"),
         (tmp_path / "empty.txt", "expected documents in"),
         (

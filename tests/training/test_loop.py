@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+from pathlib import Path
 
 import chex
 import jax.numpy as jnp
@@ -132,6 +133,10 @@ def test_a_run_on_one_file_says_that_nothing_is_held_out(corpus, tmp_path, caplo
     assert "none of the 1 documents is held out" in message
     assert "held_out_loss" not in metrics_of(tmp_path / "run")[0]
 
+    Path(corpus, "0.py").write_text("another\n")
+    with pytest.raises(ValueError, match="expected what the run began with"):
+        train(config_for(f"{corpus}/0.py", tmp_path / "run", steps=1))
+
 
 def test_another_config_does_not_resume(corpus, tmp_path):
     loop._claim(tmp_path / "run", config_for(corpus, tmp_path / "run", steps=1))
@@ -145,6 +150,8 @@ def test_a_record_from_before_a_field_existed_resumes(corpus, tmp_path):
     path = tmp_path / "run" / "train_config.json"
     record = json.loads(path.read_text())
     del record["seed"], record["optimizer"]["epsilon"]
+    record |= record.pop("data")  # once beside the other fields
+    del record["order"]
     path.write_text(json.dumps(record))
     loop._claim(tmp_path / "run", config)
     record["optimizer"]["b1"] = 0.5

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -88,6 +89,20 @@ def test_a_cache_holds_the_same_and_is_read_again(folder, settings, monkeypatch)
 
     monkeypatch.setattr(streams, "documents_of", None)  # nothing is read again
     assert_same(tokenize("data", find_files(folder), settings, cache), in_memory)
+
+
+def test_a_cache_is_written_and_read_in_flat_memory(folder, settings):
+    lines = "".join(json.dumps({"text": f"{i} " * 250}) + "\n" for i in range(1500))
+    (folder / "a.jsonl").write_text(lines)
+    files = find_files(folder)
+    tracemalloc.start()
+    try:
+        found = tokenize("data", files, settings._replace(cuts=None), folder / "cache")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(found.training.tokens) * 7 > 2 << 20
+    assert peak < 1 << 20
 
 
 def test_another_file_tokenizer_or_setting_is_another_entry(folder, settings):
