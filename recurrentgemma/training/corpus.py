@@ -17,6 +17,7 @@ from typing import Any
 
 from absl import logging
 
+from recurrentgemma import _validation as check
 from recurrentgemma.training.documents import Document, is_held_out
 from recurrentgemma.training.sources import (
     READERS,
@@ -31,6 +32,7 @@ __all__ = [
     "Document",
     "documents_of",
     "find_files",
+    "parse_sources",
     "read_documents",
     "split_held_out",
 ]
@@ -45,6 +47,44 @@ _BUILD_FILES = ("_sysconfigdata", "config-")
 # What `datasets` writes beside its Arrow files: of a dataset, and of one with splits.
 _DATASET_STATE = "state.json"
 _DATASET_SPLITS = "dataset_dict.json"
+
+
+def parse_sources(
+    data: str, names: Collection[str] = ()
+) -> list[tuple[str, float | None]]:
+    """Sources with their weights, from `a.jsonl:0.7,books:0.3`.
+
+    What exists as a path, or is one of `names`, is one source, commas and colons
+    included.
+
+    Args:
+        data: names and paths, separated by commas; either none or all with a weight.
+        names: what else is a source.
+
+    Returns:
+        Names and weights; None for the weight where there are none.
+
+    Raises:
+        ValueError: a source is missing, or there twice; a weight is not positive, or
+            some sources have one and others have none.
+    """
+
+    def is_source(text: str) -> bool:
+        return text in (PYTHON_STDLIB, *names) or Path(text).exists()
+
+    sources: dict[str, float | None] = {}
+    for item in [data] if is_source(data) else data.split(","):
+        name, _, weight = item.strip().rpartition(":")
+        if is_source(item.strip()) or not name or not _is_number(weight):
+            name, weight = item.strip(), None
+        if not name or name in sources:
+            check.refuse("data", "sources separated by commas, each once", data)
+        if weight is not None:
+            weight = check.number(f"data: weight of {name}", float(weight), above=0)
+        sources[name] = weight
+    if len({weight is None for weight in sources.values()}) > 1:
+        check.refuse("data", "a weight for each source or for none", data)
+    return list(sources.items())
 
 
 def find_files(source: str | Path, ignored: Collection[str] = ()) -> list[SourceFile]:
@@ -158,3 +198,11 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"data: cannot read {path}: {error}") from error
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

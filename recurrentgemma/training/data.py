@@ -19,7 +19,7 @@ from absl import logging
 from recurrentgemma import _validation as check
 from recurrentgemma._atomic import replace_file
 from recurrentgemma.tokenizer import Tokenizer
-from recurrentgemma.training.corpus import PYTHON_STDLIB, find_files
+from recurrentgemma.training.corpus import PYTHON_STDLIB, find_files, parse_sources
 from recurrentgemma.training.documents import (
     CHARACTERS_PER_CUT,
     Cuts,
@@ -50,7 +50,6 @@ __all__ = [
     "encode_document",
     "lift_record",
     "open_data",
-    "parse_sources",
 ]
 
 _TOKENIZER = "the tokenizer"
@@ -71,8 +70,8 @@ class DataConfig:
         default=PYTHON_STDLIB,
     )
     ignored_fields: str = option(
-        "fields that records may have and that mean nothing, such as id,source; * for "
-        "all unknown ones",
+        "fields of records that are not used, such as id,source; * for all that are "
+        "unknown; others are an error",
         default="",
     )
     batch_size: int = option("rows of a step", default=4)
@@ -92,11 +91,11 @@ class DataConfig:
         default=0.05,
     )
     held_out_data: str | None = option(
-        "what is evaluated on instead, given as for data", default=None
+        "sources to evaluate on instead of a share, given as for data", default=None
     )
     data_cache: str | None = option(
-        "directory in which tokens are kept for later runs and from which they are "
-        "mapped; without one they are made anew and held in memory",
+        "directory that keeps the tokens in files, which runs map; without one each "
+        "start encodes the texts again, into memory",
         default=None,
     )
 
@@ -184,7 +183,7 @@ def lift_record(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_unchanged(path: Path, data: Mixture) -> None:
-    """Records what the data of a new run is; refuses to resume with other data.
+    """Records digests of a new run's data; refuses to resume a run with other data.
 
     Args:
         path: a file in the run's directory.
@@ -210,44 +209,6 @@ def check_unchanged(path: Path, data: Mixture) -> None:
             )
 
 
-def parse_sources(
-    data: str, names: Sequence[str] = ()
-) -> list[tuple[str, float | None]]:
-    """Sources with their weights, from `a.jsonl:0.7,books:0.3`.
-
-    What exists as a path, or is one of `names`, is one source, commas and colons
-    included.
-
-    Args:
-        data: names and paths, separated by commas; either none or all with a weight.
-        names: what else is a source.
-
-    Returns:
-        Names and weights; None for the weight where there are none.
-
-    Raises:
-        ValueError: a source is missing, or there twice; a weight is not positive, or
-            some sources have one and others have none.
-    """
-
-    def is_source(text: str) -> bool:
-        return text in (PYTHON_STDLIB, *names) or Path(text).exists()
-
-    sources: dict[str, float | None] = {}
-    for item in [data] if is_source(data) else data.split(","):
-        name, _, weight = item.strip().rpartition(":")
-        if is_source(item.strip()) or not name or not _is_number(weight):
-            name, weight = item.strip(), None
-        if not name or name in sources:
-            check.refuse("data", "sources separated by commas, each once", data)
-        if weight is not None:
-            weight = check.number(f"data: weight of {name}", float(weight), above=0)
-        sources[name] = weight
-    if len({weight is None for weight in sources.values()}) > 1:
-        check.refuse("data", "a weight for each source or for none", data)
-    return list(sources.items())
-
-
 @dataclasses.dataclass(frozen=True)
 class _Source:
     name: str
@@ -261,7 +222,7 @@ def _open(
     settings: TokenSettings,
     collections: Mapping[str, RandomAccess],
 ) -> list[_Source]:
-    ignored = tuple(name.strip() for name in config.ignored_fields.split(","))
+    ignored = tuple(filter(None, map(str.strip, config.ignored_fields.split(","))))
     cache = None if config.data_cache is None else Path(config.data_cache)
 
     def files_of(name: str) -> Sequence[SourceFile]:
@@ -295,8 +256,12 @@ def _mix(
 
 
 def _pack(name: str, stream: TokenStream, config: DataConfig) -> PackedTokens:
+    # In continuous order, the carried state brings a prompt to the next row.
     whole = stream.has_responses and config.order != CONTINUOUS
-    packed = PackedTokens(stream, config.sequence_length, whole=whole)
+    try:
+        packed = PackedTokens(stream, config.sequence_length, whole=whole)
+    except ValueError as error:
+        raise ValueError(f"data: {name}: {error}") from error
     if packed.num_shortened or packed.num_left_out:
         logging.warning(
             "data: of %s, %d documents are longer than a row and lose their ends, and %d "
@@ -308,11 +273,3 @@ def _pack(name: str, stream: TokenStream, config: DataConfig) -> PackedTokens:
             int(stream.positions.max()) + 1,
         )
     return packed
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

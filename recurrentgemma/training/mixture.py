@@ -6,12 +6,14 @@ come in the order of their times. So any stretch of slots has each source's shar
 a row or two, the order of sources repeats after sum w_k slots, and the number of rows that
 came from a source before any slot is known without counting them.
 
-Each source has epochs of its own, each a permutation of its rows that depends on the seed,
-the epoch and the source's place in the list alone.
+The epochs of a source do not depend on other sources. An epoch is a permutation of the
+source's rows, which the seed, the number of the epoch and the source's place in the list
+decide; it takes 8 bytes a row, and two are kept.
 
-In continuous order a row of the batch goes on, step after step, where it was, for
-backpropagation truncated to a row with a carried state. Each row of the batch then belongs
-to one source and reads it from a place of its own to the end, and then from the start.
+In continuous order, row i of a batch is followed by row i of the next batch, for
+backpropagation truncated to a row with a carried state. Row i belongs to one source. The
+rows of a source begin at places that divide it evenly, and each reads on to the end of the
+source and then from its start.
 """
 
 import functools

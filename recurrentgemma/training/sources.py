@@ -56,7 +56,7 @@ class RandomAccess(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class TextFile:
-    """A file that is one document; none if it is empty."""
+    """A file that is one document, read at once; none if it is empty."""
 
     name: str
     path: Path

@@ -10,12 +10,8 @@ import pytest
 from recurrentgemma.checkpoints import find_checkpoint
 from recurrentgemma.tokenizer import Tokenizer
 from recurrentgemma.training import data
-from recurrentgemma.training.data import (
-    DataConfig,
-    check_unchanged,
-    open_data,
-    parse_sources,
-)
+from recurrentgemma.training.corpus import parse_sources, read_documents
+from recurrentgemma.training.data import DataConfig, check_unchanged, open_data
 from recurrentgemma.training.packing import PackedTokens
 
 ANSWERS = [
@@ -140,6 +136,14 @@ def test_responses_that_do_not_fit_are_counted_in_the_log(here, tokenizer, caplo
     assert "1 documents are longer than a row and lose their ends, and 1 are" in message
 
 
+def test_a_source_without_any_response_that_fits_is_named(here, tokenizer):
+    write_answers(here, [{"prompt": "x = 1\n" * 30, "response": "y"}])
+    with pytest.raises(
+        ValueError, match="^data: answers.jsonl: sequence_length: .* 24"
+    ):
+        open_data(config(data="answers.jsonl"), tokenizer, 0)
+
+
 def test_data_that_changed_is_refused_when_a_run_goes_on(here, tokenizer):
     path = here / "data.json"
 
@@ -230,7 +234,7 @@ def test_texts_of_one_source_are_packed_as_they_always_were(here, tokenizer):
     training, _ = open_data(config(data="books", held_out_share=0), tokenizer, seed=4)
     documents = [
         data.encode_document(tokenizer, document, cut_seed=4)
-        for document in data_of("books")
+        for document in read_documents("books")
     ]
     packed = PackedTokens(documents, 24)
     for step in (0, 1, packed.num_rows):
@@ -244,9 +248,3 @@ def test_texts_of_one_source_are_packed_as_they_always_were(here, tokenizer):
         expected = packed.rows(np.array(rows))
         for array, value in zip(training.batch(step), expected, strict=True):
             np.testing.assert_array_equal(array, value)
-
-
-def data_of(source):
-    from recurrentgemma.training.corpus import read_documents
-
-    return read_documents(source)
