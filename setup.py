@@ -71,6 +71,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "notebooks": NOTEBOOKS,
         "plot": PLOT,
+        "data": ["grain", "pyarrow"],
         "tensorboard": TENSORBOARD,
         "test": [
             "pytest",

@@ -627,11 +627,11 @@ def test_train_has_a_flag_for_every_field(run, monkeypatch, tmp_path):
     [config] = configs
     default = train_command.TrainConfig(output="")
     assert config.output == str(tmp_path)
-    assert (config.steps, config.sequence_length) == (7, 64)
-    assert (config.tokenizer, config.data) == ("x", "here")
+    assert (config.steps, config.data.sequence_length) == (7, 64)
+    assert (config.tokenizer, config.data.data) == ("x", "here")
     assert config.optimizer.learning_rate == 0.5
     assert config.optimizer.b2 == default.optimizer.b2
-    assert config.batch_size == default.batch_size
+    assert config.data.batch_size == default.data.batch_size
 
 
 def test_the_help_of_train_explains_every_field(run):

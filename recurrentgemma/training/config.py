@@ -8,7 +8,7 @@ from typing import Any
 from recurrentgemma._atomic import replace_file
 from recurrentgemma.config import GriffinConfig
 from recurrentgemma.training import options as fields_of
-from recurrentgemma.training.corpus import PYTHON_STDLIB
+from recurrentgemma.training.data import DataConfig, lift_record
 from recurrentgemma.training.guard import GuardConfig
 from recurrentgemma.training.optimizer import OptimizerConfig
 from recurrentgemma.training.options import option
@@ -72,22 +72,17 @@ class TrainConfig:
     freeze: tuple[str, ...] = option(
         "patterns of the names of parameters that are not trained", default=()
     )
-    data: str = option(
-        f"{PYTHON_STDLIB} (the Python files of the standard library), a directory or a "
-        "file",
-        default=PYTHON_STDLIB,
-    )
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """Sources and batches."""
     tokenizer: str | None = option(
         "path of a SentencePiece model, instead of the checkpoint's or the bundled one",
         default=None,
     )
     steps: int = option("number of updates of the parameters", default=2500)
-    batch_size: int = option("rows of a step", default=4)
     accumulation: int = option(
         "parts that a step's rows are read in, one after the other, to save memory",
         default=1,
     )
-    sequence_length: int = option("tokens of a row", default=512)
     seed: int = option(
         "seed of the initial parameters, the order of rows and the places of cuts",
         default=0,
@@ -95,10 +90,6 @@ class TrainConfig:
     z_loss: float = option(
         "weight of the squared log of the softmax's normaliser (1e-4 in PaLM)",
         default=0.0,
-    )
-    held_out_share: float = option(
-        "share of the documents that is kept for evaluation, about; 0 evaluates never",
-        default=0.05,
     )
     evaluate_every: int = option(
         "steps between evaluations on held-out rows", default=250, may_change=True
@@ -129,9 +120,7 @@ class TrainConfig:
     def __post_init__(self):
         for name in (
             "steps",
-            "batch_size",
             "accumulation",
-            "sequence_length",
             "evaluate_every",
             "evaluation_batches",
             "checkpoint_every",
@@ -141,16 +130,12 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value >= 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0 <= self.held_out_share < 1:
-            raise ValueError(
-                f"held_out_share must be in [0, 1), got {self.held_out_share}"
-            )
         if not self.z_loss >= 0:
             raise ValueError(f"z_loss must be >= 0, got {self.z_loss}")
-        if self.batch_size % self.accumulation:
+        if self.data.batch_size % self.accumulation:
             raise ValueError(
-                f"accumulation: expected a divisor of batch_size {self.batch_size}, "
-                f"got {self.accumulation}"
+                f"accumulation: expected a divisor of batch_size "
+                f"{self.data.batch_size}, got {self.accumulation}"
             )
 
 
@@ -164,7 +149,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
         ValueError: the file cannot be read, or is no such record.
     """
     try:
-        stored = dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        stored = lift_record(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(
             f"config: expected the record of a run in {path}: {error}"
@@ -195,7 +180,7 @@ def claim(output: Path, config: TrainConfig, architecture: GriffinConfig) -> Non
 
 
 def _compare(output: Path, stored: dict[str, Any], fields: dict[str, Any]) -> None:
-    stored = fields_of.with_defaults(stored, TrainConfig)
+    stored = fields_of.with_defaults(lift_record(stored), TrainConfig)
     fields = dict(fields)
     if ARCHITECTURE in stored:
         # The same architecture may have got another name.

@@ -1,13 +1,41 @@
-"""Documents to train on: from a directory, a file, or Python's own standard library.
+"""Where documents come from: a name or a path, and the files behind it.
 
-A document is one file. The held-out documents are chosen by a hash of their names, so
-that the split needs no list and is the same wherever the same files are.
+    python-stdlib          the Python files of the running Python's standard library
+    FILE                   one document, or the records of a format of `READERS`
+    DIRECTORY              every file below it, each by its suffix
+    DIRECTORY              of `datasets.Dataset.save_to_disk`: the rows of the dataset
+
+The held-out documents are chosen by a hash of their names, so that the split needs no list
+and is the same wherever the same documents are.
 """
 
-import hashlib
+import json
 import sysconfig
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from recurrentgemma import _validation as check
+from recurrentgemma.training.documents import Document, is_held_out
+from recurrentgemma.training.sources import (
+    READERS,
+    NotTextError,
+    RecordFile,
+    SourceFile,
+    TextFile,
+)
+
+__all__ = [
+    "PYTHON_STDLIB",
+    "Document",
+    "documents_of",
+    "find_files",
+    "parse_sources",
+    "read_documents",
+    "split_held_out",
+]
 
 PYTHON_STDLIB = "python-stdlib"
 
@@ -16,25 +44,59 @@ PYTHON_STDLIB = "python-stdlib"
 _NOT_STDLIB = {"site-packages", "dist-packages", "encodings", "pydoc_data"}
 _BUILD_FILES = ("_sysconfigdata", "config-")
 
-
-@dataclass(frozen=True)
-class Document:
-    """A text and its name: the path relative to the source, with forward slashes."""
-
-    name: str
-    text: str
+# What `datasets` writes beside its Arrow files: of a dataset, and of one with splits.
+_DATASET_STATE = "state.json"
+_DATASET_SPLITS = "dataset_dict.json"
 
 
-def read_documents(source: str | Path) -> list[Document]:
-    """Reads every document of a source, in the order of their names.
+def parse_sources(
+    data: str, names: Collection[str] = ()
+) -> list[tuple[str, float | None]]:
+    """Sources with their weights, from `a.jsonl:0.7,books:0.3`.
+
+    What exists as a path, or is one of `names`, is one source, commas and colons
+    included.
 
     Args:
-        source: `python-stdlib` (the `*.py` files of the running Python's standard
-            library and its test suites, less generated tables), a directory (every file
-            below it), or a file. Files that are empty or not UTF-8 are left out.
+        data: names and paths, separated by commas; either none or all with a weight.
+        names: what else is a source.
+
+    Returns:
+        Names and weights; None for the weight where there are none.
 
     Raises:
-        ValueError: the source does not exist, or holds no text.
+        ValueError: a source is missing, or there twice; a weight is not positive, or
+            some sources have one and others have none.
+    """
+
+    def is_source(text: str) -> bool:
+        return text in (PYTHON_STDLIB, *names) or Path(text).exists()
+
+    sources: dict[str, float | None] = {}
+    for item in [data] if is_source(data) else data.split(","):
+        name, _, weight = item.strip().rpartition(":")
+        if is_source(item.strip()) or not name or not _is_number(weight):
+            name, weight = item.strip(), None
+        if not name or name in sources:
+            check.refuse("data", "sources separated by commas, each once", data)
+        if weight is not None:
+            weight = check.number(f"data: weight of {name}", float(weight), above=0)
+        sources[name] = weight
+    if len({weight is None for weight in sources.values()}) > 1:
+        check.refuse("data", "a weight for each source or for none", data)
+    return list(sources.items())
+
+
+def find_files(source: str | Path, ignored: Collection[str] = ()) -> list[SourceFile]:
+    """The files of a source, in the order of their names; nothing is read.
+
+    Args:
+        source: see the module's docstring. Of a directory, files that are empty or not
+            UTF-8 are left out later.
+        ignored: names of fields of records that have no meaning here.
+
+    Raises:
+        ValueError: the source does not exist, or is a dataset with several splits.
     """
     if source == PYTHON_STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
@@ -43,6 +105,15 @@ def read_documents(source: str | Path) -> list[Document]:
         root = Path(source)
         if root.is_file():
             root, paths = root.parent, [root]
+        elif (root / _DATASET_SPLITS).is_file():
+            splits = _read_json(root / _DATASET_SPLITS)["splits"]
+            raise ValueError(
+                f"data: expected one split of the dataset in {str(source)!r}, got "
+                f"{', '.join(splits)}; give {root / splits[0]}"
+            )
+        elif (root / _DATASET_STATE).is_file():
+            state = _read_json(root / _DATASET_STATE)
+            paths = [root / file["filename"] for file in state["_data_files"]]
         elif root.is_dir():
             paths = [path for path in root.rglob("*") if path.is_file()]
         else:
@@ -51,27 +122,69 @@ def read_documents(source: str | Path) -> list[Document]:
                 f"{str(source)!r}, which does not exist"
             )
     named = sorted((path.relative_to(root).as_posix(), path) for path in paths)
-    texts = ((name, _read_text(path)) for name, path in named)
-    documents = [Document(name, text) for name, text in texts if text]
-    if not documents:
-        raise ValueError(f"data: no UTF-8 text in {str(source)!r}")
-    return documents
+    return [
+        RecordFile(name, path, ignored)
+        if path.suffix in READERS
+        else TextFile(name, path)
+        for name, path in named
+    ]
+
+
+def documents_of(
+    source: str | Path, files: Sequence[SourceFile]
+) -> Iterator[tuple[SourceFile, Document]]:
+    """Reads the documents of a source one by one, with the file that each is from.
+
+    Args:
+        source: the source's name, for messages.
+        files: from `find_files`. Those that are not UTF-8 are left out, with a line in
+            the log, unless there is just one file.
+
+    Raises:
+        ValueError: there is no document; or see `SourceFile.documents`.
+    """
+    left_out: list[str] = []
+    found = False
+    for file in files:
+        try:
+            for document in file.documents():
+                found = True
+                yield file, document
+        except NotTextError:
+            if len(files) == 1:
+                raise
+            left_out.append(file.name)
+    if not found:
+        raise ValueError(
+            f"data: expected documents in {str(source)!r}, got {len(files)} files without "
+            "UTF-8 text; give another source"
+        )
+    if left_out and source != PYTHON_STDLIB:
+        logging.warning(
+            "data: %d files of %s are left out, which are not UTF-8 text, such as %s",
+            len(left_out),
+            source,
+            left_out[0],
+        )
+
+
+def read_documents(source: str | Path) -> list[Document]:
+    """All documents of a source at once; see `find_files` and `documents_of`."""
+    return [document for _, document in documents_of(source, find_files(source))]
 
 
 def split_held_out(
     documents: list[Document], share: float = 0.05
 ) -> tuple[list[Document], list[Document]]:
-    """Splits documents in (training, held out).
+    """Splits documents in (training, held out); see `is_held_out`.
 
-    Held out are those whose name has a SHA-256 that, read as a fraction of its range,
-    is below `share`. Where that would be all of them, none is held out.
+    Where all of them would be held out, none is.
     """
     training: list[Document] = []
     held_out: list[Document] = []
     for document in documents:
-        digest = hashlib.sha256(document.name.encode()).digest()
-        fraction = int.from_bytes(digest[:8], "big") / 2**64
-        (held_out if fraction < share else training).append(document)
+        part = held_out if is_held_out(document.name, share) else training
+        part.append(document)
     return (training, held_out) if training else (held_out, [])
 
 
@@ -80,9 +193,16 @@ def _is_stdlib(path: Path, root: Path) -> bool:
     return _NOT_STDLIB.isdisjoint(parts) and not parts[0].startswith(_BUILD_FILES)
 
 
-def _read_text(path: Path) -> str | None:
+def _read_json(path: Path) -> Any:
     try:
-        # Bytes, so that line ends stay as they are.
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError:
-        return None
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"data: cannot read {path}: {error}") from error
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -4,7 +4,7 @@
 
 The defaults are those of the bundled model.
 
-An output directory holds `train_config.json`, what `watch.py` records, `checkpoints/`
+An output directory holds `train_config.json`, `data.json`, what `watch.py` records, `checkpoints/`
 (training states) and, when the run is done, `model/` (what `load` reads). The same call
 with the same config resumes from the newest checkpoint, however the run ended, and ends
 with the same parameters, bit for bit, as a run that was never interrupted.
@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 
 from recurrentgemma import cost
 from recurrentgemma._atomic import LockedError, lock
@@ -29,8 +28,7 @@ from recurrentgemma.config import Runtime
 from recurrentgemma.griffin import Griffin, unstack_layers
 from recurrentgemma.tokenizer import Tokenizer
 from recurrentgemma.training.config import TrainConfig, claim
-from recurrentgemma.training.corpus import Document, read_documents, split_held_out
-from recurrentgemma.training.data import Batch, PackedTokens, encode_document
+from recurrentgemma.training.data import Mixture, check_unchanged, open_data
 from recurrentgemma.training.guard import SKIP, guarded
 from recurrentgemma.training.optimizer import learning_rate_schedule, make_optimizer
 from recurrentgemma.training.selection import split_parameters
@@ -57,6 +55,7 @@ from recurrentgemma.training.step import (
 )
 from recurrentgemma.training.watch import METRICS, Watch, product_flops_per_s
 
+DATA_RECORD = "data.json"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -76,14 +75,13 @@ def train(config: TrainConfig) -> Path:
     output = Path(config.output)
     architecture = architecture_of(config)
     tokenizer = tokenizer_of(config, architecture)
-    training, held_out = _documents(config)
+    training, held_out = open_data(config.data, tokenizer, config.seed)
     claim(output, config, architecture)
     with _only_process(output):
+        check_unchanged(output / DATA_RECORD, training)
         run = _prepare(config, first_model(config, architecture), tokenizer)
-        packed = _pack(training, tokenizer, config, cut_seed=config.seed)
-        evaluation = _pack(held_out, tokenizer, config) if held_out else None
         try:
-            params = _run(run, _Shuffled(packed, config), evaluation)
+            params = _run(run, training, held_out)
         finally:
             run.checkpoints.close()
         save(output / "model", export(run.model, params), tokenizer)
@@ -135,7 +133,7 @@ def _prepare(config: TrainConfig, model: Griffin, tokenizer: Tokenizer) -> _Run:
     return _Run(config, model, tokenizer, optimizer, state, frozen, checkpoints)
 
 
-def _run(run: _Run, data: "_Shuffled", evaluation: PackedTokens | None) -> Parameters:
+def _run(run: _Run, data: Mixture, evaluation: Mixture | None) -> Parameters:
     """Trains to the end; returns all parameters."""
     config, frozen, state = run.config, run.frozen, run.state
     train_step = make_train_step(
@@ -162,7 +160,7 @@ def _run(run: _Run, data: "_Shuffled", evaluation: PackedTokens | None) -> Param
             seconds = time.perf_counter() - started
             if evaluation and (last or step % config.evaluate_every == 0):
                 batches = evaluation.batches(
-                    config.batch_size, config.evaluation_batches
+                    config.data.batch_size, config.evaluation_batches
                 )
                 params = state.params | frozen
                 row |= _evaluate(evaluation_step(params, b) for b in batches)
@@ -186,8 +184,9 @@ def _run(run: _Run, data: "_Shuffled", evaluation: PackedTokens | None) -> Param
 
 def _watch(run: _Run, step: int) -> Watch:
     config = run.config
-    tokens = config.batch_size * config.sequence_length
-    flops = cost.train_flops_per_token(run.model.config, config.sequence_length)
+    length = config.data.sequence_length
+    tokens = config.data.batch_size * length
+    flops = cost.train_flops_per_token(run.model.config, length)
     devices = next(iter(run.state.params.values())).sharding.num_devices
     return Watch(
         Path(config.output),
@@ -250,41 +249,6 @@ def export(model: Griffin, params: Parameters) -> Griffin:
         },
     )
     return unstack_layers(converted)
-
-
-def _documents(config: TrainConfig) -> tuple[list[Document], list[Document]]:
-    training, held_out = split_held_out(
-        read_documents(config.data), config.held_out_share
-    )
-    if config.held_out_share and not held_out:
-        logging.warning(
-            "data: none of the %d documents is held out, so the run has no held-out "
-            "loss. Give more files or a larger held_out_share.",
-            len(training),
-        )
-    return training, held_out
-
-
-def _pack(
-    documents: list[Document],
-    tokenizer: Tokenizer,
-    config: TrainConfig,
-    cut_seed: int | None = None,
-) -> PackedTokens:
-    ids = (encode_document(tokenizer, d, cut_seed=cut_seed) for d in documents)
-    return PackedTokens(ids, config.sequence_length)
-
-
-class _Shuffled:
-    """The batches of a run."""
-
-    def __init__(self, packed: PackedTokens, config: TrainConfig):
-        self._packed, self._config = packed, config
-
-    def batch(self, step: int) -> Batch:
-        """The batch of a step: a function of the seed and the step alone."""
-        config = self._config
-        return self._packed.shuffled_batch(step, config.batch_size, config.seed)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ run costs its own work alone.
 """
 
 import argparse
+import dataclasses
 import os
 import random
 import signal
@@ -25,6 +26,7 @@ from recurrentgemma import PRESETS, load
 from recurrentgemma.checkpoints import named_parameters
 from recurrentgemma.training import records
 from recurrentgemma.training.config import TrainConfig
+from recurrentgemma.training.data import DataConfig
 from recurrentgemma.training.loop import train
 from recurrentgemma.training.state import Checkpoints
 from tests.models import tiny_config
@@ -33,20 +35,24 @@ TINY = tiny_config(vocab_size=4096, num_layers=1, width=16, lru_width=16)
 
 
 def config_for(data: str, output: str, **fields) -> TrainConfig:
-    """A short run of a tiny model."""
+    """A short run of a tiny model; fields of the data's config stand beside the others."""
     defaults = {
-        "data": data,
         "output": output,
         "model": TINY,
         "steps": 6,
-        "batch_size": 2,
-        "sequence_length": 16,
-        "held_out_share": 0.2,
         "evaluate_every": 3,
         "evaluation_batches": 1,
         "checkpoint_every": 2,
     }
-    return TrainConfig(**{**defaults, **fields})
+    of_data = {
+        "data": data,
+        "batch_size": 2,
+        "sequence_length": 16,
+        "held_out_share": 0.2,
+    }
+    names = {field.name for field in dataclasses.fields(DataConfig)}
+    of_data |= {name: fields.pop(name) for name in names & fields.keys()}
+    return TrainConfig(**{**defaults, **fields}, data=DataConfig(**of_data))
 
 
 def forked(function: Callable[[], object], kill_after_s: float | None = None) -> int:

@@ -21,6 +21,7 @@ from recurrentgemma.checkpoints import named_parameters
 from recurrentgemma.training import GuardConfig, WatchConfig, loop, records, step, watch
 from recurrentgemma.training.config import TrainConfig, claim, read_record
 from recurrentgemma.training.loop import train
+from recurrentgemma.training.mixture import Mixture
 from recurrentgemma.training.optimizer import OptimizerConfig
 from recurrentgemma.training.start import BUNDLED_TOKENIZER
 from recurrentgemma.training.state import Checkpoints, TrainState
@@ -73,8 +74,8 @@ def corpus(tmp_path, monkeypatch, request):
 
 
 def config_for(corpus, output, **fields):
-    fields = {"model": None, **fields}
-    return dataclasses.replace(killed_runs.config_for(corpus, str(output)), **fields)
+    fixed = {"data": corpus, "output": str(output), "model": None}
+    return killed_runs.config_for(**fixed | fields)
 
 
 def metrics_of(output):
@@ -171,6 +172,10 @@ def test_a_run_on_one_file_says_that_nothing_is_held_out(corpus, tmp_path, caplo
     assert "none of the 1 documents is held out" in message
     assert "held_out_loss" not in metrics_of(tmp_path / "run")[0]
 
+    Path(corpus, "0.py").write_text("another\n")
+    with pytest.raises(ValueError, match="expected what the run began with"):
+        train(config_for(f"{corpus}/0.py", tmp_path / "run", steps=1))
+
 
 def test_another_config_does_not_resume(corpus, tmp_path):
     claim(tmp_path / "run", config_for(corpus, tmp_path / "run", steps=1), TINY)
@@ -187,6 +192,8 @@ def test_a_record_from_before_a_field_existed_resumes(corpus, tmp_path):
     # The first records had the name of a preset, and nothing of these.
     del record["architecture"], record["watch"], record["guard"]
     record["model"] = "nano"
+    record |= record.pop("data")  # once beside the other fields
+    del record["order"]
     path.write_text(json.dumps(record))
     assert TrainConfig(**{"output": config.output, **read_record(path)}) == (
         dataclasses.replace(config, model="nano")
@@ -294,7 +301,7 @@ def test_a_watched_run(corpus, tmp_path, monkeypatch, capsys):
     rows = metrics_of(tmp_path / "run")
     assert rows[0]["share_of_peak"] > 0
     by_position = rows[1]["held_out_loss_by_position"]
-    assert list(by_position) == ["0", "1", "3", "7"]
+    assert list(by_position) == ["0", "1", "3", "7", "15", "31"]
     assert min(by_position.values()) < rows[1]["held_out_loss"]
     histogram = rows[1]["memory_tokens_histogram"]["blocks.0"]
     assert sum(histogram.values()) == TINY.lru_width
@@ -333,13 +340,13 @@ def test_a_cool_down_branches_off_a_checkpoint(corpus, tmp_path):
 
 
 def test_a_bad_step_is_skipped_and_recorded(corpus, tmp_path, monkeypatch):
-    batch = loop._Shuffled.batch
+    batch = Mixture.batch
 
     def broken(self, step):
         found = batch(self, step)
         return found._replace(mask=found.mask * np.nan) if step in (1, 2) else found
 
-    monkeypatch.setattr(loop._Shuffled, "batch", broken)
+    monkeypatch.setattr(Mixture, "batch", broken)
     config = config_for(corpus, tmp_path / "run")
     with pytest.raises(ValueError, match=r"loss at step 2 is nan .*on-bad-step skip"):
         train(config)
