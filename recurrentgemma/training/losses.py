@@ -17,7 +17,8 @@ from einops import rearrange
 
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.kernels.precision import custom_vjp
-from recurrentgemma.layers import einsum, soft_cap
+from recurrentgemma.layers import soft_cap
+from recurrentgemma.matrices import einsum
 
 # Logits held at once, counted in tokens. Large enough for full-speed matrix products.
 BLOCK_TOKENS = 1024
