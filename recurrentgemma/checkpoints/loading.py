@@ -102,9 +102,9 @@ def load(
     check_tokenizer(config, tokenizer)
     described = describe(config, runtime)
     shapes = {name: leaf.shape for name, leaf in named_parameters(described).items()}
-    check_tensors(checkpoint, shapes)
-    shardings = shardings_by_name(sharding, shapes)
     already = stored_quantized(stored.tensors)
+    check_tensors(checkpoint, stored_shapes(shapes, already))
+    shardings = shardings_by_name(sharding, shapes)
     chosen = set() if quantize is None else quantizable(shapes, config) - already
     parameters, not_finite = {}, set()
     # The largest first: what one needs besides its own memory then adds to little.
@@ -260,7 +260,6 @@ def check_tensors(
         return name if other == name else f"{name} ({other})"
 
     found = stored.tensors
-    shapes = stored_shapes(shapes, stored_quantized(found) & shapes.keys())
     problems = [
         *(f"missing: {named(name)}" for name in shapes if name not in found),
         *(f"unexpected: {name}" for name in found if name not in shapes),

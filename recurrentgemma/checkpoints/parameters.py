@@ -21,6 +21,13 @@ MAX_VOCABULARY_PADDING = 256
 
 EMBEDDING = "embedding"
 """Name of the embedding inside its module."""
+INNER_DTYPES = {
+    "lora_a": np.float32,
+    "lora_b": np.float32,
+    "values": np.int8,
+    "scales": np.float32,
+}
+"""Dtypes of the arrays of an adapted or quantised matrix, besides an adapter's base."""
 
 
 def parameter_dtype(
@@ -30,7 +37,8 @@ def parameter_dtype(
 
     Matrices and the embedding are in the compute dtype, where they are only multiplied;
     norm scales, biases and what a mixer's class names enter float32 computation and stay
-    float32. An explicit `param_dtype` holds for all.
+    float32. An explicit `param_dtype` holds for all of these. The matrices of an adapter
+    are float32, a quantised matrix is int8 with float32 scales.
 
     Args:
       name: native, such as "blocks.0.mixer.linear_x.kernel".
@@ -38,6 +46,11 @@ def parameter_dtype(
       runtime: how the model is to run.
       param_dtype: the dtype of all parameters; None is what inference needs.
     """
+    # What an adapter was put on keeps its dtype.
+    name = re.sub(r"\.base\b", "", name)
+    inner = name.rpartition(".")[2]
+    if inner in INNER_DTYPES:
+        return np.dtype(INNER_DTYPES[inner])
     if param_dtype is not None:
         return np.dtype(param_dtype)
     return np.dtype(runtime.dtype if is_multiplied(name, config) else jnp.float32)
