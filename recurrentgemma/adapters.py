@@ -46,8 +46,6 @@ from recurrentgemma.griffin import Griffin, stack_layers, unstack_layers
 from recurrentgemma.inspect import with_observer
 from recurrentgemma.matrices import LowRank, Matrix
 
-LINEAR_LAYERS = ("*.linear_*.kernel", "*.proj_*.kernel", "*.mlp.*.kernel")
-"""Patterns of the linear layers of all blocks: what LoRA is usually put on."""
 TRAINED = ("*.lora_a", "*.lora_b")
 """Patterns of the arrays that fine-tuning with adapters trains."""
 FORMAT = "recurrentgemma adapters"
@@ -57,7 +55,7 @@ _ARRAYS = ("lora_a", "lora_b")
 
 def add_adapters(
     model: Griffin,
-    patterns: str | Sequence[str] = LINEAR_LAYERS,
+    patterns: str | Sequence[str] | None = None,
     *,
     rank: int,
     alpha: float | None = None,
@@ -71,7 +69,8 @@ def add_adapters(
       model: the model, plain or quantised, stacked or not. It stays as it is; other
         parameters are shared.
       patterns: names of matrices in the manner of shells, such as "blocks.*.mlp.*" or
-        "embedder.embedding". All layers that are stacked together have one name.
+        "embedder.embedding". All layers that are stacked together have one name. None
+        chooses every linear layer: neither gates nor the embedding.
       rank: columns of A and rows of B, at least 1.
       alpha: the product A B is multiplied by alpha / rank; None is the rank itself.
       rngs: key of the random A.
@@ -86,7 +85,8 @@ def add_adapters(
     if alpha is not None and not 0 < alpha < math.inf:
         check.refuse("alpha", "a positive number or None", alpha)
     values = parameter_values(model)
-    patterns = [patterns] if isinstance(patterns, str) else patterns
+    if isinstance(patterns, str):
+        patterns = [patterns]
     chosen = _matching(patterns, values, model.config)
     if twice := [name for name in chosen if isinstance(values[name], LowRank)]:
         raise ValueError(
@@ -240,10 +240,12 @@ def _adapted(name: str, value: Any, rank: int, scale: float, rngs: nnx.Rngs) -> 
 
 
 def _matching(
-    patterns: Sequence[str], values: Mapping[str, Any], config: GriffinConfig
+    patterns: Sequence[str] | None, values: Mapping[str, Any], config: GriffinConfig
 ) -> list[str]:
-    """The names of matrices that a pattern matches."""
+    """The names of matrices that a pattern matches; None is all linear layers."""
     matrices = [name for name in values if is_multiplied(name, config)]
+    if patterns is None:
+        return [name for name in matrices if _is_linear(name, values[name])]
     for pattern in patterns:
         if not fnmatch.filter(matrices, pattern):
             raise ValueError(
@@ -255,6 +257,12 @@ def _matching(
         for name in matrices
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
     ]
+
+
+def _is_linear(name: str, value: Any) -> bool:
+    """Whether it is the matrix of a linear layer; a gate's has an axis of blocks."""
+    stacked = name.startswith("groups.")
+    return len(value.shape) - stacked == 2 and not name.endswith(EMBEDDING)
 
 
 def _adapted_values(model: Griffin) -> dict[str, LowRank]:

@@ -29,6 +29,7 @@ from recurrentgemma.checkpoints.parameters import (
 from recurrentgemma.generation.model_digest import ModelDigest, model_digest
 from recurrentgemma.griffin import stack_layers, unstack_layers
 from recurrentgemma.inspect import capture
+from recurrentgemma.matrices import LowRank
 from tests.checkpoints.checkpoints import config as config_of_any_layout
 from tests.checkpoints.checkpoints import every_format
 from tests.models import forward, random_model, random_tokens, tiny_config
@@ -289,6 +290,19 @@ def test_what_cannot_be_adapted(patterns, settings, message):
     settings = {"rank": 2, "rngs": nnx.Rngs(0), **settings}
     with pytest.raises(ValueError, match=message):
         add_adapters(plain(), patterns, **settings)
+
+
+@pytest.mark.parametrize("is_stacked", [False, True])
+def test_every_linear_layer_if_nothing_is_said(is_stacked):
+    model = stack_layers(plain()) if is_stacked else plain()
+    model = add_adapters(model, rank=2, rngs=nnx.Rngs(0))
+    found = {n for n, v in parameter_values(model).items() if isinstance(v, LowRank)}
+    assert {name.split(".", 2)[2] for name in found} == {
+        *(f"mixer.linear_{x}.kernel" for x in ("x", "y", "out")),
+        *(f"mixer.proj_{x}.kernel" for x in ("q", "k", "v", "out")),
+        *(f"mlp.{x}.kernel" for x in ("gate", "up", "down")),
+    }
+    assert len(found) == 2 * 6 + 7
 
 
 def test_no_second_adapter_on_a_matrix():
