@@ -32,28 +32,19 @@ from recurrentgemma.inspect import capture
 from recurrentgemma.matrices import LowRank
 from tests.checkpoints.checkpoints import config as config_of_any_layout
 from tests.checkpoints.checkpoints import every_format
-from tests.models import forward, random_model, random_tokens, tiny_config
+from tests.models import (
+    EVERY_MATRIX,
+    adapt,
+    forward,
+    random_model,
+    random_tokens,
+    tiny_config,
+)
 from tests.own_mixer import NAME, register
 from tests.tolerances import assert_close
 
-EVERY_MATRIX = ("*.kernel", "embedder.embedding")
-"""Linear layers, the gates of the RG-LRU, and the embedding."""
 TOKENS = random_tokens((2, 12))
 KINDS = [pytest.param(AxisType.Explicit, marks=pytest.mark.slow), AxisType.Auto]
-
-
-def adapt(model, patterns=EVERY_MATRIX, *, seed=1, **settings):
-    """The model with adapters that change it: B is random too."""
-    settings = {"rank": 2, "alpha": 3.0, **settings}
-    adapted = add_adapters(model, patterns, rngs=nnx.Rngs(seed), **settings)
-    rng = np.random.default_rng(seed)
-    values = parameter_values(adapted)
-    for name, value in values.items():
-        if isinstance(value, jax.Array):
-            continue
-        noise = 0.2 * rng.standard_normal(value.lora_b.shape)
-        values[name] = dataclasses.replace(value, lora_b=jnp.float32(noise))
-    return with_values(adapted, values)
 
 
 @functools.cache

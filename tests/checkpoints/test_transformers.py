@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from recurrentgemma import PRESETS
+from recurrentgemma.adapters import merge_adapters
 from recurrentgemma.checkpoints import (
     FORMATS,
     load,
@@ -27,7 +28,7 @@ from recurrentgemma.checkpoints.hugging_face import MODEL_TYPES
 from recurrentgemma.checkpoints.model_types import config_from_json, config_to_json
 from recurrentgemma.checkpoints.tensors import array_source
 from tests.checkpoints.checkpoints import assert_same_files
-from tests.models import forward
+from tests.models import adapt, forward
 from tests.tolerances import assert_close
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "transformers"
@@ -297,12 +298,24 @@ with torch.no_grad():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_export_loads_in_transformers_with_the_same_logits(case, dtype, tmp_path):
     exported = load(GOLDEN / case, param_dtype=dtype)[0]
-    save(tmp_path / "saved", exported, None, format="hugging_face")
+    assert_same_in_transformers(exported, exported, tmp_path)
+
+
+@needs_transformers
+@every_case
+def test_merged_adapters_have_the_same_logits_in_transformers(case, tmp_path):
+    adapted = adapt(load(GOLDEN / case, param_dtype="float32")[0])
+    assert_same_in_transformers(merge_adapters(adapted), adapted, tmp_path)
+
+
+def assert_same_in_transformers(exported, expected, folder) -> None:
+    """A saved model has the logits of `expected` there."""
+    save(folder / "saved", exported, None, format="hugging_face")
     # As many tokens as RecurrentGemma's window: beyond it transformers differs.
     tokens = np.random.default_rng(0).integers(
         0, exported.config.vocab_size, (3, 8), np.int32
     )
-    np.save(tmp_path / "tokens.npy", tokens)
-    in_transformers(EXPORT_CHECK, "saved", "tokens.npy", "logits.npy", folder=tmp_path)
-    logits, _ = forward(exported, jnp.asarray(tokens))
-    assert_close(logits, np.load(tmp_path / "logits.npy"), "logits")
+    np.save(folder / "tokens.npy", tokens)
+    in_transformers(EXPORT_CHECK, "saved", "tokens.npy", "logits.npy", folder=folder)
+    logits, _ = forward(expected, jnp.asarray(tokens))
+    assert_close(logits, np.load(folder / "logits.npy"), "logits")
