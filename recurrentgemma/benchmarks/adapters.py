@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
@@ -33,8 +32,8 @@ from recurrentgemma.training.corpus import (
     split_held_out,
 )
 from recurrentgemma.training.data import Batch, PackedTokens, encode_document
-from recurrentgemma.training.state import TrainState, with_parameters
-from recurrentgemma.training.step import make_evaluation_step, make_train_step, means
+from recurrentgemma.training.state import with_parameters
+from recurrentgemma.training.step import mean_loss
 
 HELD_OUT = 256
 """Number of held-out examples."""
@@ -68,21 +67,31 @@ def fine_tune(
     """
     arrays = named_parameters(model)
     names = [n for n in arrays if any(fnmatch.fnmatchcase(n, p) for p in trained)]
-    params = {name: jnp.copy(arrays[name]) for name in names}
+    params = {name: arrays[name] for name in names}
     frozen = {name: arrays[name] for name in arrays if name not in params}
     optimizer = optax.adam(optax.linear_schedule(learning_rate, 0.0, len(data)))
-    state = TrainState(params, optimizer.init(params), jnp.int32(0))
-    step = make_train_step(model, optimizer)
+
+    @jax.jit
+    def step(params, frozen, optimizer_state, batch):
+        gradient = jax.grad(
+            lambda params: mean_loss(with_parameters(model, params | frozen), batch)
+        )(params)
+        updates, optimizer_state = optimizer.update(gradient, optimizer_state)
+        return optax.apply_updates(params, updates), optimizer_state
+
+    optimizer_state = optimizer.init(params)
     for batch in data:
-        state, _ = step(state, frozen, batch)
+        params, optimizer_state = step(params, frozen, optimizer_state, batch)
     size = sum(leaf.size for leaf in params.values())
-    return with_parameters(model, state.params | frozen), size
+    return with_parameters(model, params | frozen), size
 
 
 def loss_of(model: Griffin, data: Sequence[Batch]) -> float:
-    """Mean nats of a counted target."""
-    step, params = make_evaluation_step(model), named_parameters(model)
-    return means(step(params, batch) for batch in data)["loss"]
+    """Mean nats of a counted target, over batches with as many of them each."""
+    return float(np.mean([_mean_loss(model, batch) for batch in data]))
+
+
+_mean_loss = jax.jit(mean_loss)
 
 
 def share_answered(
