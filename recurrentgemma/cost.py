@@ -73,7 +73,7 @@ def cache_bytes(
     convolution, a local-attention layer the keys and values
     of W tokens and their positions, whatever the length of the text: 17.3 MB for
     recurrentgemma-2b in bfloat16. A global-attention layer keeps those of `capacity`
-    tokens.
+    tokens, and no local one beside it keeps more.
 
     Args:
       config: the model.

@@ -140,6 +140,22 @@ def test_greedy_generation(case, run):
     assert_close(stacked, data(case)[f"{run}/logits"], "logits")
 
 
+@pytest.mark.parametrize("count", [3, 7, 20])
+def test_a_local_ring_is_no_longer_than_the_capacity(count):
+    """Capacity below the window, equal to it and above it, in three chunks."""
+    config, stored = model("gemma2").config, data("gemma2")
+    tokens = jnp.asarray(stored["long/tokens"])[:, :count]
+    cache = model("gemma2").init_cache(len(tokens), capacity=count)
+    rings = [layer.positions.shape[1] for layer in cache.layers]
+    assert rings == [min(config.attention_window, count), count] * 2
+    logits = []
+    for part in (tokens[:, :1], tokens[:, 1:-1], tokens[:, -1:]):
+        chunk, cache = forward(model("gemma2"), part, cache=cache)
+        logits.append(chunk)
+    joined = jnp.concatenate(logits, axis=1)
+    assert_close(joined, stored["long/logits"][:, :count], "logits")
+
+
 @every_case
 def test_written_tensors_are_those_that_were_read(case, tmp_path):
     save(tmp_path / "saved", load(GOLDEN / case)[0], None, format="hugging_face")
