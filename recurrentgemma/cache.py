@@ -3,7 +3,8 @@
 The cache is what a Griffin model remembers of everything that it has read: for a
 recurrent layer the state of the RG-LRU and the last inputs of its convolution, for a
 local attention layer a ring of the last W keys and values. Its shapes do not depend on
-the length of the text. Global attention keeps a ring of `capacity` entries instead.
+the length of the text. Global attention keeps a ring of `capacity` entries instead, and
+local attention beside it one of min(W, capacity).
 
 A layer's state is that of its temporal mixer, whose class does what the operations here
 need (`recurrentgemma.blocks.mixer.Mixer`).
@@ -285,7 +286,8 @@ def grow(cache: Cache, config: GriffinConfig, capacity: int) -> Cache:
     _check_cache("cache", cache)
     _check_config(config)
     capacity = check.positive_integer("capacity", capacity)
-    if cache.capacity is None:
+    before = cache.capacity
+    if before is None:
         return cache
     held = max_tokens_held(cache)
     if held is not None and held >= OVERFLOWN:
@@ -295,7 +297,9 @@ def grow(cache: Cache, config: GriffinConfig, capacity: int) -> Cache:
             f"capacity: expected at least {held or 1}, the tokens that a row holds, got "
             f"{capacity}"
         )
-    return _map_layers(cache, config, lambda m, state: m.grow(config, state, capacity))
+    return _map_layers(
+        cache, config, lambda m, state: m.grow(config, state, before, capacity)
+    )
 
 
 def make_rewindable(cache: Cache, config: GriffinConfig, count: int) -> Cache:
@@ -314,8 +318,11 @@ def make_rewindable(cache: Cache, config: GriffinConfig, count: int) -> Cache:
     _check_cache("cache", cache)
     _check_config(config)
     count = check.integer("count", count, least=0, most=check.MAX_COUNT)
+    capacity = cache.capacity
     return _map_layers(
-        cache, config, lambda m, state: m.make_rewindable(config, state, count)
+        cache,
+        config,
+        lambda m, state: m.make_rewindable(config, state, count, capacity),
     )
 
 

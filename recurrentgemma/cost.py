@@ -21,6 +21,7 @@ from recurrentgemma.config import GriffinConfig
 
 _FLOAT32_BYTES = 4
 _INT32_BYTES = 4
+_INT8_BYTES = 1
 _BACKWARD_PER_FORWARD = 2
 
 
@@ -49,15 +50,24 @@ def num_parameters(config: GriffinConfig) -> int:
     return sum(parameter_counts(config).values())
 
 
-def parameter_bytes(config: GriffinConfig, dtype: DTypeLike) -> int:
+def parameter_bytes(
+    config: GriffinConfig, dtype: DTypeLike, *, quantized: bool = False
+) -> int:
     """Bytes of the parameters for inference.
 
     Matrices are in `dtype`; norm scales, biases, the convolution and `a_param` stay in
-    float32.
+    float32. Quantised, linear layers and the embedding are int8 with a float32 scale
+    for each output channel or token.
     """
-    matrices = _matrix_parameters(config) + config.vocab_size * config.width
+    embedding = config.vocab_size * config.width
+    matrices = _matrix_parameters(config) + embedding
     others = num_parameters(config) - matrices
-    return matrices * jnp.dtype(dtype).itemsize + others * _FLOAT32_BYTES
+    size = matrices * jnp.dtype(dtype).itemsize + others * _FLOAT32_BYTES
+    if not quantized:
+        return size
+    linear, channels = _linear_parameters(config)
+    saved = (linear + embedding) * (jnp.dtype(dtype).itemsize - _INT8_BYTES)
+    return size - saved + (channels + config.vocab_size) * _FLOAT32_BYTES
 
 
 def cache_bytes(
@@ -73,7 +83,7 @@ def cache_bytes(
     convolution, a local-attention layer the keys and values
     of W tokens and their positions, whatever the length of the text: 17.3 MB for
     recurrentgemma-2b in bfloat16. A global-attention layer keeps those of `capacity`
-    tokens.
+    tokens, and no local one beside it keeps more.
 
     Args:
       config: the model.
@@ -125,6 +135,7 @@ def decode_bytes(
     *,
     dtype: DTypeLike = "bfloat16",
     capacity: int | None = None,
+    quantized: bool = False,
 ) -> int:
     """Bytes that a decode step must move: the limit of its speed.
 
@@ -138,9 +149,10 @@ def decode_bytes(
       batch_size: B.
       dtype: of matrices, keys and values, the compute dtype.
       capacity: tokens in the cache of global attention.
+      quantized: whether the model was loaded with quantize="int8".
     """
     cache = cache_bytes(config, batch_size, dtype=dtype, capacity=capacity)
-    return parameter_bytes(config, dtype) + cache
+    return parameter_bytes(config, dtype, quantized=quantized) + cache
 
 
 def _mlp_parameters(config):
@@ -190,6 +202,30 @@ def _matrix_parameters(config):
     """Parameters of all matrices but the embedding."""
     mixers = (_mixer_parameters(mixer, config)[0] for mixer in _mixers(config))
     return sum(mixers) + config.num_layers * _mlp_parameters(config)[0]
+
+
+def _linear_parameters(config):
+    """(parameters, output channels) of the matrices of linear layers."""
+    width, hidden = config.width, config.mlp_width
+    found = [(width * hidden, hidden)] * 2 + [(hidden * width, width)]
+    counts = found * config.num_layers if hidden else []
+    for mixer in _mixers(config):
+        counts += _linear_of_mixer(mixer, config)
+    return (sum(part) for part in zip(*counts, strict=True)) if counts else (0, 0)
+
+
+@functools.lru_cache
+def _linear_of_mixer(mixer, config):
+    """(parameters, output channels) of each; gates are matrices of three axes."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(mixer.shapes(config))
+    return [
+        (leaf.size, leaf.shape[1])
+        for path, leaf in leaves
+        if leaf.ndim == 2
+        and mixer.is_multiplied(
+            jax.tree_util.keystr(path[:-1], simple=True, separator=".")
+        )
+    ]
 
 
 def _check_length(length):

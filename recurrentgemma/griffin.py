@@ -176,8 +176,8 @@ class Griffin(nnx.Module):
 
         Args:
           batch_size: B, number of rows.
-          capacity: tokens of a document that global attention can hold; other block
-            types do not use it.
+          capacity: tokens of a document that a model with global attention can hold;
+            other models do not use it.
 
         Returns:
           A cache whose shapes never change under `jax.jit`.

@@ -6,24 +6,24 @@ float32 accumulation; norms and the RG-LRU compute in float32. Equations: Griffi
 """
 
 import math
-from functools import partial
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from recurrentgemma._compat import value_of
 from recurrentgemma.cache import Chunk
 from recurrentgemma.config import Runtime
 from recurrentgemma.kernels import linear_scan, rg_lru
 from recurrentgemma.kernels.complex_rg_lru import complex_rg_lru
-from recurrentgemma.kernels.precision import einsum_float32
 from recurrentgemma.kernels.rg_lru.gates import Gate, logits
 from recurrentgemma.kernels.rg_lru.reference import (
     DECAY_SCALE,
     log_decay,
     sqrt_bounded_derivative,
 )
+from recurrentgemma.matrices import multiply, multiply_by_rows, take_rows
 from recurrentgemma.observed import effective_attention, replaced_states
 
 NORM_EPSILON = 1e-6
@@ -32,22 +32,6 @@ RG_LRU_MIN_RADIUS, RG_LRU_MAX_RADIUS = 0.9, 0.999
 CG_LRU_MAX_PHASE = 0.1 * math.pi
 """Phases of complex decays are uniform up to here at initialisation."""
 CONV_INIT_VARIANCE = 0.01
-FEW_ROWS = 16
-"""Up to here a product with the embedding is bound by reading the embedding."""
-
-
-def einsum(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """A matrix product in x's dtype, accumulated in float32.
-
-    Args:
-      subscripts: as for `jnp.einsum`.
-      x: activations, in the compute dtype.
-      w: parameters, of any floating-point dtype.
-
-    Returns:
-      The product, float32. (Callers cast it where it leaves the layer.)
-    """
-    return einsum_float32(subscripts, x, w.astype(x.dtype))
 
 
 def _add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
@@ -145,7 +129,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, in] -> [B, T, out] in x's dtype."""
-        y = einsum("bti,io->bto", x, self.kernel[...])
+        y = multiply(x, value_of(self.kernel))
         if self.bias is not None:
             y = _add_bias(y, self.bias[...])
         return y.astype(x.dtype)
@@ -383,26 +367,9 @@ class Embedder(nnx.Module):
 
     def encode(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """int32 [B, T] -> scaled embeddings [B, T, D] in dtype."""
-        x = self.embedding[...][tokens].astype(dtype)
+        x = take_rows(value_of(self.embedding), tokens, dtype)
         return x * jnp.asarray(self.scale, dtype)
 
     def decode(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> logits before the soft cap, float32 [B, T, V]."""
-        embedding = self.embedding[...]
-        if x.shape[0] * x.shape[1] > FEW_ROWS:
-            return einsum("btd,vd->btv", x, embedding)
-        return jax.lax.platform_dependent(
-            x,
-            embedding,
-            cpu=_few_rows_times_embedding,
-            default=partial(einsum, "btd,vd->btv"),
-        )
-
-
-def _few_rows_times_embedding(x: jax.Array, embedding: jax.Array) -> jax.Array:
-    # XLA for CPU reads a matrix twice as fast as the left operand of few columns.
-    batch_size, length, width = x.shape
-    rows = x.reshape(batch_size * length, width)
-    logits = einsum_float32("vd,nd->vn", embedding.astype(x.dtype), rows)
-    logits = jax.lax.optimization_barrier(logits).T  # Or XLA swaps them back.
-    return logits.reshape(batch_size, length, -1)
+        return multiply_by_rows(x, value_of(self.embedding))

@@ -5,9 +5,17 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from recurrentgemma import PRESETS, Griffin, GriffinConfig, Runtime
-from recurrentgemma.checkpoints.parameters import describe, named_parameters
+from recurrentgemma.adapters import add_adapters
+from recurrentgemma.checkpoints.parameters import (
+    describe,
+    named_parameters,
+    parameter_values,
+    with_values,
+)
+from recurrentgemma.matrices import LowRank
 
 WINDOW = 6
 SIZES = {
@@ -22,6 +30,8 @@ SIZES = {
 }
 """Sizes of a tiny model."""
 NOISE = 0.2
+EVERY_MATRIX = ("*.kernel", "embedder.embedding")
+"""Patterns of linear layers, the gates of the RG-LRU, and the embedding."""
 A_PARAM_RANGE = (-9.0, -4.3)
 """Of the decays that a new model begins with."""
 
@@ -98,6 +108,20 @@ def _draw(rng, name, shape):
     if name.endswith("a_param"):
         values += rng.uniform(*A_PARAM_RANGE, shape)
     return values
+
+
+def adapt(model, patterns=EVERY_MATRIX, *, seed=1, **settings):
+    """The model with adapters that change what it computes: B is random too."""
+    settings = {"rank": 2, "alpha": 3.0, **settings}
+    adapted = add_adapters(model, patterns, rngs=nnx.Rngs(seed), **settings)
+    rng = np.random.default_rng(seed)
+    values = parameter_values(adapted)
+    for name, value in values.items():
+        if not isinstance(value, LowRank):
+            continue
+        noise = 0.2 * rng.standard_normal(value.lora_b.shape)
+        values[name] = dataclasses.replace(value, lora_b=jnp.float32(noise))
+    return with_values(adapted, values)
 
 
 @jax.jit

@@ -1,6 +1,9 @@
 """Row operations on caches, and the check of positions."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -72,6 +75,9 @@ def test_bad_rows(cache, model):
 CONFIGS = {
     "recurrent-recurrent-local_attention": tiny_config(),
     "gemma2": TINY_PRESETS["gemma2-27b"],
+    "gemma2-wide": dataclasses.replace(
+        TINY_PRESETS["gemma2-27b"], attention_window=100
+    ),
     **{
         kind: tiny_config(block_pattern=(kind,))
         for kind, mixer in TEMPORAL_MIXERS.items()
@@ -121,9 +127,69 @@ def test_rewinding_is_as_if_the_tokens_had_not_come(name, dtype):
     assert_close(logits, expected, "logits", dtype)
 
 
-def _overflown():
-    """A cache of one row that lost tokens, one that is full, one that is new."""
-    config = tiny_config(block_pattern=("global_attention",), num_layers=2)
+@pytest.mark.parametrize("spare", [0, 4])
+def test_local_rings_grow_with_the_capacity_up_to_the_window(spare):
+    """From fewer slots than the window to all of them, and to those of `rewind`."""
+    window, most = 20, 64
+    config = dataclasses.replace(
+        TINY_PRESETS["gemma2-27b"], attention_window=window, vocab_size=8
+    )
+    model = random_model(config)
+    tokens = random_tokens((2, 60), vocab_size=8)
+    large = cache_lib.make_rewindable(model.init_cache(2, capacity=most), config, spare)
+    cache = cache_lib.make_rewindable(model.init_cache(2, capacity=8), config, spare)
+    for capacity, start, stop in ((8, 0, 8), (16, 8, 16), (most, 16, 60)):
+        cache = cache_lib.grow(cache, config, capacity)
+        slots = [layer.positions.shape[1] for layer in cache.layers]
+        assert slots == [min(window, capacity) + spare, capacity]
+        logits, cache = forward(model, tokens[:, start:stop], cache=cache)
+        expected, large = forward(model, tokens[:, start:stop], cache=large)
+        assert_close(logits, expected, "logits")
+    assert jax.tree.map(jnp.shape, cache) == jax.tree.map(jnp.shape, large)
+    counts = np.array([spare, 0])
+    cache, large = (cache_lib.rewind(c, config, counts) for c in (cache, large))
+    np.testing.assert_array_equal(cache.layers[0].positions, large.layers[0].positions)
+    assert_close(
+        forward(model, tokens[:, :16], cache=cache_lib.grow(cache, config, 128))[0],
+        forward(model, tokens[:, :16], cache=cache_lib.grow(large, config, 128))[0],
+        "logits",
+    )
+
+
+def test_without_a_capacity_the_cache_grows_as_the_text_does():
+    """A call without a cache, then calls outside jit."""
+    config = CONFIGS["gemma2-wide"]
+    model = random_model(config)
+    tokens = random_tokens((2, 150))
+    _, cache = model(tokens[:, :5])
+    assert [layer.positions.shape[1] for layer in cache.layers] == [5, 5]
+    middle, cache = model(tokens[:, 5:21], cache=cache)
+    assert [layer.positions.shape[1] for layer in cache.layers] == [32, 32]
+    rest, cache = model(tokens[:, 21:], cache=cache)
+    assert [layer.positions.shape[1] for layer in cache.layers] == [100, 256]
+    whole, _ = model(tokens)
+    joined = jnp.concatenate([middle, rest], axis=1)
+    assert_close(model.logits(joined), model.logits(whole[:, 5:]), "logits")
+
+
+@pytest.mark.parametrize("pattern", [("recurrent", "local_attention"), ("min_gru",)])
+def test_no_other_model_uses_the_capacity(pattern):
+    model = random_model(tiny_config(block_pattern=pattern, num_layers=2))
+    plain, given = model.init_cache(1), model.init_cache(1, capacity=3)
+    assert jax.tree.map(jnp.shape, plain) == jax.tree.map(jnp.shape, given)
+
+
+OVERFLOWING = {
+    "global": tiny_config(block_pattern=("global_attention",), num_layers=2),
+    "gemma2-wide": CONFIGS["gemma2-wide"],
+}
+
+
+@pytest.fixture(params=OVERFLOWING)
+def overflown(request):
+    """A model, and a cache of one row that lost tokens, one that is full, one that is
+    new."""
+    config = OVERFLOWING[request.param]
     model = random_model(config)
     positions = np.array([[*range(8)], [*range(6), -1, -1], [*range(6), 0, 1]])
     start = cache_lib.make_rewindable(model.init_cache(3, capacity=6), config, 4)
@@ -132,9 +198,9 @@ def _overflown():
 
 @pytest.mark.parametrize("count", [0, 1, 4])
 @pytest.mark.parametrize("size", [1, 2])
-def test_an_overflow_shows_after_the_tokens_were_taken_back(count, size):
+def test_an_overflow_shows_after_the_tokens_were_taken_back(count, size, overflown):
     """NaN under jit, until the row's next document."""
-    model, cache = _overflown()
+    model, cache = overflown
     counts = np.array([count, 2, 0])
     cache = cache_lib.rewind(cache, model.config, counts)
     positions = np.array([[8 - count, 9 - count], [4, 5], [2, 3]])[:, :size]
@@ -152,8 +218,8 @@ def test_an_overflow_shows_after_the_tokens_were_taken_back(count, size):
 
 
 @pytest.mark.parametrize("count", [0, 4])
-def test_an_overflow_is_an_error_outside_jit(count):
-    model, cache = _overflown()
+def test_an_overflow_is_an_error_outside_jit(count, overflown):
+    model, cache = overflown
     cache = cache_lib.rewind(cache, model.config, np.array([count, 2, 0]))
     with pytest.raises(ValueError, match="cache: expected rows .* row 0"):
         model(random_tokens((3, 1)), cache=cache)

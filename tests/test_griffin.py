@@ -3,6 +3,7 @@
 Hypothesis draws splits and places into a few fixed shapes, so that little is compiled.
 """
 
+import dataclasses
 import functools
 
 import hypothesis
@@ -40,6 +41,10 @@ BFLOAT16_SPLIT_FACTOR = 1.1
 
 CONFIGS = {
     **TINY_PRESETS,
+    # The rings of its local layers are no longer than the cache's capacity.
+    "gemma2-wide": dataclasses.replace(
+        TINY_PRESETS["gemma2-27b"], attention_window=2 * LENGTH
+    ),
     **{
         kind: tiny_config(block_pattern=(kind,), num_layers=2)
         for kind in TEMPORAL_MIXERS

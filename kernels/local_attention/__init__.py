@@ -23,6 +23,7 @@ from recurrentgemma.kernels.local_attention import (
     reference,
     ring,
     splash,
+    streamed,
 )
 from recurrentgemma.kernels.local_attention.chunk import Chunk, Settings
 from recurrentgemma.kernels.local_attention.ring import KVCache
@@ -83,11 +84,12 @@ def local_attention(
         kept = ring.empty(k, v, 0) if cache is None else KVCache(*cache)
         chunk = Chunk(q, k, v, positions, kept)
         out, _ = call(LOCAL_ATTENTION, implementation, chunk, settings=settings)
-        if k.shape[1] == 1:
+        if k.shape[1] == 1 or window is None:
             positions = ring.after(out, positions)
         if cache is None:
             kept = ring.empty(k, v, k.shape[1] if window is None else window)
-        return out, ring.write(*meshes.vary_alike((kept, k, v, positions)))
+        write = ring.write_in_place if window is None else ring.write
+        return out, write(*meshes.vary_alike((kept, k, v, positions)))
 
     def result_specs():
         kept = KVCache(None, None, None) if cache is None else cache
@@ -110,6 +112,12 @@ IMPLEMENTATIONS = {
         kernel_for="tpu",
         default_on=("tpu",),
         supports=splash.supports,
+    ),
+    "streamed": Implementation(
+        streamed.attend,
+        blocked.gradients,
+        default_on=EVERYWHERE,
+        supports=streamed.supports,
     ),
     "blocked": Implementation(blocked.attend, blocked.gradients, default_on=EVERYWHERE),
     "reference": Implementation(reference.attend),

@@ -1,7 +1,7 @@
 """The check before any speed is reported: everybody computes the same model.
 
-transformers shows W keys where the others show W + 1, so that it joins in where all
-that is read fits the window. (Compilation happens once, and is timed on the way here.)
+The RecurrentGemma of transformers shows W keys where the others show W + 1, so that it
+joins in where all that is read fits the window. (Compilation happens once, and is timed on the way here.)
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,9 @@ LOSS_TOLERANCE = 1e-4
 """Nats a token."""
 
 
-def check(workers: Sequence[Worker], plan: Plan, window: int) -> list[dict[str, Any]]:
+def check(
+    workers: Sequence[Worker], plan: Plan, window: int | None
+) -> list[dict[str, Any]]:
     """Compares logits, greedy tokens and losses with ours.
 
     Logits at every length of `plan.check_lengths`; the tokens of one row through
@@ -30,7 +32,7 @@ def check(workers: Sequence[Worker], plan: Plan, window: int) -> list[dict[str, 
     Args:
       workers: Ours among them.
       plan: Sizes of the comparison.
-      window: W.
+      window: Most tokens at which transformers computes the same; None is any number.
 
     Returns:
       What was compared, for the JSON document.
@@ -40,7 +42,8 @@ def check(workers: Sequence[Worker], plan: Plan, window: int) -> list[dict[str, 
     """
     findings = []
     for what, length, tolerance, command, arguments in _questions(plan, window):
-        able = [w for w in workers if w.name != "transformers" or length <= window]
+        fits = window is None or length <= window
+        able = [w for w in workers if w.name != "transformers" or fits]
         answers = {w.name: _values(w.ask(command, **arguments)) for w in able}
         ours = answers.pop(OURS)
         for name, theirs in answers.items():
@@ -55,7 +58,7 @@ def check(workers: Sequence[Worker], plan: Plan, window: int) -> list[dict[str, 
 
 
 def _questions(
-    plan: Plan, window: int
+    plan: Plan, window: int | None
 ) -> Iterator[tuple[str, int, float, str, dict[str, Any]]]:
     """What is compared, tokens that are read, tolerance, command and arguments."""
     for length in plan.check_lengths:
@@ -63,7 +66,10 @@ def _questions(
     new_tokens = 1 + plan.new_tokens
     greedy = {"batch": 1, "prompt": plan.prompt, "new_tokens": new_tokens}
     yield "greedy tokens", plan.prompt + new_tokens, 0, "generate", greedy
-    for length in sorted({min(plan.train_length, window), plan.train_length}):
+    if plan.train_length is None:
+        return
+    shorter = min(plan.train_length, window or plan.train_length)
+    for length in sorted({shorter, plan.train_length}):
         for step in "first", "second":
             what = f"loss {length}, {step} step"
             yield what, length, LOSS_TOLERANCE, "train", {"length": length}

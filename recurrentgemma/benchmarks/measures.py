@@ -21,7 +21,8 @@ class Plan:
     decode_batches: tuple[int, ...] = (1, 8)
     prompt: int = 64
     new_tokens: int = 64
-    train_length: int = 2048
+    train_length: int | None = 2048
+    """None: training is not compared."""
     first_call_prompts: tuple[int, ...] = (200, 331, 467)
     """Lengths that nobody has seen before."""
     check_lengths: tuple[int, ...] = (600, 1500)
@@ -30,7 +31,7 @@ class Plan:
     rounds_of_long_prefill: int = 2
     """Beyond what the official code can do, which takes minutes."""
     rounds_of_compilation: int = 3
-    """Each in new processes."""
+    """Each in new processes; 0: compilation is not compared."""
 
     @property
     def compile_length(self) -> int:
@@ -52,6 +53,9 @@ def compilations(plan: Plan) -> list[Measure]:
         forward = worker.ask("prefill", length=plan.compile_length)["seconds"]
         return forward + _generate(worker, plan, 1, 1 + plan.new_tokens)
 
+    works = {"forward and decode": forward_and_decode}
+    if plan.train_length is not None:
+        works = {"train step": train} | works
     return [
         Measure(
             f"compile {name}",
@@ -62,10 +66,8 @@ def compilations(plan: Plan) -> list[Measure]:
             warm_up=False,
             leave_out=("transformers",),
         )
-        for name, work in (
-            ("train step", train),
-            ("forward and decode", forward_and_decode),
-        )
+        for name, work in works.items()
+        if plan.rounds_of_compilation
     ]
 
 
@@ -85,9 +87,8 @@ def measures(plan: Plan) -> list[Measure]:
         sizes = {"prompt": plan.first_call_prompts[index], "new_tokens": 1}
         return worker.ask("generate", batch=1, **sizes)["seconds"]
 
-    def train(worker: Worker, _: int) -> float:
-        reply = worker.ask("train", length=plan.train_length)
-        return plan.train_length / reply["seconds"]
+    def train(length: int, worker: Worker, _: int) -> float:
+        return length / worker.ask("train", length=length)["seconds"]
 
     rate = partial(Measure, unit="tokens/s", higher_is_better=True, rounds=plan.rounds)
     found = [
@@ -103,15 +104,20 @@ def measures(plan: Plan) -> list[Measure]:
             leave_out=("official",) if is_long else (),
         )
         found.append(measure)
-    first_calls = Measure(
-        "first call, new prompt length",
-        "s",
-        higher_is_better=False,
-        sample=first_call,
-        rounds=len(plan.first_call_prompts),
-        warm_up=False,
-    )
-    return [*found, first_calls, rate(f"train step {plan.train_length}", sample=train)]
+    if plan.first_call_prompts:
+        first_calls = Measure(
+            "first call, new prompt length",
+            "s",
+            higher_is_better=False,
+            sample=first_call,
+            rounds=len(plan.first_call_prompts),
+            warm_up=False,
+        )
+        found.append(first_calls)
+    if plan.train_length is not None:
+        name = f"train step {plan.train_length}"
+        found.append(rate(name, sample=partial(train, plan.train_length)))
+    return found
 
 
 def _generate(worker: Worker, plan: Plan, batch: int, new_tokens: int) -> float:
@@ -136,10 +142,12 @@ def ceilings(
     for length in plan.prefill_lengths:  # the logits of a prompt are not computed
         flops = cost.forward_flops_per_token(config, length) - logits_flops
         found[f"prefill {length}"] = product / flops
-    flops = cost.train_flops_per_token(config, plan.train_length)
-    found[f"train step {plan.train_length}"] = product / flops
+    if plan.train_length is not None:
+        flops = cost.train_flops_per_token(config, plan.train_length)
+        found[f"train step {plan.train_length}"] = product / flops
     for batch in plan.decode_batches:
-        moved = cost.decode_bytes(config, batch, dtype="float32")
+        sizes = {"dtype": "float32", "capacity": plan.prompt + plan.new_tokens}
+        moved = cost.decode_bytes(config, batch, **sizes)
         steps_per_s = rates[f"read_{batch}_rows_bytes_per_s"] / moved
         found[f"decode, batch {batch}"] = batch * steps_per_s
     return found

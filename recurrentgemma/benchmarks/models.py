@@ -8,6 +8,7 @@ import difflib
 import functools
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -38,49 +39,87 @@ NEVER = 2**30
 """A number of tokens that no row draws."""
 
 
-def _small(**fields: Any) -> GriffinConfig:
-    sizes = {"vocab_size": 32_000, "width": 768, "num_layers": 12, "num_heads": 6}
-    sizes |= {"head_dim": 128, "lru_width": 768, "num_gate_blocks": 6}
-    return GriffinConfig(**{**sizes, **fields})
+def _three_families(
+    sizes: Mapping[str, Any], suffix: str, *, mlp_widths: tuple[int, int, int]
+) -> dict[str, GriffinConfig]:
+    """Models in the shapes of RecurrentGemma, Gemma 1 and Gemma 2.
+
+    Args:
+      sizes: fields that they share.
+      suffix: end of their names.
+      mlp_widths: widths with which they have about as many parameters.
+    """
+    gemma: dict[str, Any] = {
+        "rope_fraction": 1.0,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "num_gate_blocks": 1,
+        "embedding_scale": math.sqrt(sizes["width"]),
+    }
+    griffin = {
+        "attention_window": 1024,
+        # As the official code rounds it.
+        "embedding_scale": float(jnp.bfloat16(math.sqrt(sizes["width"]))),
+        "logits_soft_cap": 30.0,
+    }
+    gemma2 = {
+        **gemma,
+        "block_pattern": ("local_attention", "global_attention"),
+        "num_kv_heads": sizes["num_heads"] // 2,
+        "attention_window": 1023,
+        "attention_soft_cap": 50.0,
+        "logits_soft_cap": 30.0,
+        "post_norms": True,
+    }
+    families = {
+        "recurrentgemma": griffin,
+        "gemma": {**gemma, "block_pattern": ("global_attention",)},
+        "gemma2": gemma2,
+    }
+    return {
+        f"{name}-{suffix}": GriffinConfig(**{**sizes, "mlp_width": width, **fields})
+        for (name, fields), width in zip(families.items(), mlp_widths, strict=True)
+    }
 
 
-_GEMMA: dict[str, Any] = {
-    "rope_fraction": 1.0,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "num_gate_blocks": 1,
-    "embedding_scale": math.sqrt(768),
-}
-SMALL_PRESETS = {
-    "recurrentgemma-100m": _small(
-        mlp_width=2304,
-        attention_window=1024,
-        embedding_scale=27.75,
-        logits_soft_cap=30.0,
-    ),
-    "gemma-100m": _small(mlp_width=2480, block_pattern=("global_attention",), **_GEMMA),
-    "gemma2-100m": _small(
-        mlp_width=2304,
-        block_pattern=("local_attention", "global_attention"),
-        num_kv_heads=3,
-        attention_window=1023,
-        attention_soft_cap=50.0,
-        logits_soft_cap=30.0,
-        post_norms=True,
-        **_GEMMA,
-    ),
-}
+SMALL_PRESETS = _three_families(
+    {
+        "vocab_size": 32_000,
+        "width": 768,
+        "num_layers": 12,
+        "num_heads": 6,
+        "head_dim": 128,
+        "lru_width": 768,
+        "num_gate_blocks": 6,
+    },
+    "100m",
+    mlp_widths=(2304, 2480, 2304),
+)
 """Models in the shapes of RecurrentGemma, Gemma 1 and Gemma 2, of about 109.6 million
 parameters each: small enough for a CPU."""
+MINIATURES = _three_families(
+    {
+        "vocab_size": 8_000,
+        "width": 256,
+        "num_layers": 6,
+        "num_heads": 4,
+        "head_dim": 64,
+        "lru_width": 256,
+        "num_gate_blocks": 4,
+    },
+    "7m",
+    mlp_widths=(768, 828, 788),
+)
+"""The same with about 6.85 million parameters, for a look within minutes."""
 
 
 def find(name: str) -> GriffinConfig:
-    """The config of `SMALL_PRESETS` or of a preset.
+    """The config of `SMALL_PRESETS`, of `MINIATURES` or of a preset.
 
     Raises:
       ValueError: there is none of this name.
     """
-    known = {**SMALL_PRESETS, **PRESETS}
+    known = {**SMALL_PRESETS, **MINIATURES, **PRESETS}
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3) or list(known)
         raise ValueError(

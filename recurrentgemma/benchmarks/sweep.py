@@ -120,8 +120,28 @@ class Sweep:
         flags.DEFINE_float("memory", None, what, flag_values=values)
         self.define_more(values)
 
+    def settings(self, **chosen: Any) -> dict[str, Any]:
+        """Values of all flags by name, for `run`: the defaults, and the chosen ones.
+
+        Raises:
+          ValueError: there is no such flag.
+        """
+        values = flags.FlagValues()
+        self.define_flags(values)
+        values.mark_as_parsed()
+        found = values.flag_values_dict()
+        for name, value in chosen.items():
+            check.choice("settings", name, list(found))
+            found[name] = value
+        return found
+
     def run(self, values: dict[str, Any], folder: Path) -> None:
-        """Measures what is missing, and draws everything."""
+        """Measures what is missing, and draws everything.
+
+        Args:
+          values: by flag name, as `settings` returns them.
+          folder: where the document and the picture go.
+        """
         configs = {name: models.find(name) for name in values["preset"]}
         dtypes = _dtypes(values["dtype"])
         batches = counts("batch", values["batch"])

@@ -2,6 +2,10 @@
 
 Queries, keys and values have no bias, the first part of each head is rotated, and a
 query sees itself and the last W keys of its document (all of them, if global).
+
+In a model with global attention no document is longer than the cache's capacity. Where
+that is less than W, the ring of a local layer has `capacity` slots and no token ever
+leaves it, so that its window is the whole document.
 """
 
 from typing import ClassVar
@@ -13,7 +17,7 @@ from flax import nnx
 
 from recurrentgemma._validation import refuse
 from recurrentgemma.blocks.mixer import Mixer
-from recurrentgemma.cache import OVERFLOWN, Chunk
+from recurrentgemma.cache import OVERFLOWN, Chunk, grows
 from recurrentgemma.config import GriffinConfig, Runtime
 from recurrentgemma.kernels import local_attention
 from recurrentgemma.kernels.local_attention import KVCache, reference
@@ -24,7 +28,8 @@ from recurrentgemma.rotary import apply_rotary
 
 
 class LocalAttentionBlock(Mixer):
-    """Sliding-window attention; its state is a ring of W keys and values."""
+    """Sliding-window attention; its state is a ring of W keys and values, of fewer
+    where a model with global attention has less capacity."""
 
     part: ClassVar[str] = "attention blocks"
     uses_rotary: ClassVar[bool] = True
@@ -62,10 +67,18 @@ class LocalAttentionBlock(Mixer):
                 config.rope_fraction,
             )
 
-    @property
-    def window(self) -> int | None:
-        """Past keys that a query sees; None is all of them."""
-        return self.config.attention_window
+    def window(self, length: int, state: KVCache | None) -> int | None:
+        """Number of past keys that a query sees; None is all of its document.
+
+        Args:
+          length: T, number of tokens of the chunk.
+          state: the ring before the chunk.
+        """
+        window = self.config.attention_window
+        if not grows(self.config):
+            return window
+        slots = length if state is None else state.positions.shape[1]
+        return window if slots >= window else None
 
     def __call__(
         self, x: jax.Array, chunk: Chunk, state: KVCache | None
@@ -92,7 +105,7 @@ class LocalAttentionBlock(Mixer):
             assert chunk.rotary is not None, "attention needs rotary tables"
             q, k = (apply_rotary(x, chunk.rotary) for x in (q, k))
             options = {
-                "window": self.window,
+                "window": self.window(x.shape[1], state),
                 "scale": config.attention_scale,
                 "soft_cap": config.attention_soft_cap,
             }
@@ -113,8 +126,8 @@ class LocalAttentionBlock(Mixer):
             return self.proj_out(rearrange(y, "b t n h -> b t (n h)")), state
 
     def init_state(self, batch_size: int, capacity: int | None = None) -> KVCache:
-        """An empty ring; capacity is not used."""
-        return self._empty_ring(batch_size, self.config.attention_window)
+        """An empty ring; only in a model with global attention is capacity used."""
+        return self._empty_ring(batch_size, _local_slots(self.config, capacity))
 
     def _empty_ring(self, batch_size: int, slots: int) -> KVCache:
         shape = (batch_size, slots, self.config.num_kv_heads, self.config.head_dim)
@@ -130,11 +143,19 @@ class LocalAttentionBlock(Mixer):
         return _attention_flops(config, length, config.attention_window)
 
     @classmethod
-    def make_rewindable(
-        cls, config: GriffinConfig, state: KVCache, count: int
+    def grow(
+        cls, config: GriffinConfig, state: KVCache, before: int, capacity: int
     ) -> KVCache:
-        """A ring of W + count slots."""
-        return _resize(state, config.attention_window + count)
+        """The ring with the slots of another capacity, and as many for `rewind`."""
+        spare = state.positions.shape[1] - _local_slots(config, before)
+        return _resize(state, _local_slots(config, capacity) + spare)
+
+    @classmethod
+    def make_rewindable(
+        cls, config: GriffinConfig, state: KVCache, count: int, capacity: int | None
+    ) -> KVCache:
+        """A ring of `count` slots more."""
+        return _resize(state, _local_slots(config, capacity) + count)
 
     @classmethod
     def rewind(
@@ -179,10 +200,9 @@ class GlobalAttentionBlock(LocalAttentionBlock):
 
     needs_capacity: ClassVar[bool] = True
 
-    @property
-    def window(self) -> int | None:
+    def window(self, length: int, state: KVCache | None) -> int | None:
         """None: no bound."""
-        return None
+        del length, state
 
     def __call__(
         self, x: jax.Array, chunk: Chunk, state: GrowingRing | None
@@ -217,16 +237,24 @@ class GlobalAttentionBlock(LocalAttentionBlock):
         return _attention_flops(config, length, length)
 
     @classmethod
-    def grow(cls, config: GriffinConfig, state: GrowingRing, capacity: int):
+    def grow(
+        cls, config: GriffinConfig, state: GrowingRing, before: int, capacity: int
+    ) -> GrowingRing:
         """A ring of `capacity` slots."""
+        del config, before
         resized = GrowingRing(*_resize(state, capacity))
         return resized.marked(state.num_tokens == OVERFLOWN)
 
     @classmethod
     def make_rewindable(
-        cls, config: GriffinConfig, state: GrowingRing, count: int
+        cls,
+        config: GriffinConfig,
+        state: GrowingRing,
+        count: int,
+        capacity: int | None,
     ) -> GrowingRing:
         """The ring as it is: it holds all tokens anyway."""
+        del config, count, capacity
         return state
 
 
@@ -246,8 +274,17 @@ def _attention_flops(config: GriffinConfig, length: int, window: int) -> float:
     return 4 * config.num_heads * config.head_dim * mean_keys
 
 
+def _local_slots(config: GriffinConfig, capacity: int | None) -> int:
+    """Slots of a local ring from which no token can be taken back."""
+    if capacity is None or not grows(config):
+        return config.attention_window
+    return min(config.attention_window, capacity)
+
+
 def _resize(ring: KVCache, slots: int) -> KVCache:
     """The same entries in a ring of another number of slots, in its own type."""
+    if slots == ring.positions.shape[1]:
+        return ring
     newest = jnp.max(ring.positions, axis=1, keepdims=True)
     wanted = newest - (newest - jnp.arange(slots, dtype=jnp.int32)[None]) % slots
     index = wanted % ring.positions.shape[1]

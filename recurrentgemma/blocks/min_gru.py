@@ -85,7 +85,11 @@ class MinGRUBlock(Mixer):
 
     @classmethod
     def make_rewindable(
-        cls, config: GriffinConfig, state: jax.Array, count: int
+        cls,
+        config: GriffinConfig,
+        state: jax.Array,
+        count: int,
+        capacity: int | None,
     ) -> jax.Array:
         """Keeps the states of 1 + count tokens."""
         states = state if state.ndim > 2 else state[:, None]

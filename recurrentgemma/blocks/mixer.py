@@ -60,7 +60,7 @@ class Mixer(nnx.Module):
         raise NotImplementedError(f"{type(self).__name__} has no __call__")
 
     def init_state(self, batch_size: int, capacity: int | None = None) -> Any:
-        """The state before any token; only with `needs_capacity` is capacity used."""
+        """The state before any token; capacity is that of the cache, if it has one."""
         raise NotImplementedError(f"{type(self).__name__} has no init_state")
 
     @classmethod
@@ -92,19 +92,34 @@ class Mixer(nnx.Module):
         return 0.0
 
     @classmethod
-    def grow(cls, config: GriffinConfig, state: Any, capacity: int) -> Any:
-        """The state with room for `capacity` tokens; as it is where none is needed."""
-        del config, capacity
+    def grow(cls, config: GriffinConfig, state: Any, before: int, capacity: int) -> Any:
+        """The state of a cache of another capacity; as it is where none is needed.
+
+        Args:
+          config: of the model.
+          state: of a cache that has room for `before` tokens.
+          before: capacity of the present cache.
+          capacity: capacity of the new cache.
+        """
+        del config, before, capacity
         return state
 
     @classmethod
-    def make_rewindable(cls, config: GriffinConfig, state: Any, count: int) -> Any:
+    def make_rewindable(
+        cls, config: GriffinConfig, state: Any, count: int, capacity: int | None
+    ) -> Any:
         """The state that also keeps what `rewind` needs for `count` tokens.
+
+        Args:
+          config: of the model.
+          state: a state, rewindable or not.
+          count: K, most tokens to take back.
+          capacity: capacity of the cache; None if there is no bound.
 
         Raises:
           ValueError: tokens cannot be taken back from this mixer (the default).
         """
-        del config, state, count
+        del config, state, count, capacity
         raise ValueError(
             f"cache: expected layers that tokens can be taken back from, got "
             f"{cls.__name__}; give its class make_rewindable and rewind, or decode "

@@ -152,7 +152,11 @@ class RecurrentBlock(Mixer):
 
     @classmethod
     def make_rewindable(
-        cls, config: GriffinConfig, state: RecurrentState, count: int
+        cls,
+        config: GriffinConfig,
+        state: RecurrentState,
+        count: int,
+        capacity: int | None,
     ) -> RecurrentState:
         """Keeps the states of 1 + count tokens and as many more inputs."""
         h = state.h if state.is_rewindable else state.h[:, None]

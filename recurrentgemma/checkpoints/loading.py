@@ -23,6 +23,15 @@ from recurrentgemma.checkpoints.parameters import (
     describe,
     named_parameters,
     parameter_dtype,
+    with_values,
+)
+from recurrentgemma.checkpoints.quantization import (
+    SCHEMES,
+    place_quantized,
+    place_stored,
+    quantizable,
+    stored_quantized,
+    stored_shapes,
 )
 from recurrentgemma.checkpoints.shardings import Sharding, shardings_by_name
 from recurrentgemma.checkpoints.stored import Stored
@@ -40,6 +49,7 @@ def load(
     runtime: Runtime | None = None,
     param_dtype: Any = None,
     sharding: Sharding | None = None,
+    quantize: str | None = None,
 ) -> tuple[Griffin, Tokenizer | None]:
     """The model and the tokenizer of a checkpoint, whatever its layout.
 
@@ -62,6 +72,10 @@ def load(
       sharding: devices of the parameters: one sharding for all, a function of a
         parameter's name and shape, or shardings by name (nested or joined by dots), all
         of one mesh or one device. None is the default device.
+      quantize: "int8" turns the matrices of linear layers and the embedding into int8
+        while they are read, with a float32 scale for each output channel or token; the
+        model is never in memory in floating point. None keeps what is stored, which
+        may be quantised already.
 
     Returns:
       The model, and the tokenizer or None.
@@ -79,6 +93,8 @@ def load(
         if value is not None:
             check.instance(name, value, kind, f"a {kind.__name__} or None")
     param_dtype = _checked_dtype(param_dtype)
+    if quantize is not None:
+        check.choice("quantize", quantize, SCHEMES)
     checkpoint = open_checkpoint(path_or_preset, config)
     config, stored = checkpoint.config, checkpoint.stored
     tokenizer = choose_tokenizer(tokenizer, stored)
@@ -86,13 +102,21 @@ def load(
     check_tokenizer(config, tokenizer)
     described = describe(config, runtime)
     shapes = {name: leaf.shape for name, leaf in named_parameters(described).items()}
-    check_tensors(checkpoint, shapes)
+    already = stored_quantized(stored.tensors)
+    check_tensors(checkpoint, stored_shapes(shapes, already))
     shardings = shardings_by_name(sharding, shapes)
+    chosen = set() if quantize is None else quantizable(shapes, config) - already
     parameters, not_finite = {}, set()
     # The largest first: what one needs besides its own memory then adds to little.
     for name in sorted(shapes, key=lambda name: -np.prod(shapes[name])):
-        dtype = parameter_dtype(name, config, runtime, param_dtype)
+        if name in already:
+            parameters[name] = place_stored(name, stored.tensors, shardings[name])
+            continue
         source = stored.tensors[name].watched(_note_if_not_finite(name, not_finite))
+        if name in chosen:
+            parameters[name] = place_quantized(name, source, shardings[name])
+            continue
+        dtype = parameter_dtype(name, config, runtime, param_dtype)
         parameters[name] = place(source.astype(dtype, name), dtype, shardings[name])
     if not_finite:
         logging.warning(
@@ -100,8 +124,7 @@ def load(
             checkpoint.path,
             ", ".join(sorted(not_finite)),
         )
-    leaves = [parameters[name] for name in shapes]
-    return jax.tree.unflatten(jax.tree.structure(described), leaves), tokenizer
+    return with_values(described, parameters), tokenizer
 
 
 def _checked_dtype(param_dtype: Any) -> np.dtype | None:

@@ -13,10 +13,21 @@ from recurrentgemma.blocks import TEMPORAL_MIXERS
 from recurrentgemma.checkpoints.tensors import TensorSource, array_source
 from recurrentgemma.config import PRESETS, GriffinConfig, Runtime
 from recurrentgemma.griffin import Griffin
+from recurrentgemma.matrices import is_matrix
 from recurrentgemma.tokenizer import Tokenizer
 
 MAX_VOCABULARY_PADDING = 256
 """An embedding may have fewer than this many rows that no token uses."""
+
+EMBEDDING = "embedding"
+"""Name of the embedding inside its module."""
+INNER_DTYPES = {
+    "lora_a": np.float32,
+    "lora_b": np.float32,
+    "values": np.int8,
+    "scales": np.float32,
+}
+"""Dtypes of the arrays of an adapted or quantised matrix, besides an adapter's base."""
 
 
 def parameter_dtype(
@@ -26,7 +37,8 @@ def parameter_dtype(
 
     Matrices and the embedding are in the compute dtype, where they are only multiplied;
     norm scales, biases and what a mixer's class names enter float32 computation and stay
-    float32. An explicit `param_dtype` holds for all.
+    float32. An explicit `param_dtype` holds for all of these. The matrices of an adapter
+    are float32, a quantised matrix is int8 with float32 scales.
 
     Args:
       name: native, such as "blocks.0.mixer.linear_x.kernel".
@@ -34,14 +46,22 @@ def parameter_dtype(
       runtime: how the model is to run.
       param_dtype: the dtype of all parameters; None is what inference needs.
     """
+    # What an adapter was put on keeps its dtype.
+    name = re.sub(r"\.base\b", "", name)
+    inner = name.rpartition(".")[2]
+    if inner in INNER_DTYPES:
+        return np.dtype(INNER_DTYPES[inner])
     if param_dtype is not None:
         return np.dtype(param_dtype)
+    return np.dtype(runtime.dtype if is_multiplied(name, config) else jnp.float32)
+
+
+def is_multiplied(name: str, config: GriffinConfig) -> bool:
+    """Whether a parameter, by its native name, is a matrix that is only multiplied."""
     mixer, inner = mixer_of(name, config)
     if mixer is not None:
-        multiplied = mixer.is_multiplied(inner)
-    else:
-        multiplied = name.split(".")[-1] in ("kernel", "embedding")
-    return np.dtype(runtime.dtype if multiplied else jnp.float32)
+        return mixer.is_multiplied(inner)
+    return name.split(".")[-1] in ("kernel", EMBEDDING)
 
 
 def mixer_of(name: str, config: GriffinConfig) -> tuple[Any, str]:
@@ -58,15 +78,45 @@ def mixer_of(name: str, config: GriffinConfig) -> tuple[Any, str]:
     return TEMPORAL_MIXERS[kind], match[3]
 
 
-def named_parameters(model: Griffin) -> dict[str, Any]:
-    """The arrays of a model by their native names, such as `final_norm.scale`, in the
-    order of `jax.tree.leaves`."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
+def parameter_values(model: Griffin) -> dict[str, Any]:
+    """What the parameters of a model hold, by their native names, such as
+    `final_norm.scale`: arrays, or a `Matrix` such as an adapted one."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_matrix)
     return {
         # The last key is the variable's own.
         jax.tree_util.keystr(path[:-1], simple=True, separator="."): leaf
         for path, leaf in leaves
     }
+
+
+def with_values(model: Griffin, values: Mapping[str, Any]) -> Griffin:
+    """A model like `model` whose parameters hold these values.
+
+    Args:
+      model: the model, which stays as it is.
+      values: by native name, as `parameter_values` gives them; what is missing stays.
+    """
+    structure = jax.tree.structure(model, is_leaf=is_matrix)
+    return structure.unflatten(
+        values.get(name, value) for name, value in parameter_values(model).items()
+    )
+
+
+def named_parameters(model: Griffin) -> dict[str, Any]:
+    """The arrays of a model by their native names, in the order of `jax.tree.leaves`.
+
+    Those of a `Matrix` have names inside the parameter's, such as
+    `blocks.0.mixer.linear_x.kernel.lora_a`.
+    """
+    arrays = {}
+    for name, value in parameter_values(model).items():
+        if not is_matrix(value):
+            arrays[name] = value
+            continue
+        for path, leaf in jax.tree_util.tree_flatten_with_path(value)[0]:
+            inner = jax.tree_util.keystr(path, simple=True, separator=".")
+            arrays[f"{name}.{inner}"] = leaf
+    return arrays
 
 
 def describe(config: GriffinConfig, runtime: Runtime = Runtime()) -> Griffin:

@@ -33,7 +33,9 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+QUANTIZED, QUANTIZED_DTYPES = ".values", {"I8": np.dtype(np.int8)}
+"""How the names of quantised values end, and what they are stored as."""
+DTYPE_NAMES = {d: name for name, d in {**DTYPES, **QUANTIZED_DTYPES}.items()}
 CHECKSUM = "crc32 of "
 """What the keys of checksums in "__metadata__" begin with."""
 MAX_HEADER_BYTES = 100_000_000
@@ -54,7 +56,8 @@ def read_safetensors(path: Path) -> dict[str, TensorSource]:
     sources, places = {}, []
     for name, entry in header.items():
         try:
-            dtype = DTYPES.get(entry["dtype"])
+            dtypes = QUANTIZED_DTYPES if name.endswith(QUANTIZED) else DTYPES
+            dtype = dtypes.get(entry["dtype"])
             shape = tuple(operator.index(size) for size in entry["shape"])
             begin, end = (operator.index(offset) for offset in entry["data_offsets"])
             size = end - begin
@@ -63,7 +66,7 @@ def read_safetensors(path: Path) -> dict[str, TensorSource]:
         if dtype is None:
             raise ValueError(
                 f"{path}: {name} is stored as {entry['dtype']}; expected one of "
-                f"{', '.join(DTYPES)}."
+                f"{', '.join(dtypes)}."
             )
         if (
             size != math.prod(shape) * dtype.itemsize
@@ -78,6 +81,16 @@ def read_safetensors(path: Path) -> dict[str, TensorSource]:
             sources[name] = verified(sources[name], checksum, f"{path}: {name}")
     _check_places(path, sorted(places), data_start)
     return sources
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The text in the header of a file.
+
+    Raises:
+      ValueError: the file is missing, or not a safetensors file.
+    """
+    metadata = _read_header(path)[0].get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _check_places(

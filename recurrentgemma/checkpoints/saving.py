@@ -7,12 +7,20 @@ from pathlib import Path
 from recurrentgemma import _validation as check
 from recurrentgemma._atomic import replace_directory, resolve
 from recurrentgemma.checkpoints.formats import FORMATS, detect_format
-from recurrentgemma.checkpoints.parameters import check_tokenizer, tensors_of
+from recurrentgemma.checkpoints.parameters import (
+    check_tokenizer,
+    parameter_values,
+    tensors_of,
+)
 from recurrentgemma.checkpoints.stored import WRITER, WRITER_KEY, read_config_json
 from recurrentgemma.checkpoints.tensors import TensorSource
 from recurrentgemma.config import GriffinConfig
 from recurrentgemma.griffin import Griffin
+from recurrentgemma.matrices import LowRank, Quantized
 from recurrentgemma.tokenizer import Tokenizer
+
+QUANTIZED_FORMAT = "native"
+"""The layout that holds quantised matrices."""
 
 
 def save(
@@ -34,8 +42,8 @@ def save(
       format: a name in `FORMATS`.
 
     Raises:
-      ValueError: the format is unknown or cannot hold this model, the model is edited,
-        the tokenizer does not fit, the directory holds something else, or writing
+      ValueError: the format is unknown or cannot hold this model, the model is edited
+        or has adapters, the tokenizer does not fit, the directory holds something else, or writing
         failed. What was there is as it was.
     """
     check.instance("model", model, Griffin, "a Griffin model")
@@ -43,6 +51,18 @@ def save(
         raise ValueError(
             "model: expected one without edits, got an edited one, whose functions no "
             "checkpoint holds; save inspect.with_observer(model, None)"
+        )
+    kinds = {type(value) for value in parameter_values(model).values()}
+    if LowRank in kinds:
+        raise ValueError(
+            "model: expected one without adapters, got an adapted one; save "
+            "adapters.merge_adapters(model), or the adapters alone with "
+            "adapters.save_adapters"
+        )
+    if Quantized in kinds and format != QUANTIZED_FORMAT:
+        raise ValueError(
+            f"format: expected {QUANTIZED_FORMAT!r}, which alone holds quantised "
+            f"matrices, got {format!r}; load the model without quantize="
         )
     if tokenizer is not None:
         check.instance("tokenizer", tokenizer, Tokenizer, "a Tokenizer or None")

@@ -34,6 +34,23 @@ def define_model(values: flags.FlagValues) -> None:
     )
 
 
+def define_variant(values: flags.FlagValues) -> None:
+    """Flags for what is made of the model while it is loaded; see `load_sampler`."""
+    flags.DEFINE_string(
+        "adapters",
+        None,
+        "a file of adapters that belong to the model",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "quantize",
+        None,
+        ["int8"],
+        "dtype of the matrices of linear layers and of the embedding",
+        flag_values=values,
+    )
+
+
 def define_text(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "file", None, "read the text from this file", flag_values=values
@@ -212,12 +229,17 @@ def load_sampler(values: dict[str, Any]) -> "tuple[Sampler, Prefix | None]":
     path = values.get("prefix")
     if path is not None:
         check_file("--prefix", path)
+    if values["adapters"] is not None:
+        check_file("--adapters", values["adapters"])
 
+    from recurrentgemma.adapters import load_adapters
     from recurrentgemma.checkpoints import load
     from recurrentgemma.generation.prefix import Prefix
     from recurrentgemma.generation.sampler import Sampler
 
-    model, tokenizer = load(values["model"])
+    model, tokenizer = load(values["model"], quantize=values["quantize"])
+    if values["adapters"] is not None:
+        model = load_adapters(values["adapters"], model)
     draft = values.get("draft")
     sampler = Sampler(
         model,

@@ -16,6 +16,7 @@ DETAILS = (
 
 def define_flags(values: flags.FlagValues) -> None:
     _shared.define_model(values)
+    _shared.define_variant(values)
     flags.DEFINE_integer(
         "batch-size",
         16,

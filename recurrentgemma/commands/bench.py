@@ -31,6 +31,8 @@ SUB_COMMANDS = {
     "versus": "beside the official package, transformers and older checkouts",
     "recall": "what a fixed-size state costs: small models trained on recall tasks",
     "forgetting": "what models remember of a long text",
+    "quantization": "int8 matrices: loss, bytes and speed of the decode step",
+    "adapters": "fine-tuning on small instructions: adapters beside all parameters",
     "held_out": "bits a byte on the held-out files of nano's corpus",
 }
 USAGE = "QUESTION [FLAGS]"

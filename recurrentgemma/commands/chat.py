@@ -36,6 +36,7 @@ A line that ends with {GOES_ON} goes on in the next one. What stands between two
 
 def define_flags(values: flags.FlagValues) -> None:
     _shared.define_model(values)
+    _shared.define_variant(values)
     flags.DEFINE_string(
         "system", "", "what the model is told before the first turn", flag_values=values
     )

@@ -18,6 +18,7 @@ DETAILS = (
 
 def define_flags(values: flags.FlagValues) -> None:
     _shared.define_model(values)
+    _shared.define_variant(values)
     _shared.define_text(values)
     flags.DEFINE_string(
         "output", None, "the file of the prefix (required)", flag_values=values

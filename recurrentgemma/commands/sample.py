@@ -19,6 +19,7 @@ SEPARATOR = "-" * 20
 
 def define_flags(values: flags.FlagValues) -> None:
     _shared.define_model(values)
+    _shared.define_variant(values)
     _shared.define_text(values)
     _shared.define_generation(values, max_new_tokens=200)
     _shared.define_stop(values)

@@ -36,6 +36,7 @@ class _Totals(NamedTuple):
 
 def define_flags(values: flags.FlagValues) -> None:
     _shared.define_model(values)
+    _shared.define_variant(values)
     _shared.define_text(values)
     flags.DEFINE_boolean(
         "tokens",

@@ -19,6 +19,7 @@ import numpy as np
 
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.kernels import meshes
+from recurrentgemma.matrices import LowRank, is_matrix
 
 MIN_SAMPLES = 1 << 13
 """Least count of numbers of a parameter that enter; a smaller parameter enters whole."""
@@ -35,25 +36,27 @@ class ModelDigest:
     def __init__(self, model: Griffin):
         self._model = model
         self._leaves: Sequence[weakref.ref] = ()
+        self._structure = jax.tree.structure(())
         self._digest = ""
 
     def __call__(self) -> str:
         """`model_digest` of the model as it is now."""
-        leaves = jax.tree.leaves(self._model)
-        is_known = len(leaves) == len(self._leaves) and all(
+        leaves, structure = jax.tree.flatten(self._model)
+        is_known = structure == self._structure and all(
             known() is leaf for known, leaf in zip(self._leaves, leaves, strict=True)
         )
         if not is_known:
             self._digest = model_digest(self._model)
             # Weak: the parameters of before an edit are not kept in memory.
             self._leaves = [weakref.ref(leaf) for leaf in leaves]
+            self._structure = structure
         return self._digest
 
 
 def model_digest(model: Griffin) -> str:
     """Architecture and weights as text: the config's fingerprint, a digest of every
-    parameter, and the key of the model's edits if there are any. Takes tens of
-    milliseconds for billions of parameters."""
+    parameter, adapters and their factors included, and the key of the model's edits if
+    there are any. Takes tens of milliseconds for billions of parameters."""
     samples = [
         leaf if leaf.size <= MIN_SAMPLES else _sample(leaf, *_places(leaf.shape))
         for leaf in jax.tree.leaves(model)
@@ -76,6 +79,9 @@ def _join(model: Griffin, arrays: Sequence[np.ndarray]) -> str:
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(np.asarray(array).astype(jnp.bfloat16).tobytes())
+    for value in jax.tree.leaves(model, is_leaf=is_matrix):
+        if isinstance(value, LowRank):
+            digest.update(repr(value.scale).encode())
     edits = [] if model.observer is None else [model.observer.key]
     parts = [model.config.fingerprint(), digest.hexdigest(), *filter(None, edits)]
     return ":".join(parts)

@@ -5,7 +5,8 @@ capacity of a cache that has one, and a digest of all that is in the file.
 
 Older versions are read too. In version 1 the layers of a kind shared the positions of
 their keys. In versions 1 and 2 the digest of the model is of its norms alone, and that
-of the content leaves the metadata out.
+of the content leaves the metadata out. Until late in version 3 rings of local attention
+had as many slots as the window, also where the capacity was less.
 """
 
 import hashlib
@@ -29,6 +30,7 @@ _SHARED_POSITIONS = {
     "global_attention": "global_key_positions",
 }
 """Names in version 1 of the positions that the layers of a kind shared."""
+RING_PARTS = ("keys", "values", "positions")
 _COUNT = re.compile("[1-9][0-9]{0,9}")
 
 
@@ -110,10 +112,26 @@ def _check_version(path: Path, version: str) -> int:
 
 
 def translate(stored: Stored, config: GriffinConfig) -> Stored:
-    """What version 2 and later would have stored: positions for each ring, and the
-    capacity."""
-    if stored.version > 1:
+    """What is stored now: positions for each ring, the capacity, and local rings that
+    are no longer than it."""
+    if stored.version == 1:
+        stored = _with_positions(stored, config)
+    if stored.capacity is None or stored.capacity >= config.attention_window:
         return stored
+    arrays, capacity = dict(stored.arrays), stored.capacity
+    for layer, kind in enumerate(config.block_types):
+        names = [f"layers.{layer}.{part}" for part in RING_PARTS]
+        if kind != "local_attention" or not all(
+            arrays.get(name, np.zeros(0)).ndim > 1 for name in names
+        ):
+            continue
+        # Positions below the capacity: the token at each lies in the slot of its number.
+        if np.all(arrays[names[-1]][:, capacity:] < 0):
+            arrays |= {name: arrays[name][:, :capacity] for name in names}
+    return stored._replace(arrays=arrays)
+
+
+def _with_positions(stored: Stored, config: GriffinConfig) -> Stored:
     arrays = dict(stored.arrays)
     shared = {
         kind: arrays.pop(name)

@@ -23,7 +23,8 @@ from einops import rearrange
 
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.kernels.precision import custom_vjp
-from recurrentgemma.layers import einsum, soft_cap
+from recurrentgemma.layers import soft_cap
+from recurrentgemma.matrices import einsum
 
 BLOCK_TOKENS = 1024
 """Most tokens of a block: enough for full-speed matrix products."""

@@ -328,11 +328,26 @@ def test_results_of_another_memory_are_not_mixed(tmp_path, capsys):
     assert "expected results with memory_bytes 1000000000, got 1000" in message
 
 
-def test_small_presets_have_as_many_parameters(monkeypatch):
+@pytest.mark.parametrize(
+    ("table", "least"), [("SMALL_PRESETS", 1e8), ("MINIATURES", 6.8e6)]
+)
+def test_small_presets_have_as_many_parameters(table, least, monkeypatch):
     monkeypatch.undo()
-    counts = [cost.num_parameters(c) for c in models.SMALL_PRESETS.values()]
-    assert len(counts) == 3 and 1e8 < min(counts)
+    configs = getattr(models, table)
+    counts = [cost.num_parameters(config) for config in configs.values()]
+    assert len(counts) == 3 and least < min(counts)
     assert max(counts) < 1.005 * min(counts)
+    assert all(models.find(name) == config for name, config in configs.items())
+
+
+def test_a_notebook_runs_a_sweep_as_the_command_does(tmp_path, capsys):
+    chosen = {"preset": ["griffin"], "lengths": ["16"], "batch": ["1"], "repeats": 2}
+    sweep = importlib.import_module("recurrentgemma.benchmarks.decode").SWEEP
+    sweep.run(sweep.settings(**chosen), tmp_path)
+    [row] = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    assert (row["preset"], row["length"], len(row["samples_s"])) == ("griffin", 16, 2)
+    with pytest.raises(ValueError, match="settings: expected one of .*, got 'widths'"):
+        sweep.settings(widths=3)
 
 
 def document_of(path, speeds):

@@ -14,6 +14,7 @@ from absl import flags
 
 from recurrentgemma.benchmarks import agreement, paired, versus
 from recurrentgemma.benchmarks.measures import Plan, compilations
+from recurrentgemma.benchmarks.models import SMALL_PRESETS
 from recurrentgemma.benchmarks.opponents import checkpoint, worker
 from recurrentgemma.benchmarks.opponents.worker import Worker, WorkerError
 from recurrentgemma.benchmarks.paired import Disagreement
@@ -40,9 +41,31 @@ PLAN = Plan(
     train_length=16,
     first_call_prompts=(6,),
     check_lengths=(8, 24),
-    rounds=2,
     rounds_of_compilation=1,
 )
+SUBJECTS = {
+    "tiny": versus.Subject(CONFIG, PLAN, window=16),
+    "gemma": versus.Subject(
+        dataclasses.replace(
+            SMALL_PRESETS["gemma2-100m"],
+            vocab_size=64,
+            width=32,
+            mlp_width=48,
+            num_layers=2,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=16,
+            attention_window=20,
+            lru_width=32,
+            embedding_scale=32**0.5,
+        ),
+        dataclasses.replace(
+            PLAN, train_length=None, first_call_prompts=(), rounds_of_compilation=0
+        ),
+        ("transformers",),
+    ),
+}
+ROUNDS = 2
 
 
 class FakeWorker:
@@ -65,7 +88,8 @@ def values_of(*arguments):
 
 
 def run(tmp_path, *arguments):
-    versus.run(values_of(*arguments), tmp_path, CONFIG, PLAN)
+    arguments = "--models=tiny,gemma", f"--repeats={ROUNDS}", *arguments
+    versus.run(values_of(*arguments), tmp_path, SUBJECTS)
     return json.loads((tmp_path / "versus.json").read_text())
 
 
@@ -74,31 +98,35 @@ def test_everything_runs_with_our_worker_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(worker, "NOT_INHERITED", ("PYTHONPATH",))
     document = run(tmp_path, "--only=decode,prefill,first,train")
     rows = document["rows"]
-    assert [row["name"] for row in rows] == [
-        "decode, batch 1",
-        "prefill 16",
-        "prefill 32",
-        "first call, new prompt length",
-        "train step 16",
+    common = ["decode, batch 1", "prefill 16", "prefill 32"]
+    assert [(row["model"], row["name"]) for row in rows] == [
+        *(("tiny", name) for name in common),
+        ("tiny", "first call, new prompt length"),
+        ("tiny", "train step 16"),
+        *(("gemma", name) for name in common),
     ]
     for row in rows:
-        assert len(row["samples"]["ours"]) in (1, PLAN.rounds)  # first calls: 1
+        assert len(row["samples"]["ours"]) in (1, ROUNDS)  # first calls: 1
         assert row["peak_bytes"]["ours"] > 0
     has_limit = [row.get("limit") is not None for row in rows]
-    assert has_limit == [True, True, True, False, True]
-    assert document["worker_versions"]["ours"]["jax"]
+    assert has_limit == [True, True, True, False, True, True, True, True]
+    assert list(document["models"]) == ["tiny", "gemma"]
+    for facts in document["models"].values():
+        assert facts["worker_versions"]["ours"]["jax"]
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(rows)
 
 
 def test_who_takes_part(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(versus, "Worker", lambda *arguments: arguments)
     given = [f"--official-python={sys.executable}", "--before=old"]
-    workers = versus._workers(values_of(*given), tmp_path)
-    assert workers == [
-        ("ours", sys.executable, tmp_path),
-        ("before", sys.executable, tmp_path, Path("old")),
-        ("official", sys.executable, tmp_path),
-    ]
+    values = values_of(*given)
+    ours = ("ours", sys.executable, tmp_path)
+    before = ("before", sys.executable, tmp_path, Path("old"))
+    official = ("official", sys.executable, tmp_path)
+    workers = versus._workers(values, tmp_path, versus.OTHERS)
+    assert workers == [ours, before, official]
+    assert versus._workers(values, tmp_path, ("transformers",)) == [ours, before]
+    assert versus._python(values, "transformers") is None
     assert capsys.readouterr().err.startswith("transformers is left out")
 
 
@@ -132,7 +160,17 @@ def test_both_layouts_hold_the_same_values(tmp_path):
 def test_opponents_that_are_not_there(tmp_path):
     values = values_of("--official-python=/no/such/python")
     with pytest.raises(ValueError, match="expected a Python interpreter, got /no/such"):
-        versus._workers(values, tmp_path)
+        versus.run(values, tmp_path)
+    with pytest.raises(ValueError, match="--models: expected .*, got 'gpt'"):
+        versus.run(values_of("--models=gpt"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gemma_is_written_for_transformers_alone(tmp_path):
+    config = SUBJECTS["gemma"].config
+    checkpoint.write(tmp_path, config)
+    assert not (tmp_path / "official_flax").exists()
+    assert load(tmp_path / "hugging_face")[0].config == config
 
 
 def test_compilation_is_what_a_new_process_takes_longer_at_first():
@@ -202,6 +240,13 @@ def test_whatever_differs_stops_the_comparison(wrong, tmp_path):
     findings = agreement.check(workers, PLAN, window=16)
     assert {f["opponent"] for f in findings} == {"official"}
     assert len(findings) == 2 + 1 + 2
+
+
+def test_without_training_only_logits_and_tokens_are_compared():
+    workers = [FakeWorker("ours", ANSWERS.get), FakeWorker("transformers", ANSWERS.get)]
+    plan = dataclasses.replace(PLAN, check_lengths=(), train_length=None)
+    [finding] = agreement.check(workers, plan, window=None)
+    assert finding["what"] == "greedy tokens"
 
 
 def test_transformers_is_compared_within_its_window():

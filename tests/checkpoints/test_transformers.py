@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from recurrentgemma import PRESETS
+from recurrentgemma.adapters import merge_adapters
 from recurrentgemma.checkpoints import (
     FORMATS,
     load,
@@ -27,7 +28,7 @@ from recurrentgemma.checkpoints.hugging_face import MODEL_TYPES
 from recurrentgemma.checkpoints.model_types import config_from_json, config_to_json
 from recurrentgemma.checkpoints.tensors import array_source
 from tests.checkpoints.checkpoints import assert_same_files
-from tests.models import forward
+from tests.models import adapt, forward
 from tests.tolerances import assert_close
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "transformers"
@@ -138,6 +139,22 @@ def test_greedy_generation(case, run):
     np.testing.assert_array_equal(jnp.stack(new_tokens, axis=1), expected)
     stacked = jnp.stack(new_logits, axis=1)
     assert_close(stacked, data(case)[f"{run}/logits"], "logits")
+
+
+@pytest.mark.parametrize("count", [3, 7, 20])
+def test_a_local_ring_is_no_longer_than_the_capacity(count):
+    """Capacity below the window, equal to it and above it, in three chunks."""
+    config, stored = model("gemma2").config, data("gemma2")
+    tokens = jnp.asarray(stored["long/tokens"])[:, :count]
+    cache = model("gemma2").init_cache(len(tokens), capacity=count)
+    rings = [layer.positions.shape[1] for layer in cache.layers]
+    assert rings == [min(config.attention_window, count), count] * 2
+    logits = []
+    for part in (tokens[:, :1], tokens[:, 1:-1], tokens[:, -1:]):
+        chunk, cache = forward(model("gemma2"), part, cache=cache)
+        logits.append(chunk)
+    joined = jnp.concatenate(logits, axis=1)
+    assert_close(joined, stored["long/logits"][:, :count], "logits")
 
 
 @every_case
@@ -297,12 +314,24 @@ with torch.no_grad():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_export_loads_in_transformers_with_the_same_logits(case, dtype, tmp_path):
     exported = load(GOLDEN / case, param_dtype=dtype)[0]
-    save(tmp_path / "saved", exported, None, format="hugging_face")
+    assert_same_in_transformers(exported, exported, tmp_path)
+
+
+@needs_transformers
+@every_case
+def test_merged_adapters_have_the_same_logits_in_transformers(case, tmp_path):
+    adapted = adapt(load(GOLDEN / case, param_dtype="float32")[0])
+    assert_same_in_transformers(merge_adapters(adapted), adapted, tmp_path)
+
+
+def assert_same_in_transformers(exported, expected, folder) -> None:
+    """A saved model has the logits of `expected` there."""
+    save(folder / "saved", exported, None, format="hugging_face")
     # As many tokens as RecurrentGemma's window: beyond it transformers differs.
     tokens = np.random.default_rng(0).integers(
         0, exported.config.vocab_size, (3, 8), np.int32
     )
-    np.save(tmp_path / "tokens.npy", tokens)
-    in_transformers(EXPORT_CHECK, "saved", "tokens.npy", "logits.npy", folder=tmp_path)
-    logits, _ = forward(exported, jnp.asarray(tokens))
-    assert_close(logits, np.load(tmp_path / "logits.npy"), "logits")
+    np.save(folder / "tokens.npy", tokens)
+    in_transformers(EXPORT_CHECK, "saved", "tokens.npy", "logits.npy", folder=folder)
+    logits, _ = forward(expected, jnp.asarray(tokens))
+    assert_close(logits, np.load(folder / "logits.npy"), "logits")

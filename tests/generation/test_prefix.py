@@ -443,6 +443,38 @@ def test_files_of_older_versions_are_read(version):
             np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
+def test_a_file_whose_local_rings_are_longer_than_the_capacity(tmp_path):
+    """As version 3 had them first: the window's slots, whatever the capacity."""
+    config = tiny_config(
+        block_pattern=("local_attention", "global_attention"),
+        num_layers=2,
+        width=8,
+        mlp_width=8,
+        num_heads=2,
+        head_dim=4,
+        attention_window=200,
+    )
+    model = random_model(config)
+    text = [[2, 5, 7, 11, 13, 17, 19, 23, 29, 31], [3, 1, 4, 1, 5]]
+    prefix = Prefix.load(OLD_FILES / "version_3.prefix", model)
+    assert prefix.cache.capacity == 128
+    for row, tokens in enumerate(text):
+        empty = model.init_cache(1, capacity=128)
+        _, cache = forward(model, np.array([tokens[:-1]]), None, empty)
+        loaded = prefix.take([row]).cache
+        for ours, theirs in zip(
+            jax.tree.leaves(loaded), jax.tree.leaves(cache), strict=True
+        ):
+            np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    prefix.save(tmp_path / "p")
+    again = Prefix.load(tmp_path / "p", model)
+    jax.tree.map(np.testing.assert_array_equal, again.cache, prefix.cache)
+    old, new = (
+        path.stat().st_size for path in (OLD_FILES / "version_3.prefix", tmp_path / "p")
+    )
+    assert new < old
+
+
 def test_a_failed_save_leaves_what_was_there(sampler, tmp_path, monkeypatch):
     path = tmp_path / "p"
     prefix = sampler.prefill(_tokens(20))

@@ -3,15 +3,18 @@
 As the tokens are equal for every seed, so is their distribution.
 """
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
+from recurrentgemma.generation import chunk_reader
 from recurrentgemma.generation.sampler import Sampler
 from recurrentgemma.generation.sampling import Sampling
 from tests.generation.test_sampler import GOLDEN, Tokenizer
 from tests.golden_models import load_golden
-from tests.models import random_model, tiny_config
+from tests.models import TINY_PRESETS, random_model, tiny_config
 
 VOCAB = 40
 SETTINGS = {
@@ -70,6 +73,22 @@ def test_the_text_is_that_of_plain_decoding(pattern, settings):
         calls[name] = _agree(sampler, plain, prompts, **request)
     assert calls["itself"] < 0.35
     assert calls["itself"] < calls["a relative"] < calls["a stranger"] <= 1
+
+
+@pytest.mark.parametrize("window", [20, 300])
+def test_gemma_2_with_a_draft_writes_what_it_writes_alone(window, monkeypatch):
+    """The text outgrows the capacity, which outgrows the smaller window or does not."""
+    monkeypatch.setattr(chunk_reader, "MIN_CAPACITY", 16)
+    config = dataclasses.replace(
+        TINY_PRESETS["gemma2-27b"], attention_window=window, vocab_size=VOCAB
+    )
+    model = random_model(config)
+    draft = _disturbed(model, 0.1)
+    prompts = [[5], [*range(4, 11)], [*range(4, 34)]]
+    request = {"max_new_tokens": [8, 30, 25], "sampling": SETTINGS["greedy"]}
+    sampler = Sampler(model, draft=draft, num_draft_tokens=3, compile_ahead=False)
+    plain = Sampler(model, compile_ahead=False)
+    assert _agree(sampler, plain, prompts, **request, batch_size=2) < 1
 
 
 @pytest.mark.slow

@@ -1,16 +1,25 @@
 """The contract of `local_attention`, for every implementation."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from recurrentgemma.kernels import KVCache, local_attention
-from recurrentgemma.kernels.local_attention import IMPLEMENTATIONS, splash
+from recurrentgemma.kernels.local_attention import (
+    IMPLEMENTATIONS,
+    one_query,
+    ring,
+    splash,
+    streamed,
+)
 from tests.kernels import definitions
 from tests.tolerances import assert_close
 
-ANY_LENGTH = [name for name in IMPLEMENTATIONS if name != "one_query"]
+ANY_LENGTH = [name for name in IMPLEMENTATIONS if name not in ("one_query", "streamed")]
+"""Implementations that take any chunk, with any window."""
 B, N, K, H = 3, 4, 2, 5
 SCALE, SOFT_CAP = 0.7, 2.0
 NAMES = ("q", "k", "v")
@@ -21,6 +30,9 @@ def narrow_heads_and_small_blocks(monkeypatch):
     """Interpreted, splash attention takes any head; here, several blocks too."""
     monkeypatch.setattr(splash, "HEAD_MULTIPLE", 1)
     monkeypatch.setattr(splash, "LARGEST_BLOCK", 128)
+    monkeypatch.setattr(streamed, "LEAST_SLOTS", 0)
+    monkeypatch.setattr(streamed, "SMALLEST_BLOCK", 24)
+    monkeypatch.setattr(streamed, "LARGEST_BLOCK", 48)
 
 
 def random_positions(length, rng):
@@ -161,6 +173,7 @@ WIDTHS = [(70, 30, 1), (1, 1, 0), (1, 0, 1), (20, 53, 0), (8, 16, 98)]
         *((implementation, 24) for implementation in ANY_LENGTH),
         ("reference", None),
         ("blocked", None),
+        ("streamed", None),
     ],
 )
 def test_split_invariance(implementation, window):
@@ -199,7 +212,7 @@ def test_split_invariance(implementation, window):
     assert_ring_holds(cache, *qkv[1:], positions, slots)
 
 
-@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+@pytest.mark.parametrize("implementation", [None, "one_query", *ANY_LENGTH])
 def test_decode(implementation):
     """Token by token, far beyond the window, through a restart: as the whole."""
     length, window = 60, 8
@@ -230,6 +243,78 @@ def test_decode(implementation):
     )
     assert_all_close(actual, expected, positions)
     assert_ring_holds(cache, *qkv[1:], positions, window)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_decode_to_several_key_heads(joined, monkeypatch):
+    """Both forms of the products, on a ring of two key heads; values and gradients."""
+    monkeypatch.setattr(one_query, "MOST_JOINED_HEADS", K if joined else 1)
+    q, k, v, _, cotangent = random_inputs(1)
+    keys, values = random_inputs(9, seed=1)[1:3]
+    held = jnp.asarray([[0, 1, 2, 3, 4, -1, -1, -1, -1], [*range(9)], [-1] * 9])
+    positions = jnp.asarray([[5], [9], [0]], jnp.int32)
+
+    @partial(jax.jit, static_argnums=0)
+    def run(implementation):
+        def attend(q, k, v, keys, values):
+            cache = KVCache(keys, values, held.astype(jnp.int32))
+            out, _ = call(q, k, v, positions, cache, 8, implementation)
+            return out
+
+        out, pull_back = jax.vjp(attend, q, k, v, keys, values)
+        return out, *pull_back(cotangent)
+
+    for actual, expected in zip(run("one_query"), run("reference"), strict=True):
+        assert_close(actual, expected, "gradient")
+
+
+@pytest.mark.parametrize("length", [2, 9, 24, 40])
+def test_writing_in_place_is_writing(length):
+    """Rows that continue, restart once or twice, end early, are empty or come round."""
+    slots, rng = 24, np.random.default_rng(0)
+    old = KVCache(*(rng.normal(size=(6, slots, K, H)) for _ in range(2)), None)
+    start = np.array([0, 3, 7, 20, 23, 1000])
+    newest = start[:, None] - 1
+    held = newest - (newest - np.arange(slots)) % slots
+    old = old._replace(positions=jnp.asarray(np.where(held < 0, -1, held), jnp.int32))
+    positions = start[:, None] + np.arange(length)
+    positions[1, length // 3 :] = np.arange(length - length // 3)
+    positions[2, length // 2 :] = np.arange(length - length // 2)
+    positions[2, length - 1] = 0
+    positions[3, length // 2 :] = -1
+    positions[4] = -1
+    new = [rng.normal(size=(6, length, K, H)) for _ in range(2)]
+    chunk = (*map(jnp.asarray, new), jnp.asarray(positions, jnp.int32))
+    old = KVCache(*map(jnp.asarray, old))
+    expected, actual = ring.write(old, *chunk), ring.write_in_place(old, *chunk)
+    np.testing.assert_array_equal(actual.positions, expected.positions)
+    held = np.asarray(expected.positions)[..., None, None] >= 0
+    for ours, theirs in zip(actual[:2], expected[:2], strict=True):
+        np.testing.assert_array_equal(
+            np.where(held, ours, 0), np.where(held, theirs, 0)
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [1, 256])
+def test_a_long_ring_is_never_copied(length):
+    """Global attention to a donated ring of three key heads: a chunk and a step."""
+    slots, heads = 1 << 16, 3
+    floats = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    cache = KVCache(
+        *[floats((1, slots, heads, 64))] * 2,
+        jax.ShapeDtypeStruct((1, slots), jnp.int32),
+    )
+    new = [floats((1, length, n, 64)) for n in (2 * heads, heads, heads)]
+    positions = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+    def run(cache, *new):
+        *qkv, positions = new
+        return call(*qkv, positions, cache, None, None)
+
+    compiled = jax.jit(run, donate_argnums=0).lower(cache, *new, positions).compile()
+    size = 4 * slots * heads * 64
+    assert compiled.memory_analysis().temp_size_in_bytes < size / 2
 
 
 @pytest.mark.parametrize("length", [1, 30])
@@ -264,18 +349,19 @@ def test_gradient_through_the_written_cache(implementation, length):
     assert_close(kept, expected_kept, "gradient")
 
 
-@pytest.mark.parametrize("implementation", ANY_LENGTH)
+@pytest.mark.parametrize("implementation", [*ANY_LENGTH, "streamed"])
 def test_dtypes(implementation):
     """bfloat16 stays bfloat16, in a chunk and in a decode step; sums are float32."""
-    length, window = 128, 24
+    length, window = 128, None if implementation == "streamed" else 24
+    slots = window or length
     *qkv, positions, cotangent = random_inputs(length)
     qkv = [jnp.asarray(array, jnp.bfloat16) for array in qkv]
 
     @jax.jit
     def run(q, k, v):
         def attend(*qkv):
-            cache, parts = empty_cache(window, jnp.bfloat16), []
-            for part in (slice(0, length - 1), slice(length - 1, length)):
+            cache, parts = empty_cache(slots, jnp.bfloat16), []
+            for part in (slice(0, 50), slice(50, length - 1), slice(length - 1, None)):
                 chunk = (array[:, part] for array in qkv)
                 out, cache = call(
                     *chunk, positions[:, part], cache, window, implementation
@@ -378,6 +464,8 @@ def test_errors():
         NotImplementedError, match="expected one of blocked, one_query, ref"
     ):
         local_attention(q, k, v, **good, implementation="fastest")
+    with pytest.raises(NotImplementedError, match="takes no window, not one of 8"):
+        local_attention(q, k, v, **good, implementation="streamed")
     step = {**good, "positions": positions[:, :1], "cache": empty_cache(8)}
     with pytest.raises(NotImplementedError, match="got 'fastest'"):
         local_attention(

@@ -2,7 +2,7 @@
 
 directory/config.json         the config, as `GriffinConfig.to_dict`
 directory/tokens.npy          int32 [batch, length]
-directory/official_flax/      what the official package reads
+directory/official_flax/      what the official package reads: RecurrentGemma alone
 directory/hugging_face/       what transformers reads
 """
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from recurrentgemma.cache import grows
 from recurrentgemma.checkpoints import FORMATS
 from recurrentgemma.checkpoints.parameters import parameter_shapes
 from recurrentgemma.checkpoints.tensors import TensorSource
@@ -49,12 +50,16 @@ def write(directory: Path, config: GriffinConfig, seed: int = 0) -> None:
 
     Args:
       directory: Exists and is empty.
-      config: A model that all opponents can be: RecurrentGemma's blocks R R A with a
-        gate block a head, the embedding scaled by the bfloat16-rounded square root.
+      config: A model that transformers has: Gemma 1 or 2, or one that the official
+        package has too, RecurrentGemma's blocks R R A with a gate block a head, the
+        embedding scaled by the bfloat16-rounded square root.
       seed: Of the random numbers.
     """
     tensors = random_tensors(config, seed)
-    for layout in "official_flax", "hugging_face":
+    layouts = ["hugging_face"]
+    if not grows(config):
+        layouts.append("official_flax")
+    for layout in layouts:
         folder = directory / layout
         folder.mkdir()
         FORMATS[layout].write(folder, config, tensors, None)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from recurrentgemma.cache import grows
 from recurrentgemma.checkpoints import load, named_parameters
 from recurrentgemma.generation import programs
 from recurrentgemma.generation.sampler import Sampler
@@ -40,7 +41,8 @@ class Opponent:
         tokens, read, chunks = self.tokens[:1], 0, programs.plan_chunks(length)
         assert sum(chunks) == length, "choose lengths that need no padding"
         start = time.perf_counter()
-        cache = programs.new_cache(self.model, batch_size=1, capacity=None)
+        capacity = length if grows(self.model.config) else None
+        cache = programs.new_cache(self.model, batch_size=1, capacity=capacity)
         for size in chunks:
             chunk, lengths = tokens[:, read : read + size], np.array([size], np.int32)
             cache = programs.read_chunk(self.model, cache, chunk, lengths)

@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false
-"""Worker: transformers' `RecurrentGemmaForCausalLM` on PyTorch."""
+"""Worker: transformers on PyTorch, the model that the folder's config names."""
 
 import importlib
 import os
@@ -25,7 +25,7 @@ class Opponent:
 
     def _load(self):
         folder = self.directory / "hugging_face"
-        library = transformers.RecurrentGemmaForCausalLM
+        library = transformers.AutoModelForCausalLM
         model = library.from_pretrained(folder, dtype=torch.float32)
         model.generation_config.eos_token_id = None
         return model.eval()
