@@ -64,6 +64,7 @@ setup(
         "tqdm",
     ],
     extras_require={
+        "eval": ["lm_eval"],
         "tpu-plan": ["libtpu"],
         "cuda12": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
