@@ -31,6 +31,8 @@ SUB_COMMANDS = {
     "versus": "beside the official package, transformers and older checkouts",
     "recall": "what a fixed-size state costs: small models trained on recall tasks",
     "forgetting": "what models remember of a long text",
+    "needle": "facts that models find again in long texts, by distance and length",
+    "few_shot": "examples of a task read once, against read with each question",
     "held_out": "bits a byte on the held-out files of nano's corpus",
 }
 USAGE = "QUESTION [FLAGS]"

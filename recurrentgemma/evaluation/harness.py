@@ -13,6 +13,9 @@ once and forked, and rows are padded at their end (`recurrentgemma.evaluation.sc
 Neither PyTorch nor transformers is needed.
 """
 
+# The extra `eval` is not among what the type checker needs.
+# pyright: reportMissingImports=false
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -208,7 +208,7 @@ def evaluate(
 
 def accuracy(rows: Sequence[Row]) -> Row:
     """Shares of right answers among the rows of `evaluate`."""
-    figures = {"items": len(rows)}
+    figures: Row = {"items": len(rows)}
     for name in ("correct", "correct_by_length"):
         known = [row[name] for row in rows if name in row]
         if known:
