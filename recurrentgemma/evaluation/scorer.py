@@ -2,9 +2,10 @@
 
 What requests have in common at their beginning is read once and forked (see
 `shared_prefixes`). Rows are padded at their end into chunks of three sizes, and a batch
-is always filled up to `batch_size` rows: no new length, and no odd number of requests,
-compiles anything. No answer depends on the other requests of its batch, nor on their
-order. Requests with the same tokens are one.
+is filled up to `batch_size` rows (a beginning that is alone is read as one row): no new
+length, and no odd number of requests, compiles anything. Answers depend neither on the
+other requests of a batch nor on their order, but for rounding. Requests with the same
+tokens are one.
 """
 
 import dataclasses
@@ -217,7 +218,8 @@ class Scorer:
         for batch in self._batches(leaves):
             unread = [rows[row][start:] for _, row, start in batch]
             room = max(len(rows[row]) for _, row, _ in batch)
-            forks = self._forks(cache, [place for place, _, _ in batch], room)
+            places = [place for place, _, _ in batch]
+            forks = self._forks(cache, places, room, self.batch_size)
             self.tokens_read += sum(len(row) - 1 for row in unread)
             padding = [[0]] * (self.batch_size - len(batch))
             scores, _ = self._reader.score(forks, [*unread, *padding])
@@ -236,15 +238,17 @@ class Scorer:
                 rows[child.any_row()][child.start : child.stop] for child in children
             ]
             room = max(child.stop for child in children)
-            forks = self._forks(cache, [place for place, _ in batch], room)
+            # The examples of a task, mostly one node, are read without padding rows.
+            size = 1 if len(batch) == 1 else self.batch_size
+            forks = self._forks(cache, [place for place, _ in batch], room, size)
             self.tokens_read += sum(map(len, segments))
-            padding = [[]] * (self.batch_size - len(batch))
+            padding = [[]] * (size - len(batch))
             read = self._reader.read(forks, [*segments, *padding])
             yield from self._visit(read, children, rows)
 
-    def _forks(self, cache: Cache, places: list[int], room: int) -> Cache:
-        """Copies of rows of a cache, as many as a batch has, with room for tokens."""
-        padding = [0] * (self.batch_size - len(places))
+    def _forks(self, cache: Cache, places: list[int], room: int, size: int) -> Cache:
+        """Copies of rows of a cache, `size` with those that pad, with room for tokens."""
+        padding = [0] * (size - len(places))
         index = np.array([*places, *padding], np.int32)
         return self._reader.make_room(_take(cache, index), room)
 
