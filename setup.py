@@ -66,6 +66,7 @@ setup(
     ],
     extras_require={
         "hub": ["huggingface_hub", "kagglehub"],
+        "eval": ["lm_eval"],
         "tpu-plan": ["libtpu"],
         "cuda12": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],

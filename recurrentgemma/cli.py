@@ -26,6 +26,7 @@ COMMANDS = {
     "score": "show how probable a text is",
     "prefill": "read a text once, to continue from it often",
     "batch": "continue all prompts of a JSONL file",
+    "eval": "evaluate a model on questions, needles, harness tasks or a model card",
     "train": "train a model from scratch",
     "info": "show the config, parameters and memory of a model",
     "convert": "write a checkpoint in another layout",

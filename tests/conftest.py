@@ -60,6 +60,7 @@ SLOW_CASES = [
     r"test_transformers.py::test_loss_and_gradients\[(?!recurrent_gemma)",
     r"test_adapters.py::test_gradients_of_the_adapters_alone\[layers",
     r"test_adapters.py::test_the_merged_model_is_saved.*\[official",
+    r"test_scorer.py::test_(?!answers_are_those).*\[global",
     r"test_meshes.py::test_(sampler\[AxisType.Auto|model_and_gradient\[auto)",
 ]
 """Heavy cases that the default run leaves out, as patterns of their names: other cases

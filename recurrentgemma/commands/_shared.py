@@ -186,7 +186,7 @@ def find_text(
     if file is None:
         return sources[0]
     os.stat(file)
-    return _lines_of_file(file, progress)
+    return lines_of_file(file, progress)
 
 
 def check_standard_input() -> None:
@@ -195,7 +195,10 @@ def check_standard_input() -> None:
         raise ValueError("standard input is closed; redirect it to what is to be read")
 
 
-def _lines_of_file(path: str, progress) -> Iterator[str]:
+def lines_of_file(
+    path: str, progress: Callable[[int, int | None], None] | None = None
+) -> Iterator[str]:
+    """The lines of a file, read as they are taken; see `find_text`."""
     with open(path, "rb") as file:
         yield from _lines(file, path, progress)
 
@@ -276,6 +279,20 @@ def ctrl_c_raises() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def numbers(name: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
+    """The numbers of a flag, with commas between them.
+
+    Raises:
+      UsageError: a part is no number.
+    """
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(
+            f"--{name}: expected numbers with commas between them, got {text!r}"
+        ) from None
 
 
 class ProgressBar:

@@ -33,6 +33,8 @@ SUB_COMMANDS = {
     "forgetting": "what models remember of a long text",
     "quantization": "int8 matrices: loss, bytes and speed of the decode step",
     "adapters": "fine-tuning on small instructions: adapters beside all parameters",
+    "needle": "facts that models find again in long texts, by distance and length",
+    "few_shot": "examples of a task read once, against read with each question",
     "held_out": "bits a byte on the held-out files of nano's corpus",
 }
 USAGE = "QUESTION [FLAGS]"

@@ -112,14 +112,7 @@ def _numbers(
     name: str, values: dict[str, Any], kind: Callable[[str], Any]
 ) -> tuple[Any, ...] | None:
     """The numbers of a list with commas; None if there is no list."""
-    if not values[name]:
-        return None
-    try:
-        return tuple(kind(part) for part in values[name].split(","))
-    except ValueError:
-        raise UsageError(
-            f"--{name}: expected numbers with commas between them, got {values[name]!r}"
-        ) from None
+    return _shared.numbers(name, values[name], kind) if values[name] else None
 
 
 def _write(path: Path, name: str, config, settings, rows: list[dict[str, Any]]) -> None:

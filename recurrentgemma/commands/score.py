@@ -1,9 +1,8 @@
 """`recurrentgemma score`: how probable a text is to a model."""
 
 import json
-import math
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import flags
 
@@ -15,23 +14,6 @@ DETAILS = (
     "file or standard input is read line by line and may be endless: the memory does "
     "not depend on its length. What was found so far is shown meanwhile."
 )
-
-
-class _Totals(NamedTuple):
-    """Figures of a text so far."""
-
-    tokens: int = 0
-    bytes: int = 0
-    log_prob: float = 0.0
-    """Sum of the log-probabilities in nats."""
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(-self.log_prob / self.tokens)
-
-    @property
-    def bits_per_byte(self) -> float:
-        return -self.log_prob / math.log(2) / self.bytes
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -68,15 +50,13 @@ def run(values: dict[str, Any], arguments: list[str]) -> None:
     if output is not None:
         _shared.check_target("--save-prefix", output)
     sampler, prefix = _shared.load_sampler(values)
-    totals = _Totals()
+    from recurrentgemma.evaluation.perplexity import TextFigures
+
+    totals = TextFigures()
     with bar:
         for score in sampler.score_stream(text, prefix=prefix):
             prefix = score.prefix
-            totals = _Totals(
-                totals.tokens + len(score.tokens),
-                totals.bytes + (score.num_bytes or 0),
-                totals.log_prob + score.total_log_prob,
-            )
+            totals = totals.add(score)
             if values["tokens"]:
                 _show_tokens(sampler.tokenizer, score)
             if totals.tokens:

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -29,6 +30,18 @@ Progress = Callable[[int, int | None], None]
 of the longest row or None if that is not known."""
 Rows = Sequence[Sequence[int]]
 """Token ids of each row."""
+
+
+class TokenScores(NamedTuple):
+    """Scores of consecutive tokens of a row.
+
+    Attributes:
+      log_probs: Log-probability of each token, float32 [T], natural logarithm.
+      is_best: Whether each token is the most probable one, bool [T].
+    """
+
+    log_probs: np.ndarray
+    is_best: np.ndarray
 
 
 class ChunkReader:
@@ -84,22 +97,24 @@ class ChunkReader:
                 progress(min(done, longest), longest)
         return cache
 
-    def score(self, cache: Cache, rows: Rows) -> tuple[list[np.ndarray], Cache]:
+    def score(self, cache: Cache, rows: Rows) -> tuple[list[TokenScores], Cache]:
         """Reads all tokens of each row but the last, and scores all but the first.
 
         Returns:
-          The log-probabilities of each row, float32 [len(row) - 1], and the cache;
-          the one before stays valid.
+          The scores of each row, of len(row) - 1 tokens, and the cache; the one before
+          stays valid.
         """
-        scores = [[np.zeros(0, np.float32)] for _ in rows]
+        nothing = TokenScores(np.zeros(0, np.float32), np.zeros(0, bool))
+        scores = [[nothing] for _ in rows]
         fed, targets = [row[:-1] for row in rows], [row[1:] for row in rows]
         pairs = zip(_chunks(fed), _chunks(targets), strict=True)
         for (tokens, lengths), (following, _) in pairs:
-            chunk, cache = score_chunk(self.model, cache, tokens, following, lengths)
-            parts = zip(scores, np.asarray(chunk), lengths, strict=True)
-            for row, log_probs, length in parts:
-                row.append(log_probs[:length])
-        return [np.concatenate(row) for row in scores], cache
+            *found, cache = score_chunk(self.model, cache, tokens, following, lengths)
+            parts = zip(scores, *jax.device_get(found), lengths, strict=True)
+            for row, log_probs, is_best, length in parts:
+                row.append(TokenScores(log_probs[:length], is_best[:length]))
+        joined = [map(np.concatenate, zip(*row, strict=True)) for row in scores]
+        return [TokenScores(*row) for row in joined], cache
 
     def compile_rest(self) -> None:
         """Compiles, in a thread, all chunk sizes for the batch sizes read so far."""

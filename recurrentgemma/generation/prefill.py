@@ -126,7 +126,7 @@ def score(
         fed, history = history.read(piece.tokens)
         cache = reader.make_room(cache, int(history.num_tokens[0]))
         row = [*fed, *history.last_token.tolist()]
-        [log_probs], cache = reader.score(cache, [row])
+        [(log_probs, _)], cache = reader.score(cache, [row])
         # Nothing comes before the first token of all.
         tokens = piece.tokens[len(piece.tokens) - len(log_probs) :]
         after = Prefix(cache, history, model_digest)
@@ -170,7 +170,8 @@ def score_rows(
         # The last batch is filled up: another size would be another program.
         padding = [[0]] * (batch_size - len(waiting))
         found, _ = reader.score(cache, [*(rows[i] for i in waiting), *padding])
-        scores |= zip(waiting, found, strict=False)
+        for i, score in zip(waiting, found, strict=False):
+            scores[i] = score.log_probs
         if progress is not None:
             progress(len(scores), len(rows))
     return [scores[i] for i in range(len(rows))]

@@ -139,14 +139,15 @@ def score_chunk(
     tokens: jax.Array,
     targets: jax.Array,
     lengths: jax.Array,
-) -> tuple[jax.Array, Cache]:
-    """Log-probabilities of the tokens that follow, and the cache after the chunk.
+) -> tuple[jax.Array, jax.Array, Cache]:
+    """Scores of the tokens that follow, and the cache after the chunk.
 
     Arguments as for `read_chunk`, but the cache stays valid; `targets`, int32 [B, T],
     are the tokens after each of `tokens`; T is at most 128 or a multiple of it.
 
     Returns:
-      float32 [B, T] (meaningless past a row's length), and the cache.
+      Log-probabilities of the targets, float32 [B, T]; whether each is the most probable
+      token, bool [B, T] (both meaningless past a row's length); and the cache.
     """
     hidden, cache = model(tokens, positions_of(cache, tokens, lengths), cache)
     batch_size, length, width = hidden.shape
@@ -156,14 +157,17 @@ def score_chunk(
         hidden, targets = part
         logits = model.logits(hidden)
         flat = log_prob(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
-        return flat.reshape(targets.shape)
+        return flat.reshape(targets.shape), jnp.argmax(logits, axis=-1) == targets
 
     parts = (
         hidden.reshape(batch_size, -1, part, width).swapaxes(0, 1),
         targets.reshape(batch_size, -1, part).swapaxes(0, 1),
     )
-    log_probs = jax.lax.map(score, parts)
-    return log_probs.swapaxes(0, 1).reshape(batch_size, length), cache
+    log_probs, is_best = (
+        scores.swapaxes(0, 1).reshape(batch_size, length)
+        for scores in jax.lax.map(score, parts)
+    )
+    return log_probs, is_best, cache
 
 
 @functools.partial(Program, donate_argnames=("state",))
