@@ -20,6 +20,7 @@ from recurrentgemma.cache import Cache
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.training.data import Batch
 from recurrentgemma.training.losses import cross_entropy
+from recurrentgemma.training.rows import RowsConfig, reading
 from recurrentgemma.training.state import Parameters, TrainState, with_parameters
 
 Metrics = dict[str, jax.Array]
@@ -74,24 +75,28 @@ def make_train_step(
     model: Griffin,
     optimizer: optax.GradientTransformation,
     learning_rate: optax.Schedule | None = None,
+    rows: RowsConfig = RowsConfig(),
 ) -> Callable[[TrainState, Parameters, Batch], tuple[TrainState, Metrics]]:
     """A jitted (state, frozen, batch) -> (state, metrics).
 
     The state that goes in is used up. `frozen` are the parameters of the model that the
-    state does not have, {} if it has all. Rows of the state that carry a cache begin
-    with it, and carry the cache after the batch, without gradient, to the next step.
+    state does not have, {} if it has all. `rows` says how rows are read; what they are
+    handed from step to step is `state.rows`, from `init_rows`.
 
     Metrics are float32 scalars: those of `mean_metrics`, `gradient_norm` before the
     clip, and `learning_rate` if its schedule is given.
     """
 
-    def loss_of(params, frozen, batch, rows):
-        sums, cache = batch_sums(with_parameters(model, params | frozen), batch, rows)
+    read = reading(rows, batch_sums)
+
+    def loss_of(params, frozen, batch, carried):
+        full = with_parameters(model, params | frozen)
+        sums, carried = read(full, batch, carried)
         metrics = mean_metrics(sums)
-        return metrics["loss"], (metrics, cache)
+        return metrics["loss"], (metrics, carried)
 
     def train_step(state: TrainState, frozen: Parameters, batch: Batch):
-        gradients, (metrics, cache) = jax.grad(loss_of, has_aux=True)(
+        gradients, (metrics, carried) = jax.grad(loss_of, has_aux=True)(
             state.params, frozen, batch, state.rows
         )
         chex.assert_trees_all_equal_shapes_and_dtypes(gradients, state.params)
@@ -103,8 +108,8 @@ def make_train_step(
         metrics["gradient_norm"] = optax.global_norm(gradients)
         if learning_rate is not None:
             metrics["learning_rate"] = jnp.asarray(learning_rate(state.step))
-        rows = None if state.rows is None else cache
-        return TrainState(params, optimizer_state, state.step + 1, rows), metrics
+        carried = None if state.rows is None else carried
+        return TrainState(params, optimizer_state, state.step + 1, carried), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
