@@ -50,7 +50,6 @@ SLOW_CASES = [
     r"test_sharding.py::test_what_is_accepted_runs_like_one_device\[(?!foreign)",
     r"test_layers.py::test_complex_rg_lru\[(documents-no_h0|continuing-with)",
     r"test_long_gradients.py::test_chunks_change_no_gradient\[(?!griffin_and_global)",
-    r"test_cache.py::test_a_gradient_of_the_cache.*\[(recurrent|min_gru|local)",
     r"test_losses.py::test_loss_and_gradients_are_those_of.*\[packed",
     r"test_verify.py::test_the_layers_lead_to_the_model_s_own_logits\[(?!griffin)",
     r"test_sampler.py::test_a_row_in_a_batch_is_what_it_is_alone.*penalty=None",

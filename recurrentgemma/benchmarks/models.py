@@ -72,15 +72,29 @@ SMALL_PRESETS = {
 }
 """Models in the shapes of RecurrentGemma, Gemma 1 and Gemma 2, of about 109.6 million
 parameters each: small enough for a CPU."""
+TINY_PRESETS = {
+    "griffin-130k": _small(
+        vocab_size=256,
+        width=64,
+        num_layers=3,
+        num_heads=2,
+        head_dim=32,
+        lru_width=64,
+        num_gate_blocks=2,
+        mlp_width=192,
+        attention_window=128,
+    ),
+}
+"""A Griffin with one round of its pattern: a CPU reads a million tokens in minutes."""
 
 
 def find(name: str) -> GriffinConfig:
-    """The config of `SMALL_PRESETS` or of a preset.
+    """The config of `SMALL_PRESETS`, of `TINY_PRESETS` or of a preset.
 
     Raises:
       ValueError: there is none of this name.
     """
-    known = {**SMALL_PRESETS, **PRESETS}
+    known = {**SMALL_PRESETS, **TINY_PRESETS, **PRESETS}
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3) or list(known)
         raise ValueError(

@@ -23,6 +23,7 @@ SUB_COMMANDS = {
     "throughput": "the best tokens/s over batch sizes within a memory",
     "memory": "bytes of model and cache, and the longest text that fits",
     "train": "a train step",
+    "long_gradients": "exact gradients of a row of up to a million tokens",
     "start": "from the start of a process to the first token",
     "compare": "results over each other, and where one overtakes another",
     "scan": "the recurrence's kernels on this device: right, and how fast",
