@@ -32,6 +32,7 @@ SUB_COMMANDS = {
     "versus": "beside the official package, transformers and older checkouts",
     "recall": "what a fixed-size state costs: small models trained on recall tasks",
     "forgetting": "what models remember of a long text",
+    "post_training": "500 steps that teach a model to read beyond its rows",
     "held_out": "bits a byte on the held-out files of nano's corpus",
 }
 USAGE = "QUESTION [FLAGS]"

@@ -148,7 +148,9 @@ class Prefix:
                 "text with the model that was edited"
             )
         path = check.path("path", path)
-        arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(self.cache).items()}
+        arrays = {
+            name: np.asarray(leaf) for name, leaf in named_leaves(self.cache).items()
+        }
         arrays |= self.history._asdict()
         arrays["seen"] = np.packbits(self.history.seen, axis=1)
         prefix_file.write(path, arrays, self.model_digest, self.cache.capacity)

@@ -108,9 +108,7 @@ def long_gradients(
             boundaries.append(_advance(model, chunk(index), boundaries[-1]))
         for index in reversed(range(start, start + len(boundaries))):
             before = boundaries.pop()
-            gradients, cache = _go_back(
-                model, trained, chunk(index), before, gradients
-            )
+            gradients, cache = _go_back(model, trained, chunk(index), before, gradients)
             final = cache if final is None else final
     assert final is not None, "rows have at least one token"
     return LongGradients(*gradients, final)

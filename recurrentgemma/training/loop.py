@@ -44,6 +44,7 @@ from recurrentgemma.training.optimizer import (
     make_optimizer,
 )
 from recurrentgemma.training.options import nested_config, option
+from recurrentgemma.training.rows import RowsConfig, init_rows
 from recurrentgemma.training.state import (
     Checkpoints,
     TrainState,
@@ -96,6 +97,8 @@ class TrainConfig:
     checkpoint_every: int = option("steps between saved training states", default=100)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     """AdamW and its schedule."""
+    rows: RowsConfig = dataclasses.field(default_factory=RowsConfig)
+    """What rows begin with, and whether they are read in chunks."""
 
     def __post_init__(self):
         for name in (
@@ -146,7 +149,9 @@ def train(config: TrainConfig) -> Path:
     model = Griffin(model_config, rngs=nnx.Rngs(config.seed))
     optimizer = make_optimizer(config.optimizer, config.steps, model_config)
     params = named_parameters(model)
-    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    rows = init_rows(config.rows, model, config.batch_size)
+    step = jnp.zeros((), jnp.int32)
+    state = TrainState(params, optimizer.init(params), step, rows)
     checkpoints = Checkpoints(output / "checkpoints")
     if checkpoints.latest_step is not None:
         state = checkpoints.restore(state)
@@ -165,7 +170,7 @@ def train(config: TrainConfig) -> Path:
 
 def _run(config, model, optimizer, state, checkpoints, packed, evaluation):
     learning_rate = learning_rate_schedule(config.optimizer, config.steps)
-    train_step = make_train_step(model, optimizer, learning_rate)
+    train_step = make_train_step(model, optimizer, learning_rate, config.rows)
     evaluation_step = make_evaluation_step(model)
     step = int(state.step)
     log = MetricsLog(Path(config.output) / "metrics.jsonl", first_step=step)

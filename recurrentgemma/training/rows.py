@@ -206,6 +206,4 @@ def _noise(empty, like, std, key) -> Cache:
             end = ends[name].astype(jnp.float32)
             values[name] = jnp.mean(end) + jnp.std(end) * noise
     next_position = jnp.ones_like(empty.next_position)
-    return dataclasses.replace(
-        empty.with_floating(values), next_position=next_position
-    )
+    return dataclasses.replace(empty.with_floating(values), next_position=next_position)

@@ -61,7 +61,9 @@ def test_rows_go_on_after_the_prefix_like_scored_text(sampler, start):
 
 def test_further_documents_of_a_row_do_not_count():
     batch = batch_of([[*range(5), *range(7)], [3, 4, 5, *range(4), -1, *range(4)]])
-    cache = Sampler(random_model(tiny_config()), compile_ahead=False).model.init_cache(2)
+    cache = Sampler(random_model(tiny_config()), compile_ahead=False).model.init_cache(
+        2
+    )
     cache = type(cache)(cache.layers, jnp.array([7, 2]))
     read = after_prefix(cache, jnp.array([11, 12]), batch)
     np.testing.assert_array_equal(

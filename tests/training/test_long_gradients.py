@@ -108,6 +108,6 @@ def test_chunks_change_no_gradient(name):
     assert_equal_gradients(found.parameters, d_params)
     assert_equal_gradients(found.initial_cache, d_cache)
     _, after = jax.jit(batch_sums)(model, batch, cache)
-    found = named_leaves(visible(found.cache))
-    for name, leaf in named_leaves(visible(after)).items():
-        assert_close(found[name], leaf, "cache")
+    ends = named_leaves(visible(found.cache))
+    for leaf_name, leaf in named_leaves(visible(after)).items():
+        assert_close(ends[leaf_name], leaf, "cache")

@@ -145,9 +145,7 @@ def test_a_train_step_hands_its_rows_on(model):
 
 @pytest.mark.parametrize("name", INITIAL_STATES[1:])
 def test_a_growing_cache_is_not_handed_on(name):
-    model = random_model(
-        tiny_config(block_pattern=("global_attention",), num_layers=1)
-    )
+    model = random_model(tiny_config(block_pattern=("global_attention",), num_layers=1))
     with pytest.raises(ValueError, match="initial_state: expected zero"):
         init_rows(RowsConfig(initial_state=name), model, 2)
 
