@@ -73,7 +73,7 @@ SMALL_PRESETS = {
 """Models in the shapes of RecurrentGemma, Gemma 1 and Gemma 2, of about 109.6 million
 parameters each: small enough for a CPU."""
 TINY_PRESETS = {
-    "griffin-130k": _small(
+    "griffin-175k": _small(
         vocab_size=256,
         width=64,
         num_layers=3,

@@ -95,23 +95,23 @@ def long_gradients(
 
     # Boundaries in order of time; the last one that is there is the next to go back to.
     kept: list[Cache] = []
+    reached: Cache = cache
     for index in range(count):
         if index % keep_every == 0:
-            kept.append(jax.device_get(cache) if offload else cache)
+            kept.append(jax.device_get(reached) if offload else reached)
         if index < count - 1:  # The backward pass makes the last cache.
-            cache = _advance(model, chunk(index), cache)
-    gradients = _zeros(model, trained, chunk(0), cache)
-    final = None
+            reached = _advance(model, chunk(index), reached)
+    totals = _zeros(model, trained, chunk(0), reached)
     for start in reversed(range(0, count, keep_every)):
         boundaries = [kept.pop()]
         for index in range(start, min(start + keep_every, count) - 1):
             boundaries.append(_advance(model, chunk(index), boundaries[-1]))
         for index in reversed(range(start, start + len(boundaries))):
             before = boundaries.pop()
-            gradients, cache = _go_back(model, trained, chunk(index), before, gradients)
-            final = cache if final is None else final
-    assert final is not None, "rows have at least one token"
-    return LongGradients(*gradients, final)
+            totals, after = _go_back(model, trained, chunk(index), before, totals)
+            reached = after if index == count - 1 else reached
+    sums, parameters, initial_cache = totals
+    return LongGradients(sums, parameters, initial_cache, reached)
 
 
 def _trained(model: Griffin, names: Iterable[str] | None) -> Parameters:
