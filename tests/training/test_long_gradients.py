@@ -102,8 +102,9 @@ def test_chunks_change_no_gradient(name):
     assert_equal_gradients(our_cache, d_cache)
 
     (d_params, d_cache), _ = gradients_of(batch_sums, model, batch, cache, 0.0)
+    d_params = {name: x for name, x in d_params.items() if "mlp" not in name}
     sizes = {"chunk_tokens": CHUNK, "keep_every": 3, "offload": True}
-    found = long_gradients(model, batch, cache, **sizes)
+    found = long_gradients(model, batch, cache, **sizes, names=d_params)
     np.testing.assert_allclose(found.sums["loss"], sums["loss"], rtol=1e-6)
     assert_equal_gradients(found.parameters, d_params)
     assert_equal_gradients(found.initial_cache, d_cache)
@@ -111,3 +112,17 @@ def test_chunks_change_no_gradient(name):
     ends = named_leaves(visible(found.cache))
     for leaf_name, leaf in named_leaves(visible(after)).items():
         assert_close(ends[leaf_name], leaf, "cache")
+
+
+def test_what_cannot_be_read_is_refused():
+    model = random_model(tiny_config(block_pattern=("min_gru",), num_layers=1))
+    batch = packed_batch()
+    for fields, message in (
+        ({"chunk_tokens": 0}, "chunk_tokens: expected an integer of at least 1"),
+        ({"keep_every": 0}, "keep_every: expected an integer of at least 1"),
+        ({"names": ["a.b"]}, "names: expected native names of parameters, got 'a.b'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            long_gradients(model, batch, **fields)
+    with pytest.raises(ValueError, match="chunk_tokens: expected"):
+        in_chunks(batch_sums, 0)
