@@ -27,6 +27,7 @@ COMMANDS = {
     "prefill": "read a text once, to continue from it often",
     "batch": "continue all prompts of a JSONL file",
     "train": "train a model from scratch",
+    "tune": "learn a prefix that a kind of text begins with",
     "info": "show the config, parameters and memory of a model",
     "convert": "write a checkpoint in another layout",
     "verify": "check a checkpoint and print a certificate",

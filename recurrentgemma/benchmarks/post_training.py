@@ -93,12 +93,14 @@ def batches(
 ) -> Iterator[Batch]:
     """Shuffled rows; for `carried` rows that go on where the last ones ended."""
     _, size, _ = plan.reading(recipe)
+    order = np.random.default_rng(seed).permutation(packed.num_rows)
     stride = packed.num_rows // size
     for step in range(plan.steps):
         if recipe == "carried":
             yield packed.rows(np.arange(size) * stride + step % stride)
         else:
-            yield packed.shuffled_batch(step, size, seed)
+            places = np.arange(step * size, (step + 1) * size)
+            yield packed.rows(order[places % packed.num_rows])
 
 
 def post_train(
@@ -119,7 +121,7 @@ def post_train(
     state = TrainState(params, optimizer.init(params), jnp.int32(0), rows)
     step = make_train_step(model, optimizer, rows=config)
     losses = []
-    given = itertools.islice(batches(packed, plan, recipe, seed), plan.steps)
+    given = batches(packed, plan, recipe, seed)
     for batch in tqdm.tqdm(given, desc=recipe, total=plan.steps, unit="step"):
         state, metrics = step(state, {}, batch)
         losses.append(float(metrics["loss"]))

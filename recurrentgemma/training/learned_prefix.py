@@ -15,12 +15,14 @@ arXiv 2101.00190.
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tqdm
 
 from recurrentgemma import _validation as check
 from recurrentgemma import cache as cache_lib
@@ -32,7 +34,7 @@ from recurrentgemma.training.chunks import in_chunks
 from recurrentgemma.training.data import Batch
 from recurrentgemma.training.options import option
 from recurrentgemma.training.rows import continued_positions, in_later_document
-from recurrentgemma.training.step import Metrics, batch_sums, mean_metrics
+from recurrentgemma.training.step import Metrics, batch_sums, mean_metrics, means
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +91,52 @@ def after_prefix(cache: Cache, last_token: jax.Array, batch: Batch) -> Batch:
     )
 
 
+def one_document_rows(documents: Iterable[Sequence[int]], row_tokens: int) -> Batch:
+    """Rows that each hold one part of a document, as `after_prefix` wants them.
+
+    Args:
+        documents: token ids of each, the begin token first.
+        row_tokens: T.
+
+    Returns:
+        Arrays [N, T]: the begin token and T tokens of a document after it, T as inputs
+        and T as targets; the end of a document is padded.
+
+    Raises:
+        ValueError: no document has a token after the begin token.
+    """
+    check.positive_integer("row_tokens", row_tokens)
+    parts = [
+        [ids[0], *ids[start : start + row_tokens]]
+        for ids in documents
+        for start in range(1, len(ids), row_tokens)
+    ]
+    if not parts:
+        check.refuse("documents", "a token after the begin token of one", "none")
+    rows = np.zeros((len(parts), row_tokens + 1), np.int32)
+    for row, part in zip(rows, parts, strict=True):
+        row[: len(part)] = part
+    sizes = np.array([len(part) - 1 for part in parts])
+    places = np.arange(row_tokens, dtype=np.int32)[None]
+    is_counted = places < sizes[:, None]
+    positions = np.where(is_counted, places, -1)
+    mask = is_counted.astype(np.float32)
+    return Batch(rows[:, :-1], positions.astype(np.int32), rows[:, 1:], mask)
+
+
+def shuffled_batches(rows: Batch, batch_size: int, seed: int) -> Iterator[Batch]:
+    """Batches of rows [N, T] without end; every epoch has each row once."""
+    count = len(rows.tokens)
+    epochs = (
+        np.random.default_rng([seed, epoch]).permutation(count)
+        for epoch in itertools.count()
+    )
+    indices = itertools.chain.from_iterable(epochs)
+    while True:
+        chosen = np.fromiter(itertools.islice(indices, batch_size), int, batch_size)
+        yield jax.tree.map(lambda array, chosen=chosen: array[chosen], rows)
+
+
 def prefix_sums(
     model: Griffin,
     values: dict[str, jax.Array],
@@ -114,6 +162,26 @@ def prefix_sums(
     last_token = jnp.repeat(jnp.asarray(prefix.history.last_token), batch_size)
     read = in_chunks(batch_sums, chunk_tokens) if chunk_tokens else batch_sums
     return read(model, after_prefix(cache, last_token, batch), cache)[0]
+
+
+def loss_after(
+    model: Griffin, prefix: Prefix, rows: Batch, batch_size: int = 4
+) -> float:
+    """Mean nats of a counted target after a prefix, over rows [N, T]."""
+
+    @jax.jit
+    def sums_of(model, values, batch):
+        return prefix_sums(model, values, prefix, batch)
+
+    found = []
+    for start in range(0, len(rows.tokens), batch_size):
+        places = np.arange(start, start + batch_size)
+        chosen = np.minimum(places, len(rows.tokens) - 1)
+        batch = jax.tree.map(lambda array, chosen=chosen: array[chosen], rows)
+        is_row = (places < len(rows.tokens))[:, None]
+        batch = batch._replace(mask=batch.mask * is_row)
+        found.append(sums_of(model, prefix.cache.floating(), batch))
+    return means(found)["loss"]
 
 
 def learn_prefix(
@@ -161,7 +229,7 @@ def learn_prefix(
     }
     state, losses = optimizer.init(values), []
     remaining = iter(batches)
-    for done in range(config.steps):
+    for done in tqdm.trange(config.steps, desc="prefix", unit="step"):
         if (batch := next(remaining, None)) is None:
             check.refuse("batches", f"{config.steps} of them", done)
         values, state, loss = step(model, values, state, batch)

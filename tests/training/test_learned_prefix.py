@@ -13,8 +13,11 @@ from recurrentgemma.training.learned_prefix import (
     LearnedPrefixConfig,
     after_prefix,
     learn_prefix,
+    loss_after,
     num_values,
+    one_document_rows,
     prefix_sums,
+    shuffled_batches,
 )
 from tests.models import random_model, random_tokens, tiny_config
 from tests.tolerances import assert_close
@@ -113,3 +116,26 @@ def test_what_cannot_be_learned_is_refused(sampler, start):
         learn_prefix(other, start, [])
     with pytest.raises(ValueError, match="learning_rate: expected"):
         LearnedPrefixConfig(learning_rate=0)
+
+
+def test_rows_hold_one_document_each():
+    """Every token after the begin token is a target once."""
+    rows = one_document_rows([[2, 5, 6, 7, 8, 9], [2], [2, 4]], 3)
+    np.testing.assert_array_equal(rows.tokens, [[2, 5, 6], [2, 8, 9], [2, 4, 0]])
+    np.testing.assert_array_equal(rows.positions, [[0, 1, 2], [0, 1, -1], [0, -1, -1]])
+    counted = rows.targets[rows.mask > 0]
+    np.testing.assert_array_equal(counted, [5, 6, 7, 8, 9, 4])
+    with pytest.raises(ValueError, match="documents: expected a token after"):
+        one_document_rows([[2]], 3)
+    seen = itertools.islice(shuffled_batches(rows, 2, seed=1), 3)
+    firsts = [batch.tokens[:, 1].tolist() for batch in seen]
+    once, twice = np.concatenate(firsts).reshape(2, 3)
+    assert sorted(once) == sorted(twice) == [4, 5, 8]
+
+
+def test_the_loss_after_a_prefix_is_that_of_all_rows(sampler, start):
+    """The last batch is not full."""
+    rows = one_document_rows([[2, *range(3, 30)]], 10)
+    found = loss_after(sampler.model, start, rows, batch_size=2)
+    sums = prefix_sums(sampler.model, start.cache.floating(), start, rows)
+    assert_close(found, sums["loss"] / sums["tokens"], "loss")

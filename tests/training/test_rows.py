@@ -1,5 +1,6 @@
 """What rows begin with in training, against plain reading."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ from recurrentgemma.training.rows import (
     init_rows,
     reading,
 )
-from recurrentgemma.training.state import TrainState
+from recurrentgemma.training.state import Checkpoints, TrainState
 from recurrentgemma.training.step import batch_sums, make_train_step
 from tests.models import random_model, random_tokens, tiny_config
 from tests.tolerances import assert_close
@@ -162,3 +163,15 @@ def test_a_growing_cache_is_not_handed_on(name):
 def test_values_out_of_range_are_refused(fields):
     with pytest.raises(ValueError, match=f"{next(iter(fields))}: expected"):
         RowsConfig(**fields)
+
+
+def test_rows_are_saved_and_restored_with_the_training_state(model, tmp_path):
+    config = RowsConfig(initial_state="carried")
+    _, rows = reader("carried")(model, batch_of(), init_rows(config, model, ROWS))
+    params = {"a": jnp.ones(3)}
+    state = TrainState(params, optax.sgd(0.1).init(params), jnp.int32(4), rows)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state)
+    restored = checkpoints.restore(jax.tree.map(jnp.zeros_like, state))
+    checkpoints.close()
+    chex.assert_trees_all_equal(restored, state)
