@@ -223,7 +223,8 @@ def test_positions_continue_a_row():
 @pytest.mark.parametrize("kind", TEMPORAL_MIXERS)
 def test_a_gradient_of_the_cache_is_that_of_a_small_change(kind):
     """Along a random direction, for each floating-point leaf; the counters stay."""
-    model = random_model(tiny_config(block_pattern=(kind,), num_layers=2))
+    config = tiny_config(block_pattern=(kind,), num_layers=2, mlp_width=0)
+    model = random_model(config)
     empty = model.init_cache(2, capacity=12)
     cache = forward(model, random_tokens((2, 8)), None, empty)[1]
     tokens = random_tokens((2, 2), seed=4)

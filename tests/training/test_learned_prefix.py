@@ -22,14 +22,14 @@ from recurrentgemma.training.learned_prefix import (
 from tests.models import random_model, random_tokens, tiny_config
 from tests.tolerances import assert_close
 
-PATTERN = ("recurrent", "local_attention")
+PATTERN = ("min_gru", "local_attention")
 READ = 9
 LENGTH = 12
 
 
 @pytest.fixture(scope="module")
 def sampler():
-    config = tiny_config(block_pattern=PATTERN, num_layers=2)
+    config = tiny_config(block_pattern=PATTERN, num_layers=2, mlp_width=0)
     return Sampler(random_model(config), compile_ahead=False)
 
 
@@ -99,10 +99,10 @@ def test_it_is_learned_and_is_an_ordinary_prefix(sampler, start, tmp_path):
 
 
 def test_its_values_are_counted(sampler, start):
-    """A ring of 6 slots that are all held, one head of 8; 3 inputs of a convolution."""
-    assert num_values(start) == 2 * 6 * 8 + (1 + 3) * 32
+    """A ring of 6 slots that are all held, one head of 8; a state of 32 channels."""
+    assert num_values(start) == 2 * 6 * 8 + 32
     short = sampler.prefill([1, 2, 3])
-    assert num_values(short.repeat(2)) == 2 * 2 * 8 + (1 + 3) * 32
+    assert num_values(short.repeat(2)) == 2 * 2 * 8 + 32
 
 
 def test_what_cannot_be_learned_is_refused(sampler, start):
@@ -111,7 +111,9 @@ def test_what_cannot_be_learned_is_refused(sampler, start):
         learn_prefix(model, start.repeat(2), [])
     with pytest.raises(ValueError, match="batches: expected 200 of them, got 0"):
         learn_prefix(model, start, [])
-    other = random_model(tiny_config(block_pattern=PATTERN, num_layers=2), seed=1)
+    other = random_model(
+        tiny_config(block_pattern=PATTERN, num_layers=2, mlp_width=0), seed=1
+    )
     with pytest.raises(ValueError, match="other weights"):
         learn_prefix(other, start, [])
     with pytest.raises(ValueError, match="learning_rate: expected"):

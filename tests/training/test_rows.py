@@ -28,10 +28,11 @@ ROWS, LENGTH = 3, 6
 
 @pytest.fixture(scope="module")
 def model():
-    return random_model(tiny_config(num_layers=2, block_pattern=PATTERN))
+    config = tiny_config(num_layers=2, block_pattern=PATTERN, mlp_width=0)
+    return random_model(config)
 
 
-PATTERN = ("recurrent", "local_attention")
+PATTERN = ("min_gru", "local_attention")
 TOKENS = np.asarray(random_tokens((ROWS, 2 * LENGTH + 1)))
 
 
@@ -117,13 +118,13 @@ def test_fitted_noise_has_the_moments_of_the_last_states(model, monkeypatch):
     rows = init_rows(config, model, 64)
     many = jax.tree.map(lambda x: np.resize(x, (64, LENGTH)), batch_of())
     read(model, many, rows)
-    np.testing.assert_array_equal(begun[0].floating()["layers.0.h"], 0)
+    np.testing.assert_array_equal(begun[0].floating()["layers.0"], 0)
     values = {n: x + 3 for n, x in rows.cache.floating().items()}
-    values["layers.0.h"] += 2 * jax.random.normal(jax.random.key(1), (64, 32))
+    values["layers.0"] += 2 * jax.random.normal(jax.random.key(1), (64, 32))
     read(model, many, Rows(rows.cache.with_floating(values), jnp.int32(1)))
-    h = begun[1].floating()["layers.0.h"]
+    h = begun[1].floating()["layers.0"]
     assert abs(h.mean() - 3) < 0.2 and abs(h.std() - 2) < 0.2
-    np.testing.assert_array_equal(begun[1].floating()["layers.0.conv"], 3)
+    np.testing.assert_array_equal(begun[1].floating()["layers.1.keys"], 3)
     np.testing.assert_array_equal(begun[1].next_position, 1)
     np.testing.assert_array_equal(begun[1].layers[1].positions, -1)
 
