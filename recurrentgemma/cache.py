@@ -14,7 +14,7 @@ end alone. It also carries who observes the call.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 import jax
@@ -51,11 +51,62 @@ class Cache:
         bounds = [state.capacity for state in _bounded(self)]
         return min(bounds, default=None)
 
+    def floating(self) -> dict[str, jax.Array]:
+        """Its floating-point leaves by name, such as "layers.0.h": what has a gradient.
+
+        Example:
+          >>> def loss(values):
+          ...     return loss_after(cache.with_floating(values))
+          >>> gradient = jax.grad(loss)(cache.floating())
+        """
+        leaves = named_leaves(self).items()
+        return {name: leaf for name, leaf in leaves if _is_floating(leaf)}
+
+    def with_floating(self, values: Mapping[str, jax.Array]) -> "Cache":
+        """The cache with other values in its floating-point leaves.
+
+        Args:
+          values: arrays by the names of `floating`, in its shapes; they are cast to the
+            dtypes of the leaves that they replace.
+
+        Raises:
+          ValueError: a name is missing or unknown, or a shape or dtype is another one.
+        """
+        old = self.floating()
+        if unknown := sorted(old.keys() ^ values.keys()):
+            raise ValueError(
+                "values: expected the names of cache.floating(), got too many or too "
+                f"few: {', '.join(unknown)}; change the values that floating() returns"
+            )
+        for name, leaf in old.items():
+            value = values[name]
+            if getattr(value, "shape", None) != leaf.shape or not _is_floating(value):
+                shape = list(leaf.shape)
+                check.refuse(f"values[{name!r}]", f"floating point {shape}", value)
+        leaves = [
+            values[name].astype(leaf.dtype) if name in old else leaf
+            for name, leaf in named_leaves(self).items()
+        ]
+        return jax.tree.unflatten(jax.tree.structure(self), leaves)
+
     def __repr__(self) -> str:
         leaves = [leaf for leaf in jax.tree.leaves(self) if hasattr(leaf, "dtype")]
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         rows = getattr(self.next_position, "shape", "?")[0]
         return f"Cache(rows={rows}, layers={len(self.layers)}, {size / 1e6:.1f} MB)"
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves by their path, such as "layers.0.h", in the order of
+    `jax.tree.leaves`."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def _is_floating(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 class Observer(Protocol):

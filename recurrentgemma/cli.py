@@ -28,6 +28,7 @@ COMMANDS = {
     "batch": "continue all prompts of a JSONL file",
     "eval": "evaluate a model on questions, needles, harness tasks or a model card",
     "train": "train a model from scratch",
+    "tune": "learn a prefix that a kind of text begins with",
     "info": "show the config, parameters and memory of a model",
     "convert": "write a checkpoint in another layout",
     "verify": "check a checkpoint and print a certificate",

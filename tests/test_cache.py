@@ -283,3 +283,48 @@ def test_positions_continue_a_row():
         cache_lib.check_positions(np.array([[5, 6]]), next_position=np.array([4]))
     with pytest.raises(ValueError, match="integers"):
         cache_lib.check_positions(np.zeros(3))
+
+
+@pytest.mark.parametrize("kind", TEMPORAL_MIXERS)
+def test_a_gradient_of_the_cache_is_that_of_a_small_change(kind):
+    """Along a random direction, for each floating-point leaf; the counters stay."""
+    config = tiny_config(block_pattern=(kind,), num_layers=2, mlp_width=0)
+    model = random_model(config)
+    empty = model.init_cache(2, capacity=12)
+    cache = forward(model, random_tokens((2, 8)), None, empty)[1]
+    tokens = random_tokens((2, 2), seed=4)
+
+    @jax.jit
+    def value(values):
+        logits, after = forward(model, tokens, None, cache.with_floating(values))
+        return jnp.sum(jnp.sin(logits)), after.next_position
+
+    gradient, next_position = jax.grad(value, has_aux=True)(cache.floating())
+    np.testing.assert_array_equal(next_position, [10, 10])
+    assert gradient.keys() == cache.floating().keys()
+    size = 1e-2
+    for i, (name, leaf) in enumerate(cache.floating().items()):
+        step = size * jax.random.normal(jax.random.key(i), leaf.shape)
+        up, down = (
+            value(cache.floating() | {name: leaf + sign * step})[0] for sign in (1, -1)
+        )
+        slope = float(jnp.sum(gradient[name] * step))
+        assert slope != 0, name
+        np.testing.assert_allclose((up - down) / 2, slope, rtol=0.02, atol=2e-4)
+
+
+def test_values_of_a_cache_are_replaced_by_name(cache):
+    values = cache.floating()
+    assert "layers.0.h" in values and "layers.2.keys" in values
+    assert "next_position" not in values and "layers.2.positions" not in values
+    changed = cache.with_floating({n: 2 * np.asarray(x) for n, x in values.items()})
+    for ours, old in zip(jax.tree.leaves(changed), jax.tree.leaves(cache), strict=True):
+        factor = 2 if np.issubdtype(old.dtype, np.floating) else 1
+        np.testing.assert_array_equal(ours, factor * np.asarray(old))
+        assert ours.dtype == old.dtype
+    with pytest.raises(ValueError, match="values: expected the names .*layers.7"):
+        cache.with_floating(values | {"layers.7": values["layers.0.h"]})
+    with pytest.raises(ValueError, match=r"values\['layers.0.h'\]: expected floating"):
+        cache.with_floating(values | {"layers.0.h": values["layers.0.h"][:1]})
+    with pytest.raises(ValueError, match=r"values\['layers.0.h'\]: expected floating"):
+        cache.with_floating(values | {"layers.0.h": np.zeros((3, 32), np.int32)})

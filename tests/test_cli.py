@@ -425,6 +425,10 @@ def test_batch_continues_every_prompt_once(run, checkpoint, sampler, tmp_path):
         (["batch", "a", "b", "--batch-size=0"], 2, "0 is not a positive integer"),
         (["info", "nanoo"], 1, "nanoo"),
         (["info", "nano", "--context=0"], 2, "0 is not a positive integer"),
+        (["tune", "--output=x"], 2, "--data is required"),
+        (["tune", "--data=x"], 2, "--output is required"),
+        (["tune", "--data=gone", "--output=x"], 1, "data: expected .*gone"),
+        (["tune", f"--data={__file__}", "--output=x", "--steps=0"], 1, "steps: "),
         (["train"], 2, "--output is required"),
         (["train", "extra", "--output=x"], 2, "unexpected argument 'extra'"),
         (["train", "--output=x", "--steps=0"], 1, "steps must be at least 1"),
@@ -776,3 +780,18 @@ def test_the_oldest_programs_are_removed(tmp_path):
     _compilation_cache.remove_oldest(tmp_path, 25)
     left = {path.name for path in (tmp_path / "machine").iterdir()}
     assert left == {"new-cache", "middle-cache"}
+
+
+def test_tune_learns_a_prefix_that_other_commands_read(run, checkpoint, tmp_path):
+    for i in range(24):
+        (tmp_path / f"{i}.txt").write_text("".join(LINES), encoding="utf-8")
+    output = tmp_path / "learned.prefix"
+    argv = ["tune", "--model", checkpoint, "--data", tmp_path, "--output", output]
+    sizes = ["--batch-size=2", "--sequence-length=16", "--steps=6"]
+    status, out, _ = run(*argv, *sizes, "--learning-rate=0.1")
+    assert status == 0
+    before, after = map(float, re.findall(r"loss (\S+) before, (\S+) nats", out)[0])
+    assert after < before
+    score = ["score", "--model", checkpoint, "--prefix", output, PROMPT]
+    status, out, _ = run(*score)
+    assert status == 0 and "perplexity" in out

@@ -33,6 +33,8 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
     ("loss", "bfloat16"): Tolerance(relative=1e-2),
     # Sums over all positions: rounding scales with the largest entry, not with each.
     ("gradient", "float32"): Tolerance(of_largest=1e-4),
+    # The same sums in another order; every chunk's part is added to those behind it.
+    ("long_gradient", "float32"): Tolerance(of_largest=1e-5),
     # The last factor is rounded to 8 bits, and so are states inside a gradient.
     ("gradient", "bfloat16"): Tolerance(of_largest=1e-2),
     ("gradient", "float16"): Tolerance(of_largest=2e-3),

@@ -12,7 +12,7 @@ Both on the held-out files of nano's corpus, each read from its beginning.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +127,17 @@ def effective_remembrance(
 
 
 def measure(name: str, length: int, most_files: int) -> Row:
-    """Both figures of a model."""
+    """Both figures of a preset or checkpoint."""
     model, tokenizer = load(name)
     if tokenizer is None:
         raise ValueError(f"--models: {name} has no tokenizer")
+    return remember(model, tokenizer, length, most_files, title=name)
+
+
+def remember(
+    model: Griffin, tokenizer: Tokenizer, length: int, most_files: int, *, title: str
+) -> Row:
+    """Both figures of a model, with a progress bar of this title."""
     texts = held_out_rows(tokenizer, length, most_files)
     nats = nats_by_position(model, texts)
     by_position = []
@@ -143,7 +150,7 @@ def measure(name: str, length: int, most_files: int) -> Row:
     distances = np.concatenate(
         [
             effective_remembrance(model, row, ends, spans)
-            for row in tqdm.tqdm(texts, desc=name)
+            for row in tqdm.tqdm(texts, desc=title)
         ]
     )
     remembrance = [
@@ -163,6 +170,25 @@ def measure(name: str, length: int, most_files: int) -> Row:
 
 def _line(row: Row) -> str:
     return f"{row['name']}, {row['files']} files of {row['length']:,} tokens"
+
+
+def panels(rows: list[Row], line: Callable[[Row], str]) -> list[picture.Panel]:
+    """Loss by position and EffRem of each row, whose line has this name."""
+    return [
+        picture.Panel(
+            x_label,
+            y_label,
+            {
+                line(row): [picture.Point(p["length"], p[key]) for p in row[part]]
+                for row in rows
+            },
+            is_linear=True,
+        )
+        for x_label, y_label, part, key in (
+            ("position in the file, tokens", "nats a token", "by_position", "nats"),
+            ("last tokens given, t", "EffRem", "effrem", "distance"),
+        )
+    ]
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -186,19 +212,5 @@ def run(values: dict[str, Any], folder: Path) -> None:
         for name in values["models"]
     ]
     measure_points(report, points, lambda row: measure(*row.values()), title="models")
-    panels = [
-        picture.Panel(
-            x_label,
-            y_label,
-            {
-                _line(row): [picture.Point(p["length"], p[key]) for p in row[part]]
-                for row in report.rows
-            },
-            is_linear=True,
-        )
-        for x_label, y_label, part, key in (
-            ("position in the file, tokens", "nats a token", "by_position", "nats"),
-            ("last tokens given, t", "EffRem", "effrem", "distance"),
-        )
-    ]
-    picture.draw(folder / "forgetting.png", "held-out files of nano's corpus", panels)
+    title = "held-out files of nano's corpus"
+    picture.draw(folder / "forgetting.png", title, panels(report.rows, _line))

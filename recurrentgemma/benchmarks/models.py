@@ -111,15 +111,29 @@ MINIATURES = _three_families(
     mlp_widths=(768, 828, 788),
 )
 """The same with about 6.85 million parameters, for a look within minutes."""
+TINY_PRESETS = {
+    "griffin-175k": GriffinConfig(
+        vocab_size=256,
+        width=64,
+        num_layers=3,
+        num_heads=2,
+        head_dim=32,
+        lru_width=64,
+        num_gate_blocks=2,
+        mlp_width=192,
+        attention_window=128,
+    ),
+}
+"""A Griffin with one round of its pattern: a CPU reads a million tokens in minutes."""
 
 
 def find(name: str) -> GriffinConfig:
-    """The config of `SMALL_PRESETS`, of `MINIATURES` or of a preset.
+    """The config of `SMALL_PRESETS`, `MINIATURES`, `TINY_PRESETS` or of a preset.
 
     Raises:
       ValueError: there is none of this name.
     """
-    known = {**SMALL_PRESETS, **MINIATURES, **PRESETS}
+    known = {**SMALL_PRESETS, **MINIATURES, **TINY_PRESETS, **PRESETS}
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3) or list(known)
         raise ValueError(

@@ -89,6 +89,8 @@ class Sweep:
     """Name of the sub-command, of its document and of its picture."""
     measure: Callable[[Subject, Point, dict[str, Any]], Row]
     """(model, point, flags) -> the figures of its row; may raise `OutOfMemory`."""
+    presets: Sequence[str] | None = None
+    """Default of --preset; None is all of `models.SMALL_PRESETS`."""
     lengths: str = "1k,2k,4k,8k"
     """Default of --lengths."""
     batches: str = "1"
@@ -106,9 +108,10 @@ class Sweep:
 
     def define_flags(self, values: flags.FlagValues) -> None:
         """The flags of every sweep, and more."""
-        small = ", ".join(models.SMALL_PRESETS)
+        presets = models.SMALL_PRESETS if self.presets is None else self.presets
+        small = ", ".join([*models.SMALL_PRESETS, *models.TINY_PRESETS])
         for name, default, what in (
-            ("preset", list(models.SMALL_PRESETS), f"models: {small} or any preset"),
+            ("preset", list(presets), f"models: {small} or any preset"),
             ("batch", self.batches, "numbers of rows"),
             ("lengths", self.lengths, "numbers of tokens, such as 512,4k,1M"),
             ("dtype", None, "what to compute in; by default the device's best"),

@@ -41,7 +41,7 @@ def measure(subject: Subject, point: Point, values: dict[str, Any]) -> Row:
         params = {name: jnp.array(leaf, jnp.float32) for name, leaf in params.items()}
         return TrainState(params, optimizer.init(params), jnp.int32(0))
 
-    batch = _batch(random_tokens(config, point.batch, length))
+    batch = whole_rows(random_tokens(config, point.batch, length))
     start = time.perf_counter()
     step = make_train_step(subject.model, optimizer)
     shapes = jax.eval_shape(new_state, subject.model)
@@ -61,7 +61,8 @@ def measure(subject: Subject, point: Point, values: dict[str, Any]) -> Row:
     return found | {"compile_s": compile_s, "needed_bytes": needed_bytes(compiled)}
 
 
-def _batch(tokens: np.ndarray) -> Batch:
+def whole_rows(tokens: np.ndarray) -> Batch:
+    """Rows that hold a document each, from tokens int32 [B, T]."""
     positions = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1))
     return Batch(
         tokens=tokens,

@@ -23,6 +23,7 @@ SUB_COMMANDS = {
     "throughput": "the best tokens/s over batch sizes within a memory",
     "memory": "bytes of model and cache, and the longest text that fits",
     "train": "a train step",
+    "long_gradients": "exact gradients of a row of up to a million tokens",
     "start": "from the start of a process to the first token",
     "compare": "results over each other, and where one overtakes another",
     "scan": "the recurrence's kernels on this device: right, and how fast",
@@ -35,6 +36,7 @@ SUB_COMMANDS = {
     "adapters": "fine-tuning on small instructions: adapters beside all parameters",
     "needle": "facts that models find again in long texts, by distance and length",
     "few_shot": "examples of a task read once, against read with each question",
+    "post_training": "500 steps that teach a model to read beyond its rows",
     "held_out": "bits a byte on the held-out files of nano's corpus",
 }
 USAGE = "QUESTION [FLAGS]"

@@ -16,7 +16,7 @@ import numpy as np
 
 from recurrentgemma import _validation as check
 from recurrentgemma import cache as cache_lib
-from recurrentgemma.cache import Cache
+from recurrentgemma.cache import Cache, named_leaves
 from recurrentgemma.generation import prefix_file
 from recurrentgemma.generation.history import History
 from recurrentgemma.generation.model_digest import (
@@ -24,12 +24,13 @@ from recurrentgemma.generation.model_digest import (
     is_of_edited_model,
     model_digest,
 )
+from recurrentgemma.generation.prefix_checks import check_cache, new_history
 from recurrentgemma.griffin import Griffin
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Prefix:
-    """What a model has read, row by row. Made by `Sampler.prefill`.
+    """What a model has read, row by row. Made by `Sampler.prefill` or `from_cache`.
 
     Example:
       >>> prefix = sampler.prefill(open("book.txt", encoding="utf-8"))
@@ -56,6 +57,39 @@ class Prefix:
         rows, expected = len(self.history.num_tokens), self.cache.batch_size
         if rows != expected:
             check.refuse("history", f"the {expected} rows of the cache", rows)
+
+    @classmethod
+    def from_cache(
+        cls,
+        model: Griffin,
+        cache: Cache,
+        last_token: Any,
+        *,
+        num_tokens: Any = None,
+        seen: Any = None,
+    ) -> Self:
+        """A prefix from a cache of the caller's making, such as a learned or edited one.
+
+        Args:
+          model: the model that the prefix belongs to.
+          cache: of B rows, in the shapes and dtypes of `model.init_cache`, with finite
+            values and the counters of a text that the model could have read.
+          last_token: int [B] or one for all rows, the last token of the text, which the
+            cache has not seen; it is read first when the text goes on.
+          num_tokens: int [B], number of tokens of each row, the last one included;
+            None is one more than the cache has seen of its document.
+          seen: bool [B, V], which tokens the row holds, for repetition penalties; None
+            is the last token alone.
+
+        Raises:
+          ValueError: an argument is none of these; the message names it.
+        """
+        check.instance("model", model, Griffin, "a Griffin model")
+        check.instance("cache", cache, Cache, "a Cache")
+        check_cache(cache, model)
+        vocab_size = model.config.vocab_size
+        history = new_history(cache, vocab_size, last_token, num_tokens, seen)
+        return cls(cache, history, model_digest(model))
 
     def __repr__(self) -> str:
         tokens = ", ".join(map(str, self.num_tokens))
@@ -114,7 +148,9 @@ class Prefix:
                 "text with the model that was edited"
             )
         path = check.path("path", path)
-        arrays = {name: np.asarray(leaf) for name, leaf in _named(self.cache).items()}
+        arrays = {
+            name: np.asarray(leaf) for name, leaf in named_leaves(self.cache).items()
+        }
         arrays |= self.history._asdict()
         arrays["seen"] = np.packbits(self.history.seen, axis=1)
         prefix_file.write(path, arrays, self.model_digest, self.cache.capacity)
@@ -145,9 +181,9 @@ class Prefix:
         )
         row = jax.ShapeDtypeStruct((rows,), np.int32)
         bits = jax.ShapeDtypeStruct((rows, math.ceil(vocab_size / 8)), np.uint8)
-        expected = _named(cache) | History(row, row, bits)._asdict()
+        expected = named_leaves(cache) | History(row, row, bits)._asdict()
         arrays = prefix_file.fitting(path, stored.arrays, expected, vocab_size)
-        leaves = [jnp.asarray(arrays[name]) for name in _named(cache)]
+        leaves = [jnp.asarray(arrays[name]) for name in named_leaves(cache)]
         seen = np.unpackbits(arrays["seen"], axis=1, count=vocab_size).astype(bool)
         return cls(
             cache=jax.tree.unflatten(jax.tree.structure(cache), leaves),
@@ -178,14 +214,6 @@ def concatenate(prefixes: Sequence[Prefix]) -> Prefix:
         cache=cache_lib.concatenate([prefix.cache for prefix in prefixes]),
         history=History.concatenate([prefix.history for prefix in prefixes]),
     )
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """The leaves by path, in the order of `jax.tree.leaves`."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf
-        for path, leaf in jax.tree.leaves_with_path(tree)
-    }
 
 
 def _check_digest(what: str, made_by: str, now: str) -> None:

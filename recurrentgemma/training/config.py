@@ -12,6 +12,7 @@ from recurrentgemma.training.data import DataConfig, lift_record
 from recurrentgemma.training.guard import GuardConfig
 from recurrentgemma.training.optimizer import OptimizerConfig
 from recurrentgemma.training.options import option
+from recurrentgemma.training.rows import RowsConfig
 from recurrentgemma.training.watch import WatchConfig
 
 RECORD = "train_config.json"
@@ -110,6 +111,8 @@ class TrainConfig:
     )
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     """AdamW and its schedule."""
+    rows: RowsConfig = dataclasses.field(default_factory=RowsConfig)
+    """What rows begin with, and whether they are read in chunks."""
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     """How the model runs."""
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)

@@ -31,6 +31,7 @@ from recurrentgemma.training.config import TrainConfig, claim
 from recurrentgemma.training.data import Mixture, check_unchanged, open_data
 from recurrentgemma.training.guard import SKIP, guarded
 from recurrentgemma.training.optimizer import learning_rate_schedule, make_optimizer
+from recurrentgemma.training.rows import init_rows
 from recurrentgemma.training.selection import split_parameters
 from recurrentgemma.training.start import (
     STATES,
@@ -111,9 +112,11 @@ def _prepare(config: TrainConfig, model: Griffin, tokenizer: Tokenizer) -> _Run:
         named_parameters(model), config.train_only, config.freeze
     )
     frozen = frozen_in_compute_dtype(frozen, model)
+    carried = init_rows(config.rows, model, config.data.batch_size)
     # Its parameters are those of the state, which the first step uses up.
     model = jax.eval_shape(lambda: model)
-    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    step = jnp.zeros((), jnp.int32)
+    state = TrainState(params, optimizer.init(params), step, carried)
     checkpoints = Checkpoints(
         Path(config.output) / STATES,
         keep=config.keep_checkpoints,
@@ -140,6 +143,7 @@ def _run(run: _Run, data: Mixture, evaluation: Mixture | None) -> Parameters:
         run.model,
         run.optimizer,
         learning_rate_schedule(config.optimizer, config.steps),
+        rows=config.rows,
         accumulation=config.accumulation,
         z_weight=config.z_loss,
     )

@@ -23,6 +23,7 @@ from recurrentgemma.griffin import Griffin
 from recurrentgemma.training.data import Batch
 from recurrentgemma.training.guard import GuardState, choose
 from recurrentgemma.training.losses import token_losses
+from recurrentgemma.training.rows import RowsConfig, reading
 from recurrentgemma.training.state import Parameters, TrainState, with_parameters
 
 Metrics = dict[str, jax.Array]
@@ -127,14 +128,14 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     learning_rate: optax.Schedule | None = None,
     *,
+    rows: RowsConfig = RowsConfig(),
     accumulation: int = 1,
     z_weight: float = 0.0,
 ) -> Callable[[TrainState, Parameters, Batch], tuple[TrainState, Metrics]]:
     """A jitted (state, frozen, batch) -> (state, metrics).
 
     The state that goes in is used up. `frozen` are the parameters of the model that the
-    state does not have, {} if it has all. Rows of the state that carry a cache begin
-    with it, and carry the cache after the batch, without gradient, to the next step.
+    state does not have, {} if it has all.
 
     Metrics are float32 scalars: those of `mean_metrics`, `gradient_norm` before the
     clip, `learning_rate` if its schedule is given, and `skipped` (0 or 1) with an
@@ -144,38 +145,42 @@ def make_train_step(
         model: the template.
         optimizer: of the trained parameters; its state is the state's.
         learning_rate: schedule, for the metrics alone.
+        rows: how rows are read. What they are handed from step to step is `state.rows`,
+            from `init_rows`.
         accumulation: number of parts of a batch whose gradients are added up, one after
             the other; each has as many rows. The mean is over the whole batch.
         z_weight: weight of the z-loss.
     """
     optimizer = optax.with_extra_args_support(optimizer)
     options = {"z_weight": z_weight} if z_weight else {}
+    read = reading(rows, partial(batch_sums, **options))
 
-    def loss_of(params, frozen, batch, rows, tokens):
+    def loss_of(params, frozen, batch, carried, tokens):
         whole = with_parameters(model, params | frozen)
-        sums, cache = batch_sums(whole, batch, rows, **options)
+        sums, carried = read(whole, batch, carried)
         metrics = mean_metrics(sums, tokens)
-        return metrics.get(OBJECTIVE, metrics["loss"]), (metrics, cache)
+        return metrics.get(OBJECTIVE, metrics["loss"]), (metrics, carried)
 
-    def gradients_of(params, frozen, batch, rows):
+    def gradients_of(params, frozen, batch, carried):
         tokens = jnp.sum(batch.mask)
         gradient = jax.grad(loss_of, has_aux=True)
         if accumulation == 1:
-            return gradient(params, frozen, batch, rows, tokens)
+            return gradient(params, frozen, batch, carried, tokens)
 
         def add_part(total, part):
-            gradients, (metrics, cache) = gradient(params, frozen, *part, tokens)
-            return jax.tree.map(jnp.add, total, (gradients, metrics)), cache
+            gradients, (metrics, carried) = gradient(params, frozen, *part, tokens)
+            return jax.tree.map(jnp.add, total, (gradients, metrics)), carried
 
-        parts = jax.tree.map(partial(_interleaved, parts=accumulation), (batch, rows))
+        split = partial(_interleaved, parts=accumulation)
+        parts = jax.tree.map(split, (batch, carried))
         first = jax.tree.map(lambda x: x[0], parts)
         shapes, (metrics, _) = jax.eval_shape(gradient, params, frozen, *first, tokens)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes, metrics))
-        (gradients, metrics), cache = jax.lax.scan(add_part, zeros, parts)
-        return gradients, (metrics, jax.tree.map(_joined, cache))
+        (gradients, metrics), carried = jax.lax.scan(add_part, zeros, parts)
+        return gradients, (metrics, jax.tree.map(_joined, carried))
 
     def train_step(state: TrainState, frozen: Parameters, batch: Batch):
-        gradients, (metrics, cache) = gradients_of(
+        gradients, (metrics, carried) = gradients_of(
             state.params, frozen, batch, state.rows
         )
         chex.assert_trees_all_equal_shapes_and_dtypes(gradients, state.params)
@@ -189,26 +194,32 @@ def make_train_step(
         )
         params: Any = optax.apply_updates(state.params, updates)
         chex.assert_trees_all_equal_shapes_and_dtypes(params, state.params)
-        rows, scheduled = None if state.rows is None else cache, state.step
+        carried, scheduled = None if state.rows is None else carried, state.step
         if isinstance(optimizer_state, GuardState):
             before = state.optimizer_state.skipped
             good = optimizer_state.skipped == before
             metrics["skipped"] = 1.0 - good.astype(jnp.float32)
-            rows, scheduled = choose(good, rows, state.rows), scheduled - before
+            carried = choose(good, carried, state.rows)
+            scheduled = scheduled - before
         if learning_rate is not None:
             metrics["learning_rate"] = jnp.asarray(learning_rate(scheduled))
-        return TrainState(params, optimizer_state, state.step + 1, rows), metrics
+        return TrainState(params, optimizer_state, state.step + 1, carried), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
 
 def _interleaved(x: jax.Array, parts: int) -> jax.Array:
-    """[B, ...] -> [parts, B / parts, ...]; each part has rows of every device."""
+    """[B, ...] -> [parts, B / parts, ...]; each part has rows of every device, and
+    every scalar."""
+    if not x.ndim:
+        return jnp.broadcast_to(x, (parts,))
     return jnp.moveaxis(jnp.reshape(x, (-1, parts, *x.shape[1:])), 1, 0)
 
 
 def _joined(x: jax.Array) -> jax.Array:
     """The inverse of `_interleaved`."""
+    if x.ndim == 1:
+        return x[0]
     return jnp.reshape(jnp.moveaxis(x, 0, 1), (-1, *x.shape[2:]))
 
 

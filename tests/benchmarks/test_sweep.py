@@ -11,6 +11,7 @@ from recurrentgemma import Runtime, Sampler, Sampling, cli, cost
 from recurrentgemma.benchmarks import (
     compare,
     device,
+    long_gradients,
     memory,
     models,
     picture,
@@ -211,6 +212,31 @@ def test_train(tmp_path):
     assert len(row["samples_s"]) == 2 and row["share_of_ceiling"] > 0
     state = 4 * 3 * cost.num_parameters(TRANSFORMER)
     assert row["needed_bytes"] > state
+
+
+LONG = ["--preset=griffin", "--dtype=float32", "--chunk=4", "--keep-every=2"]
+LONG += ["--whole=8"]
+
+
+def test_long_gradients(tmp_path):
+    rows = bench(tmp_path, "long_gradients", "--lengths=8,24", *LONG)["rows"]
+    assert [row["length"] for row in rows] == [8, 24]
+    assert rows[0]["difference"] < 1e-5 and "difference" not in rows[1]
+    cache = cost.cache_bytes(GRIFFIN, dtype="float32")
+    assert [row["boundary_bytes"] for row in rows] == [2 * cache, 4 * cache]
+    document = json.loads((tmp_path / "long_gradients.json").read_text())
+    ratios = document["ratios"]["griffin"]
+    expected = rows[0]["whole_tokens_per_s"] / rows[1]["tokens_per_s"]
+    assert ratios["time_over_whole"] == pytest.approx(expected)
+    assert_drawn(tmp_path / "long_gradients.png")
+
+
+@pytest.mark.slow
+def test_long_gradients_agree_before_they_are_timed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(long_gradients, "LARGEST_DIFFERENCE", 0.0)
+    command = ["bench", "long_gradients", f"--out={tmp_path}", "--lengths=7"]
+    assert cli.main([*command, *LONG]) == 1
+    assert "gradients of 7 tokens: " in capsys.readouterr().err
 
 
 @pytest.mark.slow

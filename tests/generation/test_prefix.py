@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from recurrentgemma import Runtime
+from recurrentgemma import cache as cache_lib
 from recurrentgemma.generation import chunk_reader, prefix_file
 from recurrentgemma.generation import prefill as reading
 from recurrentgemma.generation import prefix as prefix_lib
@@ -630,3 +631,65 @@ def test_a_bad_argument_is_named(sampler, call, match):
     two = sampler.prefill([1, 2]).repeat(2)
     with pytest.raises(ValueError, match=match):
         call(sampler, two)
+
+
+def test_a_prefix_of_a_cache_is_that_of_its_text(sampler, tmp_path):
+    """Also from a file."""
+    tokens = _tokens(20)
+    model = sampler.model
+    empty = model.init_cache(1, capacity=512)
+    _, cache = model(np.array([tokens[:-1]]), cache=empty)
+    made = Prefix.from_cache(model, cache, tokens[-1])
+    read = sampler.prefill(tokens)
+    np.testing.assert_array_equal(made.num_tokens, read.num_tokens)
+    made.save(tmp_path / "own.prefix")
+    for prefix in (made, Prefix.load(tmp_path / "own.prefix", model)):
+        wanted = {"max_new_tokens": 8, "sampling": Sampling(0), "end_tokens": []}
+        [ours], [expected] = (
+            sampler([[5, 6]], prefix=p, **wanted) for p in (prefix, read)
+        )
+        assert ours.tokens == expected.tokens
+
+
+def _with_leaf(cache, name, value):
+    """The cache with another array in one leaf."""
+    leaves = {**cache_lib.named_leaves(cache), name: value}
+    return jax.tree.unflatten(jax.tree.structure(cache), leaves.values())
+
+
+def test_what_no_text_leads_to_is_refused(sampler):
+    model = sampler.model
+    empty = model.init_cache(2, capacity=512)
+    _, cache = model(np.array([_tokens(9), _tokens(9, 1)]), cache=empty)
+    leaves = {n: np.array(x) for n, x in cache_lib.named_leaves(cache).items()}
+
+    def changed(name, index, value):
+        leaf = leaves[name].copy()
+        leaf[index] = value
+        return _with_leaf(cache, name, leaf)
+
+    h, ring = "layers.0.h", "layers.1.positions"
+    for wrong, message in (
+        (_with_leaf(cache, h, leaves[h][:, :-1]), rf"{h} to be float32\[2, 32\], got"),
+        (_with_leaf(cache, h, leaves[h].astype(np.float16)), "got float16"),
+        (changed(h, (1, 3), np.nan), f"finite numbers in {h}"),
+        (changed("next_position", 0, -1), "next_position of at least 0"),
+        (changed("next_position", 1, 12), r"layers.1.positions the last positions"),
+        (changed(ring, (0, 2), 40), r"layers.1.positions the last positions"),
+        (changed(ring, (0, 8 % 6), -1), r"layers.1.positions the last positions"),
+        (changed("layers.2.positions", 1, -2), "row 1, which read more than"),
+        (cache_lib.make_rewindable(cache, model.config, 2), "to be"),
+    ):
+        with pytest.raises(ValueError, match=f"cache: expected .*{message}"):
+            Prefix.from_cache(model, wrong, 3)
+    for fields, message in (
+        ({"last_token": VOCAB}, "last_token: expected 2 integers from 0 to 60"),
+        ({"last_token": [1, 2, 3]}, "last_token: expected 2 integers"),
+        ({"last_token": 1, "num_tokens": 0}, "num_tokens: expected 2 integers from 1"),
+        ({"last_token": 1, "seen": [[True]]}, "seen: expected booleans"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Prefix.from_cache(model, cache, **fields)
+    good = Prefix.from_cache(model, cache, [3, 4], num_tokens=[10, 30])
+    np.testing.assert_array_equal(good.num_tokens, [10, 30])
+    assert good.history.seen[1, 4] and good.history.seen.sum() == 2

@@ -1,0 +1,209 @@
+"""How rows are read in training: what they begin with, and whole or in chunks.
+
+A model that has always begun with an empty state has seen the states of short texts
+alone, and may do badly once a text is longer than its rows. Four other beginnings bring
+it to other states (arXiv 2507.02782, section 4):
+
+    noise         independent Gaussian numbers of one standard deviation
+    fitted_noise  Gaussian numbers of the mean and the standard deviation that each
+                  layer's states had at the end of the last step's rows
+    passed        the state after another row of the last step
+    carried       the state after the same row of the last step: truncated
+                  backpropagation; the batches must hold the rows' next tokens
+
+No gradient flows into a beginning. A row's first document goes on after the state it was
+given, at the positions that follow; further documents of the row begin with nothing, as
+always. A carried row that does not go on where the last one ended begins with nothing.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from recurrentgemma.cache import Cache, grows, take
+from recurrentgemma.griffin import Griffin
+from recurrentgemma.training.chunks import SumsOf, in_chunks
+from recurrentgemma.training.data import Batch
+from recurrentgemma.training.options import option
+
+INITIAL_STATES = ("zero", "noise", "fitted_noise", "passed", "carried")
+
+
+@dataclasses.dataclass(frozen=True)
+class RowsConfig:
+    """How the rows of a batch are read.
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    initial_state: str = option(
+        "what a row begins with: zero (nothing), noise, fitted_noise (like the states "
+        "at the ends of rows), passed (the state after another row) or carried (that "
+        "after the row's last segment)",
+        default="zero",
+    )
+    noise_std: float = option("standard deviation of the noise", default=1.0)
+    chunk_tokens: int = option(
+        "tokens of a row that are read at once, with exact gradients of the whole row; "
+        "0 reads rows whole",
+        default=0,
+    )
+    keep_every: int = option(
+        "distance in chunks between the states that are held for the backward pass",
+        default=1,
+    )
+
+    def __post_init__(self):
+        if self.initial_state not in INITIAL_STATES:
+            raise ValueError(
+                f"initial_state: expected one of {', '.join(INITIAL_STATES)}, got "
+                f"{self.initial_state!r}"
+            )
+        if not self.noise_std > 0:
+            raise ValueError(f"noise_std: expected above 0, got {self.noise_std}")
+        for name, least in (("chunk_tokens", 0), ("keep_every", 1)):
+            if not getattr(self, name) >= least:
+                raise ValueError(
+                    f"{name}: expected at least {least}, got {getattr(self, name)}"
+                )
+
+
+class Rows(NamedTuple):
+    """What the rows of a batch are handed from the step before."""
+
+    cache: Cache
+    """The cache after the rows of the last step; empty before the first."""
+    step: jax.Array
+    """int32 scalar, number of steps done."""
+
+
+def init_rows(config: RowsConfig, model: Griffin, batch_size: int) -> Rows | None:
+    """What `TrainState.rows` is before the first step.
+
+    Args:
+        config: how rows are read.
+        model: a model with values for its parameters.
+        batch_size: B.
+
+    Returns:
+        None if rows begin with nothing.
+
+    Raises:
+        ValueError: the model's cache grows with the text, so that no state of one size
+            can be handed on.
+    """
+    if config.initial_state == "zero":
+        return None
+    if grows(model.config):
+        raise ValueError(
+            "initial_state: expected zero for a model with global attention, whose "
+            f"cache grows with the text, got {config.initial_state}"
+        )
+    return Rows(model.init_cache(batch_size), jnp.zeros((), jnp.int32))
+
+
+def reading(config: RowsConfig, sums_of: SumsOf, seed: int = 0) -> SumsOf:
+    """A function that reads rows as the config says.
+
+    Args:
+        config: how rows are read.
+        sums_of: (model, batch, cache) -> (sums, cache), such as `step.batch_sums`.
+        seed: of the noise.
+
+    Returns:
+        (model, batch, rows) -> (sums, rows after the step), where rows are what
+        `init_rows` or the step before has made. It is differentiable in the model.
+    """
+    if config.chunk_tokens:
+        sums_of = in_chunks(sums_of, config.chunk_tokens, config.keep_every)
+    if config.initial_state == "zero":
+        return sums_of
+
+    def read(model, batch, rows):
+        if rows is None:  # An evaluation begins with nothing.
+            return sums_of(model, batch, None)
+        key = jax.random.fold_in(jax.random.key(seed), rows.step)
+        batch, cache = _begin(config, model, batch, rows.cache, key)
+        sums, cache = sums_of(model, batch, jax.lax.stop_gradient(cache))
+        return sums, Rows(jax.lax.stop_gradient(cache), rows.step + 1)
+
+    return read
+
+
+def continued_positions(positions: jax.Array, next_position: jax.Array) -> jax.Array:
+    """Positions of rows whose first document goes on after a state.
+
+    Args:
+        positions: int32 [B, T] of rows that begin with nothing.
+        next_position: int32 [B], the position of the first token.
+
+    Returns:
+        int32 [B, T]; padding and the row's further documents are as they were.
+    """
+    is_token = positions >= 0
+    index = jnp.cumsum(is_token, axis=1, dtype=jnp.int32) - 1
+    is_first = ~in_later_document(positions)
+    first = next_position[:, None] + index
+    return jnp.where(is_token & is_first, first, positions)
+
+
+def in_later_document(positions: jax.Array) -> jax.Array:
+    """Whether each token, [B, T], is of another document than the row's first."""
+    is_token = positions >= 0
+    index = jnp.cumsum(is_token, axis=1, dtype=jnp.int32) - 1
+    return jnp.cumsum((positions == 0) & (index > 0), axis=1) > 0
+
+
+def _begin(config, model, batch, carried, key) -> tuple[Batch, Cache]:
+    """The batch at its positions, and the cache that its rows begin with."""
+    size = carried.batch_size
+    empty = model.init_cache(size)
+    if config.initial_state == "carried":
+        first = _first_position(batch.positions)
+        goes_on = (first == carried.next_position) | (first < 0)
+        return batch, _choose(goes_on, carried, empty)
+    if config.initial_state == "passed":
+        cache = take(carried, jnp.roll(jnp.arange(size), 1))
+    else:
+        like = carried if config.initial_state == "fitted_noise" else None
+        cache = _noise(empty, like, config.noise_std, key)
+    positions = continued_positions(batch.positions, cache.next_position)
+    return batch._replace(positions=positions), cache
+
+
+def _first_position(positions):
+    """Position of each row's first token, int32 [B]; -1 if it has none."""
+    place = jnp.argmax(positions >= 0, axis=1)
+    return jnp.take_along_axis(positions, place[:, None], axis=1)[:, 0]
+
+
+def _choose(mask, chosen, other):
+    """The rows of one cache where mask, bool [B], and those of the other elsewhere."""
+
+    def choose(chosen, other):
+        shape = (-1,) + (1,) * (chosen.ndim - 1)
+        return jnp.where(mask.reshape(shape), chosen, other)
+
+    return jax.tree.map(choose, chosen, other)
+
+
+def _noise(empty, like, std, key) -> Cache:
+    """A cache of noise after one position, so that it is not taken for a new document.
+
+    Rings stay empty: no position says that their keys are there.
+    """
+    values = empty.floating()
+    ends = None if like is None else like.floating()
+    for index, name in enumerate(values):
+        shape = values[name].shape
+        noise = jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
+        if ends is None:
+            values[name] = std * noise
+        else:
+            end = ends[name].astype(jnp.float32)
+            values[name] = jnp.mean(end) + jnp.std(end) * noise
+    next_position = jnp.ones_like(empty.next_position)
+    return dataclasses.replace(empty.with_floating(values), next_position=next_position)
