@@ -57,7 +57,7 @@ def test_it_trains(config):
     batch = Batch(tokens[:, :-1], positions, tokens[:, 1:], jnp.ones((2, 8)))
     step, losses = make_train_step(model, optimizer), []
     for _ in range(8):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, {}, batch)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.8 * losses[0]
     name = "blocks.0.mixer.decay_logits"

@@ -45,15 +45,15 @@ def measure(subject: Subject, point: Point, values: dict[str, Any]) -> Row:
     start = time.perf_counter()
     step = make_train_step(subject.model, optimizer)
     shapes = jax.eval_shape(new_state, subject.model)
-    compiled = step.lower(shapes, batch).compile()  # pyright: ignore[reportFunctionMemberAccess]
+    compiled = step.lower(shapes, {}, batch).compile()  # pyright: ignore[reportFunctionMemberAccess]
     compile_s = time.perf_counter() - start
     check_memory(needed_bytes(compiled), subject.memory)
-    state, _ = compiled(new_state(subject.model), batch)
+    state, _ = compiled(new_state(subject.model), {}, batch)
     samples = []
     for _ in range(point.repeats):
         jax.block_until_ready(state)
         start = time.perf_counter()
-        state, _ = jax.block_until_ready(compiled(state, batch))
+        state, _ = jax.block_until_ready(compiled(state, {}, batch))
         samples.append(time.perf_counter() - start)
     flops = cost.train_flops_per_token(config, length)
     ceiling = point.rates["product_flops_per_s"] / flops

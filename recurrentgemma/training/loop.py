@@ -174,7 +174,7 @@ def _run(config, model, optimizer, state, checkpoints, packed, evaluation):
         while step < config.steps:
             started = time.perf_counter()
             batch = packed.shuffled_batch(step, config.batch_size, config.seed)
-            state, metrics = train_step(state, batch)
+            state, metrics = train_step(state, {}, batch)
             metrics = {name: float(value) for name, value in metrics.items()}
             seconds = time.perf_counter() - started
             step += 1

@@ -15,19 +15,25 @@ from recurrentgemma.checkpoints import named_parameters
 from recurrentgemma.griffin import Griffin
 
 KEEP_CHECKPOINTS = 2
+Parameters = dict[str, jax.Array]
+"""Arrays by native name."""
 
 
 class TrainState(NamedTuple):
     """A pytree of arrays."""
 
-    params: dict[str, jax.Array]
-    """float32, by native name."""
+    params: Parameters
+    """float32, those that are trained."""
     optimizer_state: Any
+    """The optimizer's, of these parameters."""
     step: jax.Array
-    """int32 scalar, steps done."""
+    """int32 scalar, number of steps done."""
+    rows: Any = None
+    """The cache that each row of the next batch begins with; None where rows begin with
+    nothing."""
 
 
-def with_parameters(model: Griffin, params: dict[str, jax.Array]) -> Griffin:
+def with_parameters(model: Griffin, params: Parameters) -> Griffin:
     """A model like `model` with these parameters, given by native name."""
     structure = jax.tree.structure(model)
     return structure.unflatten([params[name] for name in named_parameters(model)])
@@ -66,7 +72,7 @@ class Checkpoints:
             return
         try:
             self._check_space(state)
-            self._manager.save(step, args=ocp.args.StandardSave(state._asdict()))
+            self._manager.save(step, args=ocp.args.StandardSave(_stored(state)))
             self._manager.wait_until_finished()
         except Exception as error:
             # A full disk arrives as whatever the storage library makes of it.
@@ -94,7 +100,7 @@ class Checkpoints:
         Raises:
             ValueError: it cannot be read, or has other shapes.
         """
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _stored(like))
         try:
             restored = self._manager.restore(
                 self.latest_step, args=ocp.args.StandardRestore(target)
@@ -109,3 +115,8 @@ class Checkpoints:
     def close(self) -> None:
         """Releases Orbax's threads."""
         self._manager.close()
+
+
+def _stored(state: TrainState) -> dict[str, Any]:
+    """What is saved of a state; rows that begin with nothing are left out."""
+    return {name: part for name, part in state._asdict().items() if part is not None}

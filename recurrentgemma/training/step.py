@@ -1,7 +1,7 @@
 """One step of training, and one batch of evaluation, as jitted functions.
 
-The model that is passed in is a template: its structure and how it runs are used, its
-parameters are those of the state.
+The model that is passed in is a template: its structure and how it runs are used. Its
+parameters are those of the state, which are trained, and those that are frozen.
 
 Metrics are dictionaries from here to the log: `batch_sums` is the place to add one that
 is a mean over counted tokens, in training and in evaluation, and `make_train_step` the
@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from recurrentgemma.cache import Cache
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.training.data import Batch
 from recurrentgemma.training.losses import cross_entropy
-from recurrentgemma.training.state import TrainState, with_parameters
+from recurrentgemma.training.state import Parameters, TrainState, with_parameters
 
 Metrics = dict[str, jax.Array]
 """Scalars by name."""
@@ -27,19 +28,28 @@ TOKENS = "tokens"
 """The number of counted targets in the sums of a batch."""
 
 
-def batch_sums(model: Griffin, batch: Batch) -> Metrics:
+def batch_sums(
+    model: Griffin, batch: Batch, cache: Cache | None = None
+) -> tuple[Metrics, Cache]:
     """Sums over the counted targets of a batch.
 
+    Args:
+        model: what predicts.
+        batch: its arrays are [B, T].
+        cache: what the B rows have read before; None is nothing.
+
     Returns:
-        float32 scalars: `loss` in nats, and the number of counted `tokens`.
+        float32 scalars, `loss` in nats and the number of counted `tokens`; and the
+        cache of the rows after the batch.
     """
     chex.assert_rank(batch.tokens, 2)
     chex.assert_equal_shape(batch)
-    hidden, _ = model(batch.tokens, batch.positions)
-    return {
+    hidden, cache = model(batch.tokens, batch.positions, cache)
+    sums = {
         "loss": cross_entropy(model, hidden, batch.targets, batch.mask),
         TOKENS: jnp.sum(batch.mask),
     }
+    return sums, cache
 
 
 def mean_metrics(sums: Metrics) -> Metrics:
@@ -56,26 +66,34 @@ def means(batches: Iterable[Metrics]) -> dict[str, float]:
 
 def mean_loss(model: Griffin, batch: Batch) -> jax.Array:
     """Mean nats of a counted target; 0 if none counts."""
-    return mean_metrics(batch_sums(model, batch))["loss"]
+    sums, _ = batch_sums(model, batch)
+    return mean_metrics(sums)["loss"]
 
 
 def make_train_step(
     model: Griffin,
     optimizer: optax.GradientTransformation,
     learning_rate: optax.Schedule | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """A jitted (state, batch) -> (state, metrics); the state that goes in is used up.
+) -> Callable[[TrainState, Parameters, Batch], tuple[TrainState, Metrics]]:
+    """A jitted (state, frozen, batch) -> (state, metrics).
+
+    The state that goes in is used up. `frozen` are the parameters of the model that the
+    state does not have, {} if it has all. Rows of the state that carry a cache begin
+    with it, and carry the cache after the batch, without gradient, to the next step.
 
     Metrics are float32 scalars: those of `mean_metrics`, `gradient_norm` before the
     clip, and `learning_rate` if its schedule is given.
     """
 
-    def loss_of(params, batch):
-        metrics = mean_metrics(batch_sums(with_parameters(model, params), batch))
-        return metrics["loss"], metrics
+    def loss_of(params, frozen, batch, rows):
+        sums, cache = batch_sums(with_parameters(model, params | frozen), batch, rows)
+        metrics = mean_metrics(sums)
+        return metrics["loss"], (metrics, cache)
 
-    def train_step(state: TrainState, batch: Batch):
-        gradients, metrics = jax.grad(loss_of, has_aux=True)(state.params, batch)
+    def train_step(state: TrainState, frozen: Parameters, batch: Batch):
+        gradients, (metrics, cache) = jax.grad(loss_of, has_aux=True)(
+            state.params, frozen, batch, state.rows
+        )
         chex.assert_trees_all_equal_shapes_and_dtypes(gradients, state.params)
         updates, optimizer_state = optimizer.update(
             gradients, state.optimizer_state, state.params
@@ -85,15 +103,14 @@ def make_train_step(
         metrics["gradient_norm"] = optax.global_norm(gradients)
         if learning_rate is not None:
             metrics["learning_rate"] = jnp.asarray(learning_rate(state.step))
-        return TrainState(params, optimizer_state, state.step + 1), metrics
+        rows = None if state.rows is None else cache
+        return TrainState(params, optimizer_state, state.step + 1, rows), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_evaluation_step(
-    model: Griffin,
-) -> Callable[[dict[str, jax.Array], Batch], Metrics]:
-    """A jitted (params, batch) -> `batch_sums`."""
+def make_evaluation_step(model: Griffin) -> Callable[[Parameters, Batch], Metrics]:
+    """A jitted (params, batch) -> the sums of `batch_sums`; params are all of them."""
     return jax.jit(
-        lambda params, batch: batch_sums(with_parameters(model, params), batch)
+        lambda params, batch: batch_sums(with_parameters(model, params), batch)[0]
     )

@@ -80,10 +80,11 @@ def test_a_short_run_learns_and_can_be_loaded(corpus, tmp_path):
 def test_a_metric_is_added_in_one_place(corpus, tmp_path, monkeypatch):
     sums = step.batch_sums
 
-    def with_accuracy(model, batch):
-        hidden, _ = model(batch.tokens, batch.positions)
+    def with_accuracy(model, batch, cache=None):
+        hidden, _ = model(batch.tokens, batch.positions, cache)
         hits = model.logits(hidden).argmax(-1) == batch.targets
-        return {**sums(model, batch), "accuracy": (hits * batch.mask).sum()}
+        found, cache = sums(model, batch, cache)
+        return {**found, "accuracy": (hits * batch.mask).sum()}, cache
 
     monkeypatch.setattr(step, "batch_sums", with_accuracy)
     train(config_for(corpus, tmp_path / "run", steps=3))
@@ -200,8 +201,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path, monkeypatch):
     def broken(*args):
         run_step = make(*args)
 
-        def run(state, batch):
-            state, metrics = run_step(state, batch)
+        def run(state, frozen, batch):
+            state, metrics = run_step(state, frozen, batch)
             return state, {**metrics, "loss": jnp.nan}
 
         return run

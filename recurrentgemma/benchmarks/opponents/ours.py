@@ -77,7 +77,7 @@ class Opponent:
         )
         start = time.perf_counter()
         self._training, metrics = jax.block_until_ready(
-            self._train_step(self._training, batch)
+            self._train_step(self._training, {}, batch)
         )
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "loss": float(metrics["loss"])}
