@@ -5,10 +5,16 @@ everything else a small model holds. They are computed for a block of tokens at 
 while a block is there, so is everything that its gradient needs, and the forward pass
 makes both (three matrix products of that size, where recomputing takes four):
 
-    l = cap(hidden E^T)          nats = sum mask (logsumexp(l) - l[target])
-    dl = mask (softmax(l) - onehot(target)) cap'(l)
+    l = cap(hidden E^T)          Z = logsumexp(l)
+    objective = sum mask (Z - l[target] + z_weight Z^2)
+    dl = mask ((1 + 2 z_weight Z) softmax(l) - onehot(target)) cap'(l)
     d hidden = dl E              d E = dl^T hidden
+
+The term of Z^2, the z-loss, keeps the normaliser near 1 (PaLM, arXiv 2204.02311,
+section 5).
 """
+
+from typing import NamedTuple
 
 import chex
 import jax
@@ -19,8 +25,60 @@ from recurrentgemma.griffin import Griffin
 from recurrentgemma.kernels.precision import custom_vjp
 from recurrentgemma.layers import einsum, soft_cap
 
-# Logits held at once, counted in tokens. Large enough for full-speed matrix products.
 BLOCK_TOKENS = 1024
+"""Most tokens of a block: enough for full-speed matrix products."""
+BLOCK_LOGITS = 2**25
+"""Logits, 128 MB, of which a block may have more only if it is a small part of all."""
+BLOCKS = 64
+"""Number of blocks that makes one a small part of all."""
+LARGE_EMBEDDING = 2**26
+"""Parameters of an embedding from which on its gradient, 256 MB, exists only once, and
+is added to in parts of that size."""
+
+
+class Losses(NamedTuple):
+    """What the tokens of a batch cost."""
+
+    objective: jax.Array
+    """float32 scalar, the sum to be minimised: nats of counted tokens and their z-loss.
+    Differentiable once, in the model and `hidden`."""
+    nats: jax.Array
+    """float32 [B, T], -log p of each target, counted or not; without gradient."""
+
+
+def token_losses(
+    model: Griffin,
+    hidden: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array,
+    *,
+    z_weight: float = 0.0,
+    block_tokens: int | None = None,
+) -> Losses:
+    """-log softmax(model.logits(hidden))[target] of each token, and their sum.
+
+    Args:
+        model: its embedding and soft cap are used.
+        hidden: [B, T, D] from a call of the model.
+        targets: int32 [B, T], the token after each one.
+        mask: float32 [B, T], 1 where the target counts, 0 where it does not.
+        z_weight: weight of the z-loss.
+        block_tokens: tokens whose logits are held at once; None is `BLOCK_TOKENS`, or
+            less if the logits are then below a tenth of all.
+    """
+    chex.assert_equal_shape([targets, mask])
+    chex.assert_equal_shape_prefix([hidden, targets], 2)
+    batch_size, length = targets.shape
+    if block_tokens is None:
+        small = max(BLOCK_LOGITS // model.config.vocab_size, targets.size // BLOCKS)
+        block_tokens = min(BLOCK_TOKENS, small)
+    block = min(length, max(1, block_tokens // batch_size))
+    blocks = tuple(_split(x, block) for x in (hidden, targets, mask))
+    settings = model.config.logits_soft_cap, z_weight
+    with jax.default_matmul_precision(model.runtime.matmul_precision):
+        objective, nats = _sums(settings, model.embedder.embedding[...], *blocks)
+    nats = rearrange(jax.lax.stop_gradient(nats), "n b t -> b (n t)")
+    return Losses(objective, nats[:, :length])
 
 
 def cross_entropy(
@@ -29,78 +87,104 @@ def cross_entropy(
     targets: jax.Array,
     mask: jax.Array,
     *,
-    block_tokens: int = BLOCK_TOKENS,
+    block_tokens: int | None = None,
 ) -> jax.Array:
     """Sum over counted tokens of -log softmax(model.logits(hidden))[target].
 
-    Differentiable once, in the model and `hidden`.
-
     Args:
-        model: its embedding and soft cap are used.
-        hidden: [B, T, D] from a call of the model.
-        targets: int32 [B, T], the token after each one.
-        mask: float32 [B, T], 1 where the target counts, 0 where it does not.
-        block_tokens: logits held at once, in tokens.
+        model, hidden, targets, mask, block_tokens: as for `token_losses`.
 
     Returns:
         float32 scalar, in nats; divide by `mask.sum()` for the mean.
     """
-    chex.assert_equal_shape([targets, mask])
-    chex.assert_equal_shape_prefix([hidden, targets], 2)
-    batch_size, length = targets.shape
-    block = min(length, max(1, block_tokens // batch_size))
-    blocks = tuple(_split(x, block) for x in (hidden, targets, mask))
-    cap = model.config.logits_soft_cap
-    with jax.default_matmul_precision(model.runtime.matmul_precision):
-        return _sum_of_nats(cap, model.embedder.embedding[...], *blocks)
+    losses = token_losses(model, hidden, targets, mask, block_tokens=block_tokens)
+    return losses.objective
 
 
-def _run(cap, embedding, hidden, targets, mask):
+def _run(settings, embedding, hidden, targets, mask):
     def add_block(total, xs):
-        _, nats, _ = _block(cap, embedding, *xs)
-        return total + nats, None
+        objective, nats, _, _ = _block(settings, embedding, *xs)
+        return total + objective, nats
 
     zero = jnp.zeros((), jnp.float32)
-    return jax.lax.scan(add_block, zero, (hidden, targets, mask))[0]
+    return jax.lax.scan(add_block, zero, (hidden, targets, mask))
 
 
-def _forward(cap, embedding, hidden, targets, mask):
+def _forward(settings, embedding, hidden, targets, mask):
+    cap, z_weight = settings
+    in_place = embedding.size > LARGE_EMBEDDING
+    add_product = _add_in_place if in_place else _add_transposed
+
     def add_block(carry, xs):
         total, d_embedding = carry
         hidden, targets, mask = xs
-        logits, nats, log_normaliser = _block(cap, embedding, *xs)
+        objective, nats, logits, log_normaliser = _block(settings, embedding, *xs)
         pieces = jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None]
         d_logits = jnp.exp(logits - log_normaliser[..., None])
+        if z_weight:
+            d_logits = d_logits * (1 + 2 * z_weight * log_normaliser[..., None])
         d_logits = d_logits - (pieces == targets[..., None])
         if cap is not None:
             d_logits = d_logits * (1 - jnp.square(logits / cap))
         d_logits = (d_logits * mask[..., None]).astype(hidden.dtype)
         d_hidden = einsum("btv,vd->btd", d_logits, embedding).astype(hidden.dtype)
-        # [D, V]: the other way round, XLA for CPU first transposes all of d_logits.
-        d_embedding = d_embedding + einsum("btd,btv->dv", hidden, d_logits)
-        return (total + nats, d_embedding), d_hidden
+        d_embedding = add_product(d_embedding, d_logits, hidden)
+        return (total + objective, d_embedding), (d_hidden, nats)
 
-    start = jnp.zeros((), jnp.float32), jnp.zeros(embedding.shape[::-1], jnp.float32)
-    (total, d_embedding), d_hidden = jax.lax.scan(
+    shape = embedding.shape if in_place else embedding.shape[::-1]
+    start = jnp.zeros((), jnp.float32), jnp.zeros(shape, jnp.float32)
+    (total, d_embedding), (d_hidden, nats) = jax.lax.scan(
         add_block, start, (hidden, targets, mask)
     )
-    return total, (d_embedding.T.astype(embedding.dtype), d_hidden)
+    d_embedding = d_embedding if in_place else d_embedding.T
+    return (total, nats), (d_embedding.astype(embedding.dtype), d_hidden)
 
 
-def _backward(cap, gradients, cotangent):
+def _add_transposed(d_embedding, d_logits, hidden):
+    """[D, V]: the other way round, XLA for CPU first transposes all of d_logits."""
+    return d_embedding + einsum("btd,btv->dv", hidden, d_logits)
+
+
+def _add_in_place(d_embedding, d_logits, hidden):
+    """[V, D], in parts: neither the sum nor what is added to it is there twice."""
+    vocab_size, width = d_embedding.shape
+    parts = -(-d_embedding.size // LARGE_EMBEDDING)
+    rows = -(-vocab_size // parts)
+
+    def add_part(part, d_embedding):
+        # The last part begins early enough to be whole; what it repeats is 0.
+        start = jnp.minimum(part * rows, vocab_size - rows)
+        d_part = jax.lax.dynamic_slice_in_dim(d_logits, start, rows, axis=2)
+        repeated = start + jnp.arange(rows) < part * rows
+        d_part = jnp.where(repeated[None, None], 0, d_part)
+        product = einsum("btv,btd->vd", d_part, hidden)
+        held = jax.lax.dynamic_slice_in_dim(d_embedding, start, rows)
+        held = held + product
+        return jax.lax.dynamic_update_slice_in_dim(d_embedding, held, start, 0)
+
+    return jax.lax.fori_loop(0, parts, add_part, d_embedding)
+
+
+def _backward(settings, gradients, cotangents):
+    cotangent, _ = cotangents
     d_embedding, d_hidden = (x * cotangent.astype(x.dtype) for x in gradients)
     return d_embedding, d_hidden, None, None
 
 
-_sum_of_nats = custom_vjp(_run, _forward, _backward, static=(0,))
+_sums = custom_vjp(_run, _forward, _backward, static=(0,))
 
 
-def _block(cap, embedding, hidden, targets, mask):
-    """Logits [B, t, V], their sum of nats, and logsumexp [B, t] of a block."""
+def _block(settings, embedding, hidden, targets, mask):
+    """A block's objective, its nats [B, t], logits [B, t, V] and logsumexp [B, t]."""
+    cap, z_weight = settings
     logits = soft_cap(einsum("btd,vd->btv", hidden, embedding), cap)
     log_normaliser = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return logits, jnp.sum((log_normaliser - chosen) * mask), log_normaliser
+    nats = log_normaliser - chosen
+    objective = jnp.sum(nats * mask)
+    if z_weight:
+        objective = objective + z_weight * jnp.sum(jnp.square(log_normaliser) * mask)
+    return objective, nats, logits, log_normaliser
 
 
 def _split(x: jax.Array, block: int) -> jax.Array:

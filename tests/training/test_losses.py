@@ -1,14 +1,18 @@
 """The blocked loss and its gradients against plain logits, and golden numbers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from recurrentgemma import Runtime
+from recurrentgemma import PRESETS, Runtime
 from recurrentgemma.checkpoints import named_parameters
+from recurrentgemma.checkpoints.parameters import describe
+from recurrentgemma.training import losses
 from recurrentgemma.training.data import Batch
-from recurrentgemma.training.losses import cross_entropy
+from recurrentgemma.training.losses import cross_entropy, token_losses
 from recurrentgemma.training.step import mean_loss
 from tests.golden_models import (
     DEEPMIND_CASES,
@@ -80,6 +84,55 @@ def test_all_logits_never_exist_at_once():
     text = step.lower(hidden).as_text()
     assert "2x4x977x" in text
     assert "2x64x977x" not in text
+
+
+def test_a_large_embedding_s_gradient_is_added_to_in_parts(monkeypatch):
+    model, hidden, targets, mask = case(2, 11)
+    gradients = []
+    for limit in (losses.LARGE_EMBEDDING, 24 * 7):  # 40 pieces in parts of 7 rows
+        monkeypatch.setattr(losses, "LARGE_EMBEDDING", limit)
+        loss = jax.grad(lambda m: cross_entropy(m, hidden, targets, mask))
+        gradients.append(jax.jit(loss)(model).embedder.embedding[...])
+    assert_close(gradients[1], gradients[0], "gradient")
+
+
+def test_temporaries_are_below_a_tenth_of_all_logits():
+    length, vocab_size, width = 8192, 256_000, 2560
+    config = dataclasses.replace(
+        PRESETS["recurrentgemma-2b"], num_layers=1, block_pattern=("recurrent",)
+    )
+    assert (config.vocab_size, config.width) == (vocab_size, width)
+    model = describe(config, Runtime(compute_dtype="float32"))
+    hidden = jax.ShapeDtypeStruct((1, length, width), jnp.float32)
+
+    def loss(model, hidden):
+        return cross_entropy(model, hidden, targets, mask) / length
+
+    targets, mask = jnp.zeros((1, length), jnp.int32), jnp.ones((1, length))
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    compiled = gradient.lower(model, hidden).compile()
+    all_logits = length * vocab_size * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < all_logits / 10
+
+
+def test_the_z_loss_and_its_gradient():
+    model, hidden, targets, mask = case(2, 11)
+
+    def ours(hidden):
+        found = token_losses(model, hidden, targets, mask, z_weight=0.1, block_tokens=8)
+        return found.objective, found.nats
+
+    def plain(hidden):
+        normaliser = jax.nn.logsumexp(model.logits(hidden), axis=-1)
+        nats = plain_cross_entropy(model, hidden, targets, mask)
+        return nats + 0.1 * jnp.sum(mask * normaliser**2)
+
+    (value, nats), gradient = jax.jit(jax.value_and_grad(ours, has_aux=True))(hidden)
+    expected, expected_gradient = jax.value_and_grad(plain)(hidden)
+    assert_close(value / mask.sum(), expected / mask.sum(), "loss")
+    assert_close(gradient, expected_gradient, "gradient")
+    total = plain_cross_entropy(model, hidden, targets, mask)
+    assert_close(jnp.sum(nats * mask) / mask.sum(), total / mask.sum(), "loss")
 
 
 @pytest.mark.parametrize("name", ["griffin_mixed", "packed_documents"])
