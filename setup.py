@@ -36,6 +36,7 @@ setup(
         "recurrentgemma.commands",
         "recurrentgemma.evaluation",
         "recurrentgemma.generation",
+        "recurrentgemma.planning",
         "recurrentgemma.training",
         "recurrentgemma.kernels",
         *(f"recurrentgemma.kernels.{name}" for name in KERNEL_PACKAGES),

@@ -26,6 +26,7 @@ LAYERS = [
     {"generation"},
     {"checkpoints"},
     {"training"},
+    {"planning"},
     {"evaluation"},
     {"benchmarks"},
     {"commands"},

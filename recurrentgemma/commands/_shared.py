@@ -15,6 +15,7 @@ from absl import flags
 from recurrentgemma.commands import UsageError
 
 if TYPE_CHECKING:
+    from recurrentgemma.config import GriffinConfig
     from recurrentgemma.generation.prefix import Prefix
     from recurrentgemma.generation.sampler import Sampler
 
@@ -32,6 +33,17 @@ def define_model(values: flags.FlagValues) -> None:
         "a checkpoint's directory or a bundled model",
         flag_values=values,
     )
+
+
+def find_config(name: str) -> "GriffinConfig":
+    """The config of a preset or of a checkpoint's directory; weights are not read."""
+    from recurrentgemma.config import PRESETS
+
+    if name in PRESETS:
+        return PRESETS[name]
+    from recurrentgemma.checkpoints import read_config
+
+    return read_config(name)
 
 
 def define_text(values: flags.FlagValues) -> None:

@@ -13,6 +13,7 @@ same parameters, bit for bit, as a run that was never interrupted.
 import dataclasses
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -27,10 +28,11 @@ from absl import logging
 from flax import nnx
 
 from recurrentgemma.checkpoints import named_parameters, parameter_dtype, save
-from recurrentgemma.checkpoints.parameters import check_tokenizer
+from recurrentgemma.checkpoints.parameters import check_tokenizer, describe
 from recurrentgemma.config import Runtime, find_preset
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.tokenizer import Tokenizer
+from recurrentgemma.training import sharding
 from recurrentgemma.training.corpus import (
     PYTHON_STDLIB,
     Document,
@@ -44,6 +46,7 @@ from recurrentgemma.training.optimizer import (
     make_optimizer,
 )
 from recurrentgemma.training.options import nested_config, option
+from recurrentgemma.training.sharding import MeshConfig
 from recurrentgemma.training.state import (
     Checkpoints,
     TrainState,
@@ -96,6 +99,8 @@ class TrainConfig:
     checkpoint_every: int = option("steps between saved training states", default=100)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     """AdamW and its schedule."""
+    devices: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """Where it runs; another call may resume it elsewhere."""
 
     def __post_init__(self):
         for name in (
@@ -128,6 +133,9 @@ def train(config: TrainConfig) -> Path:
         OSError: nothing could be written; what was saved before is as it was.
         KeyboardInterrupt: interrupted; the state has been saved.
     """
+    config.devices.join()
+    mesh = config.devices.make()
+    sharding.check_batch(mesh, config.batch_size, config.sequence_length)
     output = Path(config.output)
     model_config = find_preset(config.model)
     tokenizer = Tokenizer(config.tokenizer or BUNDLED_TOKENIZER)
@@ -141,25 +149,33 @@ def train(config: TrainConfig) -> Path:
             "loss. Give more files or a larger held_out_share.",
             len(training),
         )
-    _claim(output, config)
+    if jax.process_index() == 0:
+        _claim(output, config)
 
-    model = Griffin(model_config, rngs=nnx.Rngs(config.seed))
     optimizer = make_optimizer(config.optimizer, config.steps, model_config)
-    params = named_parameters(model)
-    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    def new_state() -> TrainState:
+        params = named_parameters(Griffin(model_config, rngs=nnx.Rngs(config.seed)))
+        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    state = sharding.make_state(new_state, mesh)
     checkpoints = Checkpoints(output / "checkpoints")
     if checkpoints.latest_step is not None:
         state = checkpoints.restore(state)
-    # The state is used up by the first step, so the template may not share its arrays.
-    model = jax.eval_shape(lambda: model)
+    model = describe(model_config)
 
     packed = _pack(training, tokenizer, config, cut_seed=config.seed)
     evaluation = _pack(held_out, tokenizer, config) if held_out else None
     try:
-        state = _run(config, model, optimizer, state, checkpoints, packed, evaluation)
+        with sharding.on(mesh):
+            state = _run(
+                config, model, optimizer, state, checkpoints, packed, evaluation
+            )
     finally:
         checkpoints.close()
-    save(output / "model", export(model, state.params), tokenizer)
+    params = state.params if mesh is None else sharding.on_host(state.params)
+    if jax.process_index() == 0:
+        save(output / "model", export(model, params), tokenizer)
     return output / "model"
 
 
@@ -168,13 +184,17 @@ def _run(config, model, optimizer, state, checkpoints, packed, evaluation):
     train_step = make_train_step(model, optimizer, learning_rate)
     evaluation_step = make_evaluation_step(model)
     step = int(state.step)
-    log = MetricsLog(Path(config.output) / "metrics.jsonl", first_step=step)
+    is_first = jax.process_index() == 0  # Of several processes one writes.
+    path = Path(config.output) / "metrics.jsonl" if is_first else Path(os.devnull)
+    log = MetricsLog(path, first_step=step)
     bar = tqdm.tqdm(total=config.steps, initial=step, desc="train", unit="step")
     with log, bar, _interruption() as interrupted:
         while step < config.steps:
             started = time.perf_counter()
             batch = packed.shuffled_batch(step, config.batch_size, config.seed)
-            state, metrics = train_step(state, {}, batch)
+            state, metrics = train_step(
+                state, {}, sharding.place_batch(batch, state.step)
+            )
             metrics = {name: float(value) for name, value in metrics.items()}
             seconds = time.perf_counter() - started
             step += 1
@@ -188,7 +208,8 @@ def _run(config, model, optimizer, state, checkpoints, packed, evaluation):
                 batches = evaluation.batches(
                     config.batch_size, config.evaluation_batches
                 )
-                held_out = means(evaluation_step(state.params, b) for b in batches)
+                placed = (sharding.place_batch(b, state.step) for b in batches)
+                held_out = means(evaluation_step(state.params, b) for b in placed)
                 row |= {f"held_out_{name}": held_out[name] for name in held_out}
                 bar.write(f"step {step}: held-out loss {row['held_out_loss']:.4f}")
             log.write(row)
@@ -261,12 +282,14 @@ def _claim(output: Path, config: TrainConfig) -> None:
     """Records the config of a new run; refuses to go on with another run's."""
     path = output / "train_config.json"
     fields = dataclasses.asdict(config)
-    del fields["output"]
+    # Where a run lies does not make it another one.
+    del fields["output"], fields["devices"]
     if not path.exists():
         output.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         return
     stored = _with_defaults(json.loads(path.read_text(encoding="utf-8")), TrainConfig)
+    del stored["devices"]
     differing = sorted(
         f"{name} is {stored.get(name)!r}, not {fields.get(name)!r}"
         for name in stored.keys() | fields.keys()

@@ -18,8 +18,10 @@ import optax
 
 from recurrentgemma.cache import Cache
 from recurrentgemma.griffin import Griffin
+from recurrentgemma.kernels import meshes
 from recurrentgemma.training.data import Batch
 from recurrentgemma.training.losses import cross_entropy
+from recurrentgemma.training.sharding import keep_shardings
 from recurrentgemma.training.state import Parameters, TrainState, with_parameters
 
 Metrics = dict[str, jax.Array]
@@ -106,11 +108,14 @@ def make_train_step(
         rows = None if state.rows is None else cache
         return TrainState(params, optimizer_state, state.step + 1, rows), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(keep_shardings(train_step), donate_argnums=0)
 
 
 def make_evaluation_step(model: Griffin) -> Callable[[Parameters, Batch], Metrics]:
     """A jitted (params, batch) -> the sums of `batch_sums`; params are all of them."""
-    return jax.jit(
-        lambda params, batch: batch_sums(with_parameters(model, params), batch)[0]
-    )
+
+    @meshes.as_program
+    def evaluation_step(params: Parameters, batch: Batch) -> Metrics:
+        return batch_sums(with_parameters(model, params), batch)[0]
+
+    return jax.jit(evaluation_step)
