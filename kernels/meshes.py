@@ -38,6 +38,9 @@ AXIS_ROLES = {
 }
 """Role of a mesh axis, by its name. Rows and channels of a kernel are independent."""
 
+PARAMETER_AXES = ("fsdp",)
+"""Axes of the rows along which parameters are cut too."""
+
 LETTER_ROLES = {"b": "rows", "t": "time"} | dict.fromkeys("cgnk", "channels")
 """Role of a dimension, by its letter: b rows, t tokens, c channels, g groups of channels,
 n and k heads. Other dimensions are never cut."""
@@ -186,13 +189,38 @@ def constrain(word: str, array: jax.Array) -> jax.Array:
     the rows could make it gather rows instead.
     """
     mesh = current_mesh([array])
-    axes = (
-        dividing_axes(mesh, LETTER_ROLES.get(letter), [length])
-        for letter, length in zip(word, array.shape, strict=True)
+    return _lay(
+        array,
+        mesh,
+        [_axes_of(mesh, *pair) for pair in zip(word, array.shape, strict=True)],
     )
-    spec = PartitionSpec(*(axis or None for axis in axes))
-    if not any(spec):
+
+
+def constrain_lookup(array: jax.Array) -> jax.Array:
+    """[B, T, D] cut as `constrain("btd")` does, by way of what the lookup gives.
+
+    Rows of a matrix that is cut along D by `PARAMETER_AXES` come with all B and a part of
+    D. Left to choose, the compiler gathers their gradient on every device.
+    """
+    mesh = current_mesh([array])
+    rows, time, _ = (
+        _axes_of(mesh, *pair) for pair in zip("btd", array.shape, strict=True)
+    )
+    own = tuple(axis for axis in rows if axis in PARAMETER_AXES)
+    if own and array.shape[2] % math.prod(mesh.shape[axis] for axis in own) == 0:
+        others = tuple(axis for axis in rows if axis not in own)
+        array = _lay(array, mesh, [others, time, own])
+    return constrain("btd", array)
+
+
+def _axes_of(mesh, letter, length):
+    return dividing_axes(mesh, LETTER_ROLES.get(letter), [length])
+
+
+def _lay(array, mesh, axes):
+    if not any(axes):
         return array
+    spec = PartitionSpec(*(axis or None for axis in axes))
     return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
 
 

@@ -83,9 +83,9 @@ def costs_of(text: str) -> Costs:
                 totals["bytes"] += times * _moved_bytes(one, table, computations)
             turns = 1
             if one.opcode == "while":
-                found = _TURNS.search(one.rest)
-                turns = int(found[1]) if found else 1
-                if not found:
+                found = _turns(one, computations)
+                turns = 1 if found is None else found
+                if found is None:
                     unknown.add(one.name)
             is_control = one.opcode in ("while", "conditional", "call")
             is_inner = is_control or one.opcode in ("fusion", "async-start")
@@ -122,10 +122,25 @@ def _split_operands(rest):
         depth += {"(": 1, ")": -1}.get(letter, 0)
         if not depth:
             inner = rest[:end]
-            if inner.isdecimal():  # The index of a parameter.
+            if inner.isdecimal():  # The index of a parameter, or a constant.
                 return (inner,), rest[end + 1 :]
             return tuple(re.findall(r"%([\w.\-]+)", inner)), rest[end + 1 :]
     return (), rest
+
+
+def _turns(one, computations):
+    """How often a loop turns: as the compiler notes it, or as long as a counter that
+    begins with 0 is below a constant; None if neither is so."""
+    if noted := _TURNS.search(one.rest):
+        return int(noted[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", one.rest)
+    table = computations.get(condition[1], {}) if condition else {}
+    for test in table.values():
+        if test.opcode == "compare" and "direction=LT" in test.rest:
+            limit = table.get(test.operands[1])
+            if limit is not None and limit.opcode == "constant":
+                return int(limit.operands[0])
+    return None
 
 
 def _called(one):

@@ -16,7 +16,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -227,7 +227,7 @@ def _run(config, model, optimizer, state, checkpoints, packed, evaluation):
     return state
 
 
-def export(model: Griffin, params: dict[str, jax.Array]) -> Griffin:
+def export(model: Griffin, params: Mapping[str, Any]) -> Griffin:
     """The model with these parameters, those in bfloat16 that `load` would put there."""
     runtime = Runtime(compute_dtype="bfloat16")
     return with_parameters(

@@ -48,8 +48,9 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 """Axes of the dimensions of a parameter, by patterns of whole native names; the first
 pattern that matches holds. What has no rule (norms) is whole on every device."""
-ADAPTED = re.compile(r"(.+)\.(base|lora_a|lora_b)")
-"""Native names of the parts of an adapted matrix: W + A B."""
+PARTS = re.compile(r"(.+?)(?:\.(base|lora_a|lora_b))?(?:\.(values|scales))?")
+"""Native names: of a matrix, of the parts of an adapted one (W + A B), and of a quantised
+one's integers and scales."""
 TYPES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 ONE_PROCESS, DETECTED = "one", "auto"
 
@@ -192,11 +193,11 @@ def spec_of(
     """Where a parameter lies, by its native name.
 
     Stacked layers (`groups.0...`) have the number of groups before the shape of one. Of
-    an adapted matrix, A [in, r] lies like its inputs and B [r, out] like its outputs.
+    an adapted matrix, A [in, r] lies like its inputs and B [r, out] like its outputs; of
+    a quantised one, scales lie like what they scale.
     """
-    part = None
-    if match := ADAPTED.fullmatch(name):
-        name, part = match.groups()
+    match = PARTS.fullmatch(name)
+    name, part = (match[1], match[2]) if match else (name, None)
     rule = next((axes for pattern, axes in RULES if re.fullmatch(pattern, name)), ())
     if part == "lora_a":
         rule = (*rule[:-1], None)
@@ -262,7 +263,7 @@ def make_state(make: Callable[[], Any], mesh: Mesh | None) -> Any:
     return jax.jit(make, out_shardings=shardings)()
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Where arrays [B, T] of a batch lie."""
     axes = (tuple(a for a in dim if a in mesh.shape) or None for dim in BATCH)
     return NamedSharding(mesh, PartitionSpec(*axes))

@@ -16,9 +16,6 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from recurrentgemma.kernels import meshes
 
-PARAMETER_AXES = ("fsdp",)
-"""Axes that cut the rows of a batch and the parameters."""
-
 
 class Parts(NamedTuple):
     """The mesh axes along which the loss is cut; none at all is one device."""
@@ -137,7 +134,7 @@ def parts_of(embedding: jax.Array, hidden: jax.Array) -> Parts:
     time = meshes.dividing_axes(mesh, "time", [length])
     pieces, devices = (), 1
     for axis in meshes.axes_of_type(mesh, jax.sharding.AxisType.Auto):
-        of_parameters = axis in rows and axis in PARAMETER_AXES
+        of_parameters = axis in rows and axis in meshes.PARAMETER_AXES
         of_channels = meshes.AXIS_ROLES.get(axis) == "channels" and mesh.shape[axis] > 1
         divides = len(embedding) % (devices * mesh.shape[axis]) == 0
         if (of_parameters or of_channels) and divides:

@@ -21,6 +21,13 @@ TEXT = """HloModule jit_step, is_scheduled=true
   ROOT %t = (s32[], f32[8,64]{1,0}, f32[32,64]{1,0}) tuple(%i, %y, %shard)
 }
 
+%below (arg: (s32[], f32[8,64], f32[32,64])) -> pred[] {
+  %arg = (s32[], f32[8,64]{1,0}, f32[32,64]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%arg), index=0
+  %limit = s32[] constant(5)
+  ROOT %t = pred[] compare(%i, %limit), direction=LT
+}
+
 %product (p0: f32[8,64], p1: f32[64,64]) -> f32[8,64] {
   %p0 = f32[8,64]{1,0} parameter(0)
   %p1 = f32[64,64]{1,0} parameter(1)
@@ -41,21 +48,24 @@ ENTRY %main (a: f32[4,8,64], k: s32[]) -> f32[8,64] {
   %near = f32[8,64]{1,0:T(8,128)S(1)} copy(%first)
   %w = f32[32,64]{1,0} custom-call(%near), custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"flops":"7","bytes_accessed":"9"}}
   %init = (s32[], f32[8,64]{1,0}, f32[32,64]{1,0}) tuple(%k, %first, %w)
-  %loop = (s32[], f32[8,64]{1,0}, f32[32,64]{1,0}) while(%init), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %loop = (s32[], f32[8,64]{1,0}, f32[32,64]{1,0}) while(%init), condition=%below, body=%body{NOTED}
   %sum = f32[8,64]{1,0} all-reduce(%first), to_apply=%add
   ROOT %out = f32[8,64]{1,0} get-tuple-element(%loop), index=1
 }
 """
+NOTED = ', backend_config={"known_trip_count":{"n":"5"}}'
 
 
-def test_loops_count_as_often_as_they_turn():
+@pytest.mark.parametrize("noted", ["", NOTED])
+def test_loops_count_as_often_as_they_turn(noted):
     rows, matrix = 8 * 64 * 4, 64 * 64 * 4
     product = 2 * 8 * 64 * 64
     # A slice is read, not what it is cut from; what lies on the chip is not counted.
     once = (rows + 4 + rows) + rows + 9 + 2 * rows
     turn = matrix + matrix // 2 + (rows + matrix + rows)
     exchanges = {"all-gather": Exchange(5, 5 * matrix), "all-reduce": Exchange(1, rows)}
-    assert costs_of(TEXT) == Costs(7 + 5 * product, once + 5 * turn, exchanges, 0)
+    text = TEXT.replace("{NOTED}", noted)
+    assert costs_of(text) == Costs(7 + 5 * product, once + 5 * turn, exchanges, 0)
 
 
 HEADS = (

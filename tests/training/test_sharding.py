@@ -158,6 +158,8 @@ def test_rules():
     assert spec(f"{adapted}.base", 3, 16, 24) == P(None, "fsdp", "tensor")
     assert spec(f"{adapted}.lora_a", 3, 16, 4) == P(None, "fsdp", None)
     assert spec(f"{adapted}.lora_b", 3, 4, 24) == P(None, None, "tensor")
+    assert spec(f"{adapted}.base.values", 3, 16, 24) == P(None, "fsdp", "tensor")
+    assert spec(f"{adapted}.scales", 3, 1, 24) == P(None, None, "tensor")
     assert spec("blocks.2.mixer.mine.kernel", 2, 2, 2, 2) == P()
 
 
