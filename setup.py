@@ -37,6 +37,7 @@ setup(
         "recurrentgemma.commands",
         "recurrentgemma.evaluation",
         "recurrentgemma.generation",
+        "recurrentgemma.planning",
         "recurrentgemma.training",
         "recurrentgemma.kernels",
         *(f"recurrentgemma.kernels.{name}" for name in KERNEL_PACKAGES),

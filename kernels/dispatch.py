@@ -78,12 +78,16 @@ class Op:
         everywhere and takes anything.
       keep: function of the arguments and results, which replaces by None what no
         gradient needs.
+      on_shards: how the op runs on a sequence that the mesh cuts along time: function of
+        the op itself, of the name of the mesh axis, and of the arguments on a device;
+        its results there. None leaves such a sequence to the compiler.
     """
 
     name: str
     dims: str
     table: Table
     keep: Callable[[Any, Any], tuple[Any, Any]] = _keep_all
+    on_shards: Callable[..., Any] | None = None
 
     @property
     def plain(self) -> Implementation:
@@ -122,7 +126,11 @@ def call(op: Op, implementation: str | None, *arguments: Any, **options: Any) ->
 
     arguments = meshes.vary_alike(arguments)
     specs = partial(meshes.result_specs, op.dims, arguments)
-    return meshes.with_auto_axes(run, specs, *arguments)
+    if op.on_shards is None:
+        return meshes.with_auto_axes(run, specs, *arguments)
+    on_shards = partial(op.on_shards, run, **options)
+    along_time = partial(meshes.run_along_time, op.dims, run, on_shards)
+    return meshes.with_auto_axes(along_time, specs, *arguments)
 
 
 def forward(op: Op, implementation: str | None, *arguments: Any, **options: Any) -> Any:

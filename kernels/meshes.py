@@ -5,6 +5,11 @@ channels, by `shard_map`: the compiler cannot partition it. Where an axis has no
 or channels do not divide, the plain form of the op runs, and the compiler partitions
 that without a gather.
 
+An axis for time cuts sequences in contiguous shards. What passes information along time
+enters by `run_along_time`, the one place that knows of it: each device runs the op on
+its shard, after a form that gets what comes before the shard from the other devices
+(`sharded.py`). A sequence that does not divide is whole on every device.
+
 Explicit axes (the default of `jax.make_mesh`) type every array with its sharding, and
 most operations inside the ops have no rule for that. So an op turns them to Auto, and
 its results get the shardings of its arguments: `with_auto_axes`.
@@ -16,7 +21,8 @@ one type (`vary_alike`).
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -30,12 +36,14 @@ AXIS_ROLES = {
     "model": "channels",
     "sequence": "time",
 }
-"""Role of a mesh axis, by its name. Rows and channels of a kernel are independent;
-`sharded.py` cuts along time."""
+"""Role of a mesh axis, by its name. Rows and channels of a kernel are independent."""
 
-LETTER_ROLES = {"b": "rows"} | dict.fromkeys("cgnk", "channels")
-"""Role of a dimension, by its letter: b rows, c channels, g groups of channels, n and k
-heads. Other dimensions are never cut."""
+PARAMETER_AXES = ("fsdp",)
+"""Axes of the rows along which parameters are cut too."""
+
+LETTER_ROLES = {"b": "rows", "t": "time"} | dict.fromkeys("cgnk", "channels")
+"""Role of a dimension, by its letter: b rows, t tokens, c channels, g groups of channels,
+n and k heads. Other dimensions are never cut."""
 
 Cut = dict[str, tuple[str, ...]]
 """Mesh axes along which the dimension of a letter is cut."""
@@ -85,9 +93,9 @@ def plan_cut(
     parts_of: dict[str, int] = {}
     for axis in axes_of_type(mesh, AxisType.Auto):
         role, size = AXIS_ROLES.get(axis), mesh.shape[axis]
-        if size == 1:
-            continue
-        if role not in LETTER_ROLES.values():
+        if size == 1 or role == "time":
+            continue  # Whoever cuts along time has done so: `run_along_time`.
+        if role is None:
             return f"it is not cut along mesh axis {axis!r}"
         # A single head of keys serves every head of queries, and stays whole.
         letters_of_role = [
@@ -151,6 +159,137 @@ def run_cut(
         axis_names=set(axes),
         check_vma=False,
     )(*arrays)
+
+
+def time_axis(mesh: AbstractMesh) -> str | None:
+    """The Auto axis that cuts sequences, if the mesh has one of several devices."""
+    axes = axes_of_type(mesh, AxisType.Auto)
+    of_time = (a for a in axes if AXIS_ROLES.get(a) == "time" and mesh.shape[a] > 1)
+    return next(of_time, None)
+
+
+def dividing_axes(
+    mesh: AbstractMesh, role: str | None, lengths: Iterable[int]
+) -> tuple[str, ...]:
+    """The Auto axes of a role, of several devices, by which all these lengths divide."""
+    lengths, taken, parts = list(lengths), [], 1
+    for axis in axes_of_type(mesh, AxisType.Auto):
+        devices = parts * mesh.shape[axis]
+        has_role = role is not None and AXIS_ROLES.get(axis) == role
+        if has_role and devices > parts and not any(n % devices for n in lengths):
+            taken.append(axis)
+            parts = devices
+    return tuple(taken)
+
+
+def constrain(word: str, array: jax.Array) -> jax.Array:
+    """The same array, cut along the Auto axes of the mesh as its dimensions say.
+
+    The compiler propagates the rest: without it, matrices that are cut along the axes of
+    the rows could make it gather rows instead.
+    """
+    mesh = current_mesh([array])
+    return _lay(
+        array,
+        mesh,
+        [_axes_of(mesh, *pair) for pair in zip(word, array.shape, strict=True)],
+    )
+
+
+def constrain_lookup(array: jax.Array) -> jax.Array:
+    """[B, T, D] cut as `constrain("btd")` does, by way of what the lookup gives.
+
+    Rows of a matrix that is cut along D by `PARAMETER_AXES` come with all B and a part of
+    D. Left to choose, the compiler gathers their gradient on every device.
+    """
+    mesh = current_mesh([array])
+    rows, time, _ = (
+        _axes_of(mesh, *pair) for pair in zip("btd", array.shape, strict=True)
+    )
+    own = tuple(axis for axis in rows if axis in PARAMETER_AXES)
+    if own and array.shape[2] % math.prod(mesh.shape[axis] for axis in own) == 0:
+        others = tuple(axis for axis in rows if axis not in own)
+        array = _lay(array, mesh, [others, time, own])
+    return constrain("btd", array)
+
+
+def _axes_of(mesh, letter, length):
+    return dividing_axes(mesh, LETTER_ROLES.get(letter), [length])
+
+
+def _lay(array, mesh, axes):
+    if not any(axes):
+        return array
+    spec = PartitionSpec(*(axis or None for axis in axes))
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
+
+
+def run_along_time(
+    dims: str,
+    run: Callable[..., Any],
+    on_shards: Callable[..., Any],
+    *arguments: Any,
+    least_tokens: int = 1,
+) -> Any:
+    """`run(*arguments)`, or `on_shards` where the mesh cuts sequences along time.
+
+    Args:
+      dims: letters of the dimensions of every array among arguments and results.
+      run: function of the arguments; returns a pytree of arrays.
+      on_shards: function of the name of the mesh axis and of each device's part of the
+        arguments, among them its shard of the sequence; returns its part of the results.
+        Results without tokens are the same on all devices of that axis.
+      *arguments: pytrees of arrays; None stands for an array that is not given.
+      least_tokens: shards of fewer tokens are left to the compiler.
+    """
+    letters, of_results = words(dims)
+    given = present(letters, arguments)
+    mesh = current_mesh([array for _, array in given])
+    axis = time_axis(mesh)
+    cut = _cut_along_time(mesh, given, least_tokens)
+    if axis is None or "t" not in cut:
+        return run(*arguments)
+    structure, found_structure = jax.tree.structure(arguments), None
+
+    def spec(word):
+        return PartitionSpec(*(cut.get(letter) for letter in word))
+
+    def part(*leaves):
+        nonlocal found_structure
+        found = on_shards(axis, *jax.tree.unflatten(structure, leaves))
+        found, found_structure = jax.tree.flatten(found)
+        return tuple(found)
+
+    found = jax.jit(
+        jax.shard_map(
+            part,
+            mesh=mesh,
+            in_specs=tuple(spec(word) for word, _ in given),
+            out_specs=tuple(map(spec, of_results)),
+            axis_names=set(axes_of_type(mesh, AxisType.Auto)),
+            check_vma=False,
+        )
+    )(*(array for _, array in given))
+    return jax.tree.unflatten(found_structure, found)
+
+
+def _cut_along_time(mesh, given, least_tokens) -> Cut:
+    """How to cut sequences and all that belongs to them."""
+    lengths = {
+        letter: length
+        for word, array in given
+        for letter, length in zip(word, array.shape, strict=True)
+        if (letter, length) != ("k", 1)  # As for kernels.
+    }
+    cut: Cut = {}
+    for role in set(LETTER_ROLES.values()):
+        letters = [letter for letter in lengths if LETTER_ROLES.get(letter) == role]
+        axes = dividing_axes(mesh, role, (lengths[letter] for letter in letters))
+        cut |= {letter: axes for letter in letters if axes}
+    shards = math.prod(mesh.shape[axis] for axis in cut.get("t", ()))
+    if lengths["t"] < least_tokens * shards:
+        del cut["t"]
+    return cut
 
 
 def with_auto_axes(

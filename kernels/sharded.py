@@ -1,252 +1,133 @@
-"""Ops on sequences that are cut into shards along time, one for each device of an axis.
+"""What passes between devices whose shards make a sequence, cut along time.
 
-Recurrences are affine in their first state: y_t = y0_t + decay_t * h0. Every shard runs
-the op twice, for y0 (from a zero state) and for the decays (from a state of ones without
-input). What is left is a scan over one state for each shard, which every device does
-for itself, and a product. Attention gets the keys before a shard, as many as the window
-holds, from the devices that have them, as its cache.
+A recurrence h_t = a_t h_{t-1} + x_t is affine in its first state: from h0 a shard ends at
+`end + product * h0`, with `end` its end from zero and `product` that of its decays. Both
+are a reduction, whose levels halve in size. All devices exchange them, each scans over one
+state for each shard, and then runs the op on its shard once, from the state that reaches
+it. A convolution gets the last inputs of the shard before, attention the keys that its
+window holds (`local_attention/shards.py`).
 
-Each function takes whole arrays, as under `jax.jit`, opens a `jax.shard_map` around the
-public op, and is differentiable like it, in both directions of the ring of devices.
+These functions run inside `meshes.run_along_time`; `axis` is the mesh axis. They are
+differentiable: gradients pass through the ring of devices the other way.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
-
-from recurrentgemma.kernels import linear_scan as scan_op
-from recurrentgemma.kernels import local_attention as attention_op
-from recurrentgemma.kernels import rg_lru as rg_lru_op
-from recurrentgemma.kernels.checks import check_arrays, check_kind, check_sequence
-from recurrentgemma.kernels.local_attention import KVCache, ring
 
 
-@dataclasses.dataclass(frozen=True)
-class SequenceSharding:
-    """How arrays [B, T, ...] lie on devices.
+def start_state(
+    x: jax.Array, a: jax.Array, h0: jax.Array, axis: str, *, reverse: bool = False
+) -> jax.Array:
+    """The state that a scan over the whole sequence has before this device's shard.
 
-    Attributes:
-      mesh: the devices.
-      sequence: the mesh axis that T is cut along.
-      batch: the mesh axis that B is cut along; None is not at all.
+    Args:
+      x, a: inputs and decays of the shard [B, T, D].
+      h0: state before the whole sequence [B, D], float32.
+      axis: the mesh axis.
+      reverse: whether the scan runs from the last step to the first.
+
+    Returns:
+      float32 [B, D].
     """
+    gathered = (jax.lax.all_gather(part, axis) for part in _reduce(x, a, reverse))
 
-    mesh: Mesh
-    sequence: str
-    batch: str | None = None
+    def pass_shard(h, shard):
+        end, product = shard
+        return end + product * h, h
 
-    def __post_init__(self):
-        check_kind("mesh", self.mesh, Mesh)
-        axes = [*self.mesh.axis_names]
-        for name, axis in {"sequence": self.sequence, "batch": self.batch}.items():
-            given = isinstance(axis, str) and axis in axes
-            if not given and not (name == "batch" and axis is None):
-                raise ValueError(
-                    f"{name}: expected a mesh axis of {axes}, got {axis!r}; name one."
-                )
-
-    @property
-    def shards(self) -> int:
-        """Into how many parts T is cut."""
-        return self.mesh.shape[self.sequence]
+    _, starts = jax.lax.scan(pass_shard, h0, tuple(gathered), reverse=reverse)
+    return starts[jax.lax.axis_index(axis)]
 
 
-def linear_scan(
-    x: jax.Array,
-    a: jax.Array,
-    h0: jax.Array | None = None,
-    *,
-    sharding: SequenceSharding,
-    reverse: bool = False,
-    implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """`recurrentgemma.kernels.linear_scan` of a sequence cut along time.
-
-    Raises:
-      As there, and a ValueError if T is no multiple of the number of shards.
-    """
-    _check(sharding, scan_op, x, a, h0, reverse=reverse, implementation=implementation)
-
-    op = partial(scan_op, reverse=reverse, implementation=implementation)
-    return _recurrence(op, x, (a,), h0, sharding, reverse)
-
-
-def rg_lru(
-    x: jax.Array,
-    recurrence_logits: jax.Array,
-    input_logits: jax.Array,
-    a_param: jax.Array,
-    positions: jax.Array,
-    h0: jax.Array | None = None,
-    *,
-    sharding: SequenceSharding,
-    implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """`recurrentgemma.kernels.rg_lru` of a sequence cut along time.
-
-    Raises:
-      As there, and a ValueError if T is no multiple of the number of shards.
-    """
-    check_sequence(x, "B, T, E")
-    logits = {"recurrence_logits": recurrence_logits, "input_logits": input_logits}
-    check_arrays({name: (one, x.shape, jnp.floating) for name, one in logits.items()})
-    arrays = x, recurrence_logits, input_logits, a_param, positions, h0
-    _check(sharding, rg_lru_op, *arrays, implementation=implementation)
-
-    op = partial(rg_lru_op, implementation=implementation)
-    others = (recurrence_logits, input_logits, a_param, positions)
-    return _recurrence(op, x, others, h0, sharding)
-
-
-def local_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    positions: jax.Array,
-    cache: KVCache | None,
-    window: int | None,
-    scale: float,
-    soft_cap: float | None,
-    sharding: SequenceSharding,
-    implementation: str | None = None,
-) -> tuple[jax.Array, KVCache]:
-    """`recurrentgemma.kernels.local_attention` of a sequence cut along time.
-
-    The window may be larger than a shard. The cache that comes back is on every device
-    of the sequence axis.
-
-    Raises:
-      As there, and a ValueError if T is no multiple of the number of shards.
-    """
-    options = {"window": window, "scale": scale, "soft_cap": soft_cap}
-    options |= {"positions": positions, "implementation": implementation}
-    _check(sharding, attention_op, q, k, v, cache=cache, **options)
-    _check_length(q, sharding)
-    if cache is None:
-        cache = ring.empty(k, v, k.shape[1] if window is None else window)
-
-    def on_shard(q, k, v, positions, cache):
-        before = _before_shard(cache, k, v, positions, sharding)
-        out, after = attention_op(
-            q,
-            k,
-            v,
-            positions=positions,
-            cache=before,
-            window=window,
-            scale=scale,
-            soft_cap=soft_cap,
-            implementation=implementation,
-        )
-        return out, _after_row(after, positions, sharding)
-
-    long, state = _specs(sharding)
-    return _map(on_shard, sharding, (long, long, long, long, state), (long, state))(
-        q, k, v, positions, cache
-    )
-
-
-def _recurrence(
-    op: Callable[..., tuple[jax.Array, jax.Array]],
-    x: jax.Array,
-    others: Sequence[jax.Array],
-    h0: jax.Array | None,
-    sharding: SequenceSharding,
-    reverse: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """`op(x, *others, h0)`, which is linear in x and h0, through all shards in turn."""
-    _check_length(x, sharding)
-    if h0 is None:
-        h0 = jnp.zeros((x.shape[0], x.shape[-1]), jnp.float32)
-
-    def on_shard(x, h0, *others):
-        y, end = op(x, *others, jnp.zeros_like(h0))
-        decay, product = op(jnp.zeros_like(x), *others, jnp.ones_like(h0))
-        ends, products = (
-            jax.lax.all_gather(state, sharding.sequence, axis=1)
-            for state in (end, product)
-        )
-        states, h_last = scan_op(ends, products, h0, reverse=reverse)
+def _reduce(x, a, reverse):
+    """The end of a scan from zero, and the product of its decays; float32 [B, D]."""
+    x, a = x.astype(jnp.float32), a.astype(jnp.float32)
+    while (length := x.shape[1]) > 1:
+        pairs = length // 2 * 2
+        first, second = slice(0, pairs, 2), slice(1, pairs, 2)
         if reverse:
-            starts = jnp.concatenate([states[:, 1:], h0[:, None]], axis=1)
-        else:
-            starts = jnp.concatenate([h0[:, None], states[:, :-1]], axis=1)
-        index = jax.lax.axis_index(sharding.sequence)
-        start = jax.lax.dynamic_slice_in_dim(starts, index, 1, axis=1)
-        total = y.astype(jnp.float32) + decay.astype(jnp.float32) * start
-        return total.astype(y.dtype), h_last
-
-    long, state = _specs(sharding)
-    specs = (PartitionSpec() if array.ndim == 1 else long for array in others)
-    run = _map(on_shard, sharding, (long, state, *specs), (long, state))
-    return run(x, h0, *others)
+            first, second = second, first
+        rest = x[:, pairs:], a[:, pairs:]
+        x, a = a[:, second] * x[:, first] + x[:, second], a[:, second] * a[:, first]
+        if length > pairs:
+            x, a = (
+                jnp.concatenate(pair, axis=1) for pair in zip((x, a), rest, strict=True)
+            )
+    return x[:, 0], a[:, 0]
 
 
-def _before_shard(cache, k, v, positions, sharding) -> KVCache:
-    """The ring after the tokens before a shard, of which it can hold the last ones."""
-    length, slots = positions.shape[1], cache.positions.shape[1]
-    reach = min(slots, (sharding.shards - 1) * length)
-    for distance in range(-(-reach // length), 0, -1):
-        tail = slice(-min(length, reach - (distance - 1) * length), None)
-        route = [(i, i + distance) for i in range(sharding.shards - distance)]
-        send = partial(jax.lax.ppermute, axis_name=sharding.sequence, perm=route)
-        # Who gets nothing gets zeros, which must mean the position of padding.
-        cache = ring.write(
-            cache,
-            send(k[:, tail]),
-            send(v[:, tail]),
-            send(positions[:, tail] + 1) - 1,
-        )
-    return cache
+def last_state(state: jax.Array, axis: str, *, reverse: bool = False) -> jax.Array:
+    """The state of the shard that a scan passes last, on every device."""
+    last = 0 if reverse else jax.lax.psum(1, axis) - 1
+    return _from_device(state, jax.lax.axis_index(axis) == last, axis)
 
 
-def _after_row(cache, positions, sharding) -> KVCache:
-    """The ring after each row: that of the shard with the row's last token."""
-    index = jax.lax.axis_index(sharding.sequence)
+def of_last_token(states: Any, positions: jax.Array, axis: str) -> Any:
+    """The states [B, ...] of the shard that has each row's last token, on every device.
+
+    Args:
+      states: pytree of arrays, after the shard.
+      positions: int32 [B, T] of the shard; -1 is padding, at the end of rows alone.
+      axis: the mesh axis.
+    """
+    index = jax.lax.axis_index(axis)
     filled = jnp.any(positions >= 0, axis=1)
-    last = jax.lax.pmax(jnp.where(filled, index, 0), sharding.sequence)
-
-    def choose(array):
-        own = jnp.expand_dims(last == index, range(1, array.ndim))
-        own_array = jnp.where(own, array, jnp.zeros_like(array))
-        return jax.lax.psum(own_array, sharding.sequence)
-
-    return KVCache(*(choose(array) for array in cache))
+    last = jax.lax.pmax(jnp.where(filled, index, 0), axis)
+    return jax.tree.map(lambda state: _from_device(state, last == index, axis), states)
 
 
-def _check(sharding, op, *arguments, **options):
-    """Lets an op check its arguments while they still have their names and shapes."""
-    check_kind("sharding", sharding, SequenceSharding)
-    jax.eval_shape(lambda: op(*arguments, **options))
+def _from_device(state, is_here, axis):
+    """A state, or rows of one, from the device where `is_here` [] or [B] holds."""
+    is_here = jnp.expand_dims(is_here, range(is_here.ndim, state.ndim))
+    return jax.lax.psum(jnp.where(is_here, state, jnp.zeros_like(state)), axis)
 
 
-def _check_length(x, sharding):
-    if x.ndim < 3 or x.shape[1] % sharding.shards:
-        raise ValueError(
-            f"Axis 1 of an array {x.shape} must be a multiple of the "
-            f"{sharding.shards} devices of mesh axis {sharding.sequence!r}; pad it."
-        )
+def halo(x: jax.Array, before: jax.Array, axis: str) -> jax.Array:
+    """The inputs before a shard: `before` [B, S, ...] is what the first shard gets.
+
+    Args:
+      x: inputs of the shard [B, T, ...], T at least S.
+      before: inputs before the whole sequence.
+      axis: the mesh axis.
+    """
+    received = shift(x[:, x.shape[1] - before.shape[1] :], 1, axis)
+    is_first = jax.lax.axis_index(axis) == 0
+    return jnp.where(is_first, before.astype(x.dtype), received)
 
 
-def _specs(sharding):
-    """Of arrays [B, T, ...] and of arrays [B, ...]."""
-    return (
-        PartitionSpec(sharding.batch, sharding.sequence),
-        PartitionSpec(sharding.batch),
-    )
+def shift(array: jax.Array, distance: int, axis: str) -> jax.Array:
+    """The array of the device `distance` shards before; zeros where there is none."""
+    devices = jax.lax.psum(1, axis)
+    route = [(i, i + distance) for i in range(devices - distance)]
+    return jax.lax.ppermute(array, axis, route)
 
 
-def _map(function, sharding, in_specs, out_specs):
-    # Kernels do not state over which axes their results vary, so that is not checked.
-    return jax.shard_map(
-        function,
-        mesh=sharding.mesh,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        check_vma=False,
-    )
+def take_along_time(axis: str, values: jax.Array, index: jax.Array) -> jax.Array:
+    """values[b, index[b, t]] of whole sequences, for the tokens of this shard.
+
+    Shards go round the ring, so that no device holds more than two of them.
+
+    Args:
+      axis: the mesh axis.
+      values: [B, T, ...] of the shard.
+      index: int32 [B, T] of the shard, places in the whole sequence.
+    """
+    devices, here = jax.lax.psum(1, axis), jax.lax.axis_index(axis)
+    length = values.shape[1]
+    route = [(i, (i + 1) % devices) for i in range(devices)]
+    expand = partial(jnp.expand_dims, axis=tuple(range(2, values.ndim)))
+
+    def take(carry, step):
+        taken, visiting = carry
+        local = index - (here - step) % devices * length
+        found = jnp.take_along_axis(visiting, expand(local), axis=1, mode="clip")
+        is_here = expand((local >= 0) & (local < length))
+        taken = jnp.where(is_here, found, taken)
+        return (taken, jax.lax.ppermute(visiting, axis, route)), None
+
+    start = (jnp.zeros_like(values), values)
+    (taken, _), _ = jax.lax.scan(take, start, jnp.arange(devices))
+    return taken

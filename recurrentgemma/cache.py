@@ -24,6 +24,7 @@ import numpy as np
 
 from recurrentgemma import _validation as check
 from recurrentgemma.config import GriffinConfig
+from recurrentgemma.kernels import meshes, sharded
 from recurrentgemma.mixers import TEMPORAL_MIXERS
 
 OVERFLOWN = 1 << 30
@@ -253,8 +254,15 @@ class Chunk:
 
 def reorder(values: jax.Array, index: jax.Array) -> jax.Array:
     """values[b, index[b, t]]: [B, T, ...] and int32 [B, T] -> [B, T, ...]."""
-    index = jnp.expand_dims(index, range(2, values.ndim))
-    return jnp.take_along_axis(values, index, axis=1)
+
+    def run(values, index):
+        index = jnp.expand_dims(index, range(2, values.ndim))
+        return jnp.take_along_axis(values, index, axis=1)
+
+    dims = "bt" + "xyz"[: values.ndim - 2]
+    return meshes.run_along_time(
+        f"{dims},bt->{dims}", run, sharded.take_along_time, values, index
+    )
 
 
 def take(cache: Cache, rows: Sequence[int] | jax.Array) -> Cache:

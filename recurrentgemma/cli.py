@@ -17,7 +17,12 @@ from typing import Any
 from absl import flags
 
 from recurrentgemma import __version__
-from recurrentgemma.commands import UsageError, _compilation_cache, one_line
+from recurrentgemma.commands import (
+    UsageError,
+    _compilation_cache,
+    _tpu_search,
+    one_line,
+)
 
 PROGRAM = "recurrentgemma"
 COMMANDS = {
@@ -34,6 +39,7 @@ COMMANDS = {
     "verify": "check a checkpoint and print a certificate",
     "bench": "measure speed and memory",
     "heads": "show which attention heads find a fact in a long text",
+    "plan": "compile for a TPU without one: does it fit, and what bounds its time",
 }
 CLEANING_UP = ("train", "convert", "verify")
 """Commands that save, or remove what is half-written, when Ctrl-C ends them. Others do
@@ -77,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         _let_signals_end_the_process(cleans_up=name in CLEANING_UP)
         _compilation_cache.enable()
+        _tpu_search.skip()
     status = _run(name, rest)
     if argv is None:
         _forget_unwritten_output()

@@ -120,7 +120,7 @@ class Griffin(nnx.Module):
         with jax.default_matmul_precision(self.runtime.matmul_precision):
             tokens, chunk = self._chunk(tokens, positions, cache)
             x = self.embedder.encode(tokens, self.runtime.dtype)
-            x = chunk.observe("embedding", x)
+            x = chunk.observe("embedding", meshes.constrain_lookup(x))
             states = [None] * self.config.num_layers if cache is None else cache.layers
             x, states = self._run_layers(x, chunk, list(states))
             x = self.final_norm(x)
@@ -252,6 +252,7 @@ class Griffin(nnx.Module):
             new_states = []
             for block, state in zip(blocks, states, strict=True):
                 x, state = block(x, chunk, state)
+                x = meshes.constrain("btd", x)
                 new_states.append(state)
             return x, new_states
 

@@ -15,7 +15,7 @@ from flax import nnx
 from recurrentgemma._compat import value_of
 from recurrentgemma.cache import Chunk
 from recurrentgemma.config import Runtime
-from recurrentgemma.kernels import linear_scan, rg_lru
+from recurrentgemma.kernels import linear_scan, meshes, rg_lru, sharded
 from recurrentgemma.kernels.complex_rg_lru import complex_rg_lru
 from recurrentgemma.kernels.rg_lru.gates import Gate, logits
 from recurrentgemma.kernels.rg_lru.reference import (
@@ -75,6 +75,25 @@ def causal_conv1d(
     Returns:
       y [B, T, E] and the state after the chunk [B, S, E], both in x's dtype.
     """
+    tokens = (chunk.positions, chunk.lengths, chunk.next_position)
+    return meshes.run_along_time(
+        "btc,ic,c,bt,b,b,bsc->btc,bsc",
+        _convolve,
+        _convolve_shard,
+        *(x, kernel, bias, *tokens, state),
+        least_tokens=state.shape[1],
+    )
+
+
+def _convolve_shard(axis, x, kernel, bias, positions, lengths, next_position, state):
+    length = x.shape[1]
+    lengths = jnp.clip(lengths - jax.lax.axis_index(axis) * length, 0, length)
+    state = sharded.halo(x, state, axis)
+    y, state = _convolve(x, kernel, bias, positions, lengths, next_position, state)
+    return y, sharded.of_last_token(state, positions, axis)
+
+
+def _convolve(x, kernel, bias, positions, lengths, next_position, state):
     reach = kernel.shape[0] - 1
     length, kept = x.shape[1], state.shape[1]
     state = state.astype(x.dtype)
@@ -83,13 +102,13 @@ def causal_conv1d(
     y = _add_bias(x.astype(jnp.float32) * kernel[reach], bias)
     for back in range(1, reach + 1):
         tap = inputs[:, kept - back : kept - back + length].astype(jnp.float32)
-        same_document = (chunk.positions >= back)[..., None]
+        same_document = (positions >= back)[..., None]
         y = y + jnp.where(same_document, tap * kernel[reach - back], 0)
 
     # Taken from x and from the state apart: a gather from `inputs` would have it stored.
     steps = jnp.arange(kept, dtype=jnp.int32)[None]
-    index = chunk.lengths[:, None] + steps - kept
-    position = (chunk.next_position[:, None] - kept + steps)[..., None]
+    index = lengths[:, None] + steps - kept
+    position = (next_position[:, None] - kept + steps)[..., None]
     from_x = jnp.take_along_axis(x, jnp.maximum(index, 0)[..., None], axis=1)
     from_state = jnp.take_along_axis(
         state, jnp.minimum(index + kept, kept - 1)[..., None], axis=1

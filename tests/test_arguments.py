@@ -9,7 +9,6 @@ import inspect
 import re
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -40,9 +39,7 @@ from recurrentgemma.kernels import (
     KVCache,
     StepParameters,
     complex_rg_lru,
-    sharded,
 )
-from recurrentgemma.kernels.sharded import SequenceSharding
 from tests.models import random_model, tiny_config
 
 VALUES = {
@@ -265,20 +262,6 @@ LEGAL = {
         "reverse": {"True", "False"},
         "implementation": {"None"},
     },
-    "sharded.SequenceSharding": {"batch": {"None"}},
-    "sharded.linear_scan": {
-        "h0": {"None"},
-        "reverse": {"True", "False"},
-        "implementation": {"None"},
-    },
-    "sharded.rg_lru": {"h0": {"None"}, "implementation": {"None"}},
-    "sharded.local_attention": {
-        "cache": {"None"},
-        "window": {"None", "1"},
-        "scale": NUMBERS,
-        "soft_cap": {"None", "1", "0.5", "large"},
-        "implementation": {"None"},
-    },
 }
 GOLDEN = Path(__file__).parent / "golden" / "sampler"
 
@@ -339,7 +322,6 @@ def good(tmp_path_factory):
     prompts = folder / "prompts.jsonl"
     prompts.write_text('{"prompt": "a"}\n')
     job = BatchJob(prompts, folder / "texts", max_new_tokens=1)
-    sharding = SequenceSharding(jax.make_mesh((1,), ("time",)), "time")
     chat = Chat(sampler)
     chat._now = prefix.take([0]), 1
 
@@ -468,29 +450,6 @@ def good(tmp_path_factory):
             complex_rg_lru.complex_linear_scan,
             {"x": x, "a": x},
         ),
-        "sharded.SequenceSharding": (
-            SequenceSharding,
-            {"mesh": sharding.mesh, "sequence": "time"},
-        ),
-        "sharded.linear_scan": (
-            sharded.linear_scan,
-            {"x": x, "a": x, "sharding": sharding},
-        ),
-        "sharded.rg_lru": (
-            sharded.rg_lru,
-            {
-                "x": x,
-                "recurrence_logits": x,
-                "input_logits": x,
-                "a_param": x[0, 0],
-                "positions": tokens,
-                "sharding": sharding,
-            },
-        ),
-        "sharded.local_attention": (
-            sharded.local_attention,
-            attention | {"sharding": sharding},
-        ),
         "kernels.Gate": (_made_into(Gate, in_rg_lru), gate._asdict()),
         "kernels.KVCache": (
             _made_into(KVCache, in_attention),
@@ -509,13 +468,12 @@ def _public():
     spaces = {"": (recurrentgemma, recurrentgemma.__all__)}
     spaces["kernels."] = (kernels, kernels.__all__)
     spaces["batch_jobs."] = (batch_jobs, ["BatchJob"])
-    for name, module in (("complex_rg_lru", complex_rg_lru), ("sharded", sharded)):
-        own = [
-            one
-            for one, value in vars(module).items()
-            if one[0] != "_" and getattr(value, "__module__", "") == module.__name__
-        ]
-        spaces[f"{name}."] = (module, own)
+    own = [
+        one
+        for one, value in vars(complex_rg_lru).items()
+        if one[0] != "_" and getattr(value, "__module__", "") == complex_rg_lru.__name__
+    ]
+    spaces["complex_rg_lru."] = (complex_rg_lru, own)
     for space, (module, public) in spaces.items():
         for name in public:
             value = getattr(module, name)

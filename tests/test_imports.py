@@ -27,6 +27,7 @@ LAYERS = [
     {"checkpoints"},
     {"adapters"},
     {"training"},
+    {"planning"},
     {"evaluation"},
     {"benchmarks"},
     {"commands"},

@@ -22,8 +22,12 @@ MESHES = {
     "explicit": (("data", "tensor"), AxisType.Explicit),
     "auto": (("data", "tensor"), AxisType.Auto),
     "foreign": (("rows", "columns"), AxisType.Auto),
+    "sequence": (("sequence", "tensor"), AxisType.Auto),
+    "explicit sequence": (("sequence", "data"), AxisType.Explicit),
 }
-BATCH, LENGTH = 4, 12
+BATCH, LENGTH = 4, 40
+FIRST = 24
+"""Tokens of the first of two chunks, as many of each shard as the convolution needs."""
 
 
 def make_mesh(name):
@@ -36,9 +40,10 @@ def loss_and_results(model, tokens, positions):
 
     def loss(model):
         parts, cache = [], None
-        for part in (slice(None, 7), slice(7, None)):
+        for part in (slice(None, FIRST), slice(FIRST, None)):
             hidden, cache = model(tokens[:, part], positions[:, part], cache)
-            parts.append(model.logits(hidden))
+            logits = model.logits(hidden)
+            parts.append(jnp.where(positions[:, part, None] < 0, 0, logits))
         return sum(jnp.mean(part**2) for part in parts), (parts, cache)
 
     return jax.value_and_grad(loss, has_aux=True, allow_int=True)(model)
@@ -54,7 +59,11 @@ def inputs():
     tokens = np.asarray(models.random_tokens((BATCH, LENGTH)))
     positions = np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1))
     positions[1, 5:] = np.arange(LENGTH - 5)
-    positions[2, 9:] = -1
+    # Documents over the borders of shards, padding inside a row, and a short row.
+    positions[2] = np.r_[
+        np.arange(11), np.full(3, -1), np.arange(11, 14), np.arange(16), np.full(7, -1)
+    ]
+    positions[3, 9:] = -1
     return tokens, positions
 
 
@@ -95,14 +104,16 @@ def assert_same(actual, expected):
 def test_model_and_gradient(name, model, inputs, expected):
     mesh = make_mesh(name)
     with jax.set_mesh(mesh):
-        sharding = NamedSharding(mesh, P(mesh.axis_names[0]))
+        axis = mesh.axis_names[0]
+        rows = P(mesh.axis_names[1], axis) if axis == "sequence" else P(axis)
+        sharding = NamedSharding(mesh, rows)
         placed = (jax.device_put(array, sharding) for array in inputs)
         actual = jax.jit(loss_and_results)(shard_model(model, mesh), *placed)
     assert_same(actual, expected)
     [(_, (logits, cache)), _] = actual
     if MESHES[name][1] == AxisType.Explicit:
         for array in (*logits, *jax.tree.leaves(cache)):
-            assert array.sharding.spec[0] == mesh.axis_names[0]
+            assert array.sharding.spec[0] == rows[0]
 
 
 def test_model_in_a_shard_map_of_the_caller(model, inputs, expected):

@@ -15,6 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from recurrentgemma.kernels import sharded
 from recurrentgemma.kernels.checks import check_arrays, check_sequence, check_switch
 from recurrentgemma.kernels.dispatch import (
     EVERYWHERE,
@@ -174,7 +175,21 @@ IMPLEMENTATIONS = {
     "pallas_gpu": _kernel(PALLAS_GPU, "cuda", GPU_DTYPES),
     "reference": Implementation(reference.scan),
 }
-LINEAR_SCAN = Op("linear_scan", "btc,btc,bc->btc,bc", IMPLEMENTATIONS, keep=_without_x)
+
+
+def _on_shards(scan, axis, x, a, h0, *, reverse):
+    start = sharded.start_state(x, a, h0, axis, reverse=reverse)
+    y, h = scan(x, a, start)
+    return y, sharded.last_state(h, axis, reverse=reverse)
+
+
+LINEAR_SCAN = Op(
+    "linear_scan",
+    "btc,btc,bc->btc,bc",
+    IMPLEMENTATIONS,
+    keep=_without_x,
+    on_shards=_on_shards,
+)
 
 
 def _shift(values, edge, towards_start):

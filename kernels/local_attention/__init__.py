@@ -4,10 +4,12 @@ Implementations compute the output, and their gradients those of q, k, v and the
 keys and values; the ring is written here, once for all of them.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels import meshes
+from recurrentgemma.kernels import meshes, sharded
 from recurrentgemma.kernels.checks import (
     MAX_COUNT,
     check_array,
@@ -22,6 +24,7 @@ from recurrentgemma.kernels.local_attention import (
     one_query,
     reference,
     ring,
+    shards,
     splash,
     streamed,
 )
@@ -80,25 +83,32 @@ def local_attention(
         soft_cap = number("soft_cap", soft_cap, above=0)
     settings = Settings(window, scale, soft_cap)
 
-    def attend_and_write(q, k, v, positions, cache):
-        kept = ring.empty(k, v, 0) if cache is None else KVCache(*cache)
+    def attend_and_write(q, k, v, positions, *cache):
+        given = None if cache[0] is None else KVCache(*cache)
+        kept = given or ring.empty(k, v, 0)
         chunk = Chunk(q, k, v, positions, kept)
         out, _ = call(LOCAL_ATTENTION, implementation, chunk, settings=settings)
         if k.shape[1] == 1 or window is None:
             positions = ring.after(out, positions)
-        if cache is None:
-            kept = ring.empty(k, v, k.shape[1] if window is None else window)
+        kept = given or ring.empty(k, v, slots)
         write = ring.write_in_place if window is None else ring.write
-        return out, write(*meshes.vary_alike((kept, k, v, positions)))
+        return out, *write(*meshes.vary_alike((kept, k, v, positions)))
 
-    def result_specs():
-        kept = KVCache(None, None, None) if cache is None else cache
-        dims = f"{ARGUMENTS}->btnh,bskh,bskh,bs"
-        out, *ring = meshes.result_specs(dims, (q, k, v, positions, *kept))
-        return out, KVCache(*ring)
+    def on_shards(axis, q, k, v, positions, *cache):
+        if cache[0] is None:
+            cache = ring.empty(k, v, slots)
+        before = shards.ring_before(KVCache(*cache), k, v, positions, axis)
+        out, *after = attend_and_write(q, k, v, positions, *before)
+        return out, *sharded.of_last_token(after, positions, axis)
 
-    arguments = (q, k, v, positions, cache)
-    return meshes.with_auto_axes(attend_and_write, result_specs, *arguments)
+    slots = k.shape[1] if window is None else window
+    kept = KVCache(None, None, None) if cache is None else cache
+    arguments = (q, k, v, positions, *kept)
+    dims = f"{ARGUMENTS}->btnh,bskh,bskh,bs"
+    run = partial(meshes.run_along_time, dims, attend_and_write, on_shards)
+    specs = partial(meshes.result_specs, dims, arguments)
+    out, *after = meshes.with_auto_axes(run, specs, *arguments)
+    return out, KVCache(*after)
 
 
 ARGUMENTS = "btnh,btkh,btkh,bt,bskh,bskh,bs"

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from recurrentgemma.kernels import sharded
 from recurrentgemma.kernels.checks import (
     check_arrays,
     check_implementation,
@@ -36,6 +37,7 @@ from recurrentgemma.kernels.rg_lru.gates import (
     Gate,
     Inputs,
     expected_gates,
+    from_logits,
 )
 
 
@@ -161,7 +163,19 @@ IMPLEMENTATIONS = {
 }
 """The kernel "pallas_tpu" has the products inside, where the gates come as parameters;
 "pallas_tpu_from_logits" takes any blocks, after the products."""
-FROM_LOGITS = Op("rg_lru", "btc,btc,btc,c,bt,bc->btc,bc", IMPLEMENTATIONS)
+
+
+def _on_shards(recurrence, axis, inputs, **options):
+    del options
+    scanned = reference.scan_inputs(from_logits(inputs))
+    start = sharded.start_state(*scanned, inputs.h0, axis)
+    y, h = recurrence(inputs._replace(h0=start))
+    return y, sharded.last_state(h, axis)
+
+
+FROM_LOGITS = Op(
+    "rg_lru", "btc,btc,btc,c,bt,bc->btc,bc", IMPLEMENTATIONS, on_shards=_on_shards
+)
 FROM_GATES = dataclasses.replace(FROM_LOGITS, dims="btc,gio,go,gio,go,c,bt,bc->btc,bc")
 
 

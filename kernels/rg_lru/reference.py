@@ -61,19 +61,20 @@ def scan_decay(a: jax.Array, position: jax.Array) -> jax.Array:
 
 def recurrence(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     """See `rg_lru`."""
-    scan_input, a = _scan_inputs(inputs)
+    scan_input, a = scan_inputs(inputs)
     y, h_last = scan(scan_input, a, inputs.h0, reverse=False)
     return y.astype(inputs.x.dtype), h_last
 
 
 def one_step(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     """The same for T = 1, without a loop."""
-    scan_input, a = _scan_inputs(inputs)
+    scan_input, a = scan_inputs(inputs)
     h = a[:, 0] * inputs.h0 + scan_input[:, 0]
     return h.astype(inputs.x.dtype)[:, None], h
 
 
-def _scan_inputs(inputs):
+def scan_inputs(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+    """Inputs and decays of the linear scan, float32 [B, T, E]."""
     x, recurrence_gate, input_gate, a_param, positions, _ = inputs
     logits = product(x, recurrence_gate), product(x, input_gate)
     _, i, _, a, u = gate_values(*logits, a_param)

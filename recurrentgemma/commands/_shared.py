@@ -15,6 +15,7 @@ from absl import flags
 from recurrentgemma.commands import UsageError
 
 if TYPE_CHECKING:
+    from recurrentgemma.config import GriffinConfig
     from recurrentgemma.generation.prefix import Prefix
     from recurrentgemma.generation.sampler import Sampler
 
@@ -49,6 +50,17 @@ def define_variant(values: flags.FlagValues) -> None:
         "dtype of the matrices of linear layers and of the embedding",
         flag_values=values,
     )
+
+
+def find_config(name: str) -> "GriffinConfig":
+    """The config of a preset or of a checkpoint's directory; weights are not read."""
+    from recurrentgemma.config import PRESETS
+
+    if name in PRESETS:
+        return PRESETS[name]
+    from recurrentgemma.checkpoints import read_config
+
+    return read_config(name)
 
 
 def define_text(values: flags.FlagValues) -> None:

@@ -8,6 +8,7 @@ from absl import flags
 from recurrentgemma import cost
 from recurrentgemma.cache import grows
 from recurrentgemma.commands import UsageError
+from recurrentgemma.commands._shared import find_config
 from recurrentgemma.config import PRESETS, GriffinConfig
 
 USAGE = "[MODEL] [FLAGS]"
@@ -39,7 +40,7 @@ def run(values: dict[str, Any], arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise UsageError(f"expected one model, got {len(arguments)}")
     name = arguments[0] if arguments else values["model"]
-    config = _find_config(name)
+    config = find_config(name)
     context, batch_size = values["context"], values["batch-size"]
     fields = {
         key: " ".join(value) if isinstance(value, list) else value
@@ -61,14 +62,6 @@ def run(values: dict[str, Any], arguments: list[str]) -> None:
         ),
     ]
     print("\n\n".join(sections))
-
-
-def _find_config(name: str) -> GriffinConfig:
-    if name in PRESETS:
-        return PRESETS[name]
-    from recurrentgemma.checkpoints import read_config
-
-    return read_config(name)
 
 
 def _section(title: str, rows: Mapping[str, object]) -> str:

@@ -13,6 +13,7 @@ from recurrentgemma.training.guard import GuardConfig
 from recurrentgemma.training.optimizer import OptimizerConfig
 from recurrentgemma.training.options import option
 from recurrentgemma.training.rows import RowsConfig
+from recurrentgemma.training.sharding import MeshConfig
 from recurrentgemma.training.watch import WatchConfig
 
 RECORD = "train_config.json"
@@ -115,6 +116,8 @@ class TrainConfig:
     """What rows begin with, and whether they are read in chunks."""
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     """How the model runs."""
+    devices: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """Where the run lies; another call may resume it elsewhere."""
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
     """What happens at a loss that is not finite, or jumps."""
     watch: WatchConfig = dataclasses.field(default_factory=WatchConfig)

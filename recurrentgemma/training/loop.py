@@ -13,20 +13,23 @@ with the same parameters, bit for bit, as a run that was never interrupted.
 import contextlib
 import math
 import signal
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from recurrentgemma import cost
 from recurrentgemma._atomic import LockedError, lock
 from recurrentgemma.checkpoints import named_parameters, parameter_dtype, save
-from recurrentgemma.config import Runtime
+from recurrentgemma.config import GriffinConfig, Runtime
 from recurrentgemma.griffin import Griffin, unstack_layers
 from recurrentgemma.tokenizer import Tokenizer
+from recurrentgemma.training import sharding
 from recurrentgemma.training.config import TrainConfig, claim
 from recurrentgemma.training.data import Mixture, check_unchanged, open_data
 from recurrentgemma.training.guard import SKIP, guarded
@@ -73,19 +76,22 @@ def train(config: TrainConfig) -> Path:
         OSError: something could not be written; what was saved before is as it was.
         KeyboardInterrupt: interrupted (Ctrl-C, SIGTERM); the state has been saved.
     """
+    config.devices.join()
+    mesh = config.devices.make()
+    sharding.check_batch(mesh, config.data.batch_size, config.data.sequence_length)
     output = Path(config.output)
     architecture = architecture_of(config)
     tokenizer = tokenizer_of(config, architecture)
     training, held_out = open_data(config.data, tokenizer, config.seed)
-    claim(output, config, architecture)
-    with _only_process(output):
-        check_unchanged(output / DATA_RECORD, training)
-        run = _prepare(config, first_model(config, architecture), tokenizer)
+    with _records(output, config, architecture, training) as folder:
+        run = _prepare(config, first_model(config, architecture, mesh), mesh, tokenizer)
         try:
-            params = _run(run, training, held_out)
+            with sharding.on(mesh):
+                params = _run(run, training, held_out, folder)
         finally:
             run.checkpoints.close()
-        save(output / "model", export(run.model, params), tokenizer)
+        if _is_first():
+            save(output / "model", export(run.model, params), tokenizer)
     return output / "model"
 
 
@@ -102,7 +108,9 @@ class _Run(NamedTuple):
     checkpoints: Checkpoints
 
 
-def _prepare(config: TrainConfig, model: Griffin, tokenizer: Tokenizer) -> _Run:
+def _prepare(
+    config: TrainConfig, model: Griffin, mesh: Mesh | None, tokenizer: Tokenizer
+) -> _Run:
     """The state to go on from: the newest, that of the run it branches off, or a new
     one."""
     optimizer = guarded(
@@ -115,8 +123,12 @@ def _prepare(config: TrainConfig, model: Griffin, tokenizer: Tokenizer) -> _Run:
     carried = init_rows(config.rows, model, config.data.batch_size)
     # Its parameters are those of the state, which the first step uses up.
     model = jax.eval_shape(lambda: model)
-    step = jnp.zeros((), jnp.int32)
-    state = TrainState(params, optimizer.init(params), step, carried)
+
+    def first_state(params):
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(params, optimizer.init(params), step, carried)
+
+    state = sharding.make_state(first_state, mesh, params)
     checkpoints = Checkpoints(
         Path(config.output) / STATES,
         keep=config.keep_checkpoints,
@@ -136,8 +148,10 @@ def _prepare(config: TrainConfig, model: Griffin, tokenizer: Tokenizer) -> _Run:
     return _Run(config, model, tokenizer, optimizer, state, frozen, checkpoints)
 
 
-def _run(run: _Run, data: Mixture, evaluation: Mixture | None) -> Parameters:
-    """Trains to the end; returns all parameters."""
+def _run(
+    run: _Run, data: Mixture, evaluation: Mixture | None, folder: Path
+) -> Mapping[str, Any]:
+    """Trains to the end; returns all parameters, whole. Records go to the folder."""
     config, frozen, state = run.config, run.frozen, run.state
     train_step = make_train_step(
         run.model,
@@ -150,10 +164,11 @@ def _run(run: _Run, data: Mixture, evaluation: Mixture | None) -> Parameters:
     evaluation_step = make_evaluation_step(run.model)
     step, skipped = int(state.step), 0
     batch = data.batch(step)
-    with _watch(run, step) as watch, _interruption() as interrupted:
+    with _watch(run, step, folder) as watch, _interruption() as interrupted:
         while step < config.steps:
             started = time.perf_counter()
-            state, metrics = train_step(state, frozen, batch)
+            placed = sharding.place_batch(batch, state.step)
+            state, metrics = train_step(state, frozen, placed)
             step += 1
             last = step == config.steps
             # While the devices work.
@@ -166,9 +181,11 @@ def _run(run: _Run, data: Mixture, evaluation: Mixture | None) -> Parameters:
                 batches = evaluation.batches(
                     config.data.batch_size, config.evaluation_batches
                 )
+                placed = (sharding.place_batch(b, state.step) for b in batches)
                 params = state.params | frozen
-                row |= _evaluate(evaluation_step(params, b) for b in batches)
-                row |= watch.memories(with_parameters(run.model, params), step)
+                row |= _evaluate(evaluation_step(params, b) for b in placed)
+                model = with_parameters(run.model, sharding.whole(params))
+                row |= watch.memories(model, step)
                 watch.say(f"step {step}: held-out loss {row['held_out_loss']:.4f}")
             watch.step(row, seconds)
             skipped = _look_at(row, config, skipped, run.checkpoints, watch)
@@ -179,21 +196,21 @@ def _run(run: _Run, data: Mixture, evaluation: Mixture | None) -> Parameters:
                 raise KeyboardInterrupt(f"stopped after step {step}; state saved")
             every = config.watch.sample_every
             if every is not None and step % every == 0:
-                model = export(run.model, state.params | frozen)
+                model = export(run.model, sharding.whole(state.params | frozen))
                 watch.sample(model, run.tokenizer, step)
         run.checkpoints.finish()
         watch.plot()
-    return state.params | frozen
+    return sharding.whole(state.params | frozen)
 
 
-def _watch(run: _Run, step: int) -> Watch:
+def _watch(run: _Run, step: int, folder: Path) -> Watch:
     config = run.config
     length = config.data.sequence_length
     tokens = config.data.batch_size * length
     flops = cost.train_flops_per_token(run.model.config, length)
     devices = next(iter(run.state.params.values())).sharding.num_devices
     return Watch(
-        Path(config.output),
+        folder,
         config.watch,
         first_step=step,
         steps=config.steps,
@@ -241,7 +258,7 @@ def _look_at(
     )
 
 
-def export(model: Griffin, params: Parameters) -> Griffin:
+def export(model: Griffin, params: Mapping[str, Any]) -> Griffin:
     """The model with these parameters, those in bfloat16 that `load` would put there,
     its layers not stacked."""
     runtime = Runtime(compute_dtype="bfloat16")
@@ -255,9 +272,25 @@ def export(model: Griffin, params: Parameters) -> Griffin:
     return unstack_layers(converted)
 
 
+def _is_first() -> bool:
+    """Whether this process writes: of several, one does."""
+    return jax.process_index() == 0
+
+
 @contextlib.contextmanager
-def _only_process(output: Path) -> Iterator[None]:
-    """Raises ValueError if another process trains in this directory."""
+def _records(
+    output: Path, config: TrainConfig, architecture: GriffinConfig, data: Mixture
+) -> Iterator[Path]:
+    """The directory for the records of the run, claimed for it.
+
+    Raises:
+        ValueError: it holds another run, or another process trains in it.
+    """
+    if not _is_first():
+        with tempfile.TemporaryDirectory() as unread:
+            yield Path(unread)
+        return
+    claim(output, config, architecture)
     with (output / METRICS).open("ab") as metrics:
         try:
             lock(metrics.fileno())
@@ -266,7 +299,8 @@ def _only_process(output: Path) -> Iterator[None]:
                 f"output: another process trains in {output}; wait for it, or choose "
                 "another directory"
             ) from None
-        yield
+        check_unchanged(output / DATA_RECORD, data)
+        yield output
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ The term of Z^2, the z-loss, keeps the normaliser near 1 (PaLM, arXiv 2204.02311
 section 5).
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import chex
@@ -23,8 +24,8 @@ from einops import rearrange
 
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.kernels.precision import custom_vjp
-from recurrentgemma.layers import soft_cap
-from recurrentgemma.matrices import einsum
+from recurrentgemma.layers import einsum, soft_cap
+from recurrentgemma.training.vocabulary import Parts, parts_of
 
 BLOCK_TOKENS = 1024
 """Most tokens of a block: enough for full-speed matrix products."""
@@ -69,17 +70,16 @@ def token_losses(
     """
     chex.assert_equal_shape([targets, mask])
     chex.assert_equal_shape_prefix([hidden, targets], 2)
-    batch_size, length = targets.shape
-    if block_tokens is None:
-        small = max(BLOCK_LOGITS // model.config.vocab_size, targets.size // BLOCKS)
-        block_tokens = min(BLOCK_TOKENS, small)
-    block = min(length, max(1, block_tokens // batch_size))
-    blocks = tuple(_split(x, block) for x in (hidden, targets, mask))
-    settings = model.config.logits_soft_cap, z_weight
+    embedding = model.embedder.embedding[...]
+    settings = Settings(
+        model.config.logits_soft_cap,
+        z_weight,
+        block_tokens,
+        parts_of(embedding, hidden),
+    )
     with jax.default_matmul_precision(model.runtime.matmul_precision):
-        objective, nats = _sums(settings, model.embedder.embedding[...], *blocks)
-    nats = rearrange(jax.lax.stop_gradient(nats), "n b t -> b (n t)")
-    return Losses(objective, nats[:, :length])
+        objective, nats = _sums(settings, embedding, hidden, targets, mask)
+    return Losses(objective, jax.lax.stop_gradient(nats))
 
 
 def cross_entropy(
@@ -102,25 +102,45 @@ def cross_entropy(
     return losses.objective
 
 
-def _run(settings, embedding, hidden, targets, mask):
-    def add_block(total, xs):
-        objective, nats, _, _ = _block(settings, embedding, *xs)
-        return total + objective, nats
+class Settings(NamedTuple):
+    """What is no array."""
 
-    zero = jnp.zeros((), jnp.float32)
-    return jax.lax.scan(add_block, zero, (hidden, targets, mask))
+    cap: float | None
+    z_weight: float
+    block_tokens: int | None
+    parts: Parts
 
 
-def _forward(settings, embedding, hidden, targets, mask):
-    cap, z_weight = settings
+def _run(settings, *arrays):
+    def on_part(embedding, *arrays):
+        def add_block(total, xs):
+            objective, nats, *_ = _block(settings, embedding, *xs)
+            return total + objective, nats
+
+        blocks = _split(settings, embedding, *arrays)
+        total, nats = jax.lax.scan(add_block, jnp.zeros((), jnp.float32), blocks)
+        return _whole(settings, total, nats, arrays[1]), []
+
+    return settings.parts.run(on_part, *arrays)[0]
+
+
+def _forward(settings, *arrays):
+    return settings.parts.run(partial(_forward_part, settings), *arrays)
+
+
+def _forward_part(settings, embedding, *arrays):
+    cap, z_weight, _, parts = settings
     in_place = embedding.size > LARGE_EMBEDDING
     add_product = _add_in_place if in_place else _add_transposed
 
     def add_block(carry, xs):
         total, d_embedding = carry
-        hidden, targets, mask = xs
-        objective, nats, logits, log_normaliser = _block(settings, embedding, *xs)
+        objective, nats, gathered, logits, log_normaliser = _block(
+            settings, embedding, *xs
+        )
+        hidden, targets, mask = gathered
         pieces = jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None]
+        pieces += parts.first_piece(logits.shape[-1])
         d_logits = jnp.exp(logits - log_normaliser[..., None])
         if z_weight:
             d_logits = d_logits * (1 + 2 * z_weight * log_normaliser[..., None])
@@ -128,17 +148,18 @@ def _forward(settings, embedding, hidden, targets, mask):
         if cap is not None:
             d_logits = d_logits * (1 - jnp.square(logits / cap))
         d_logits = (d_logits * mask[..., None]).astype(hidden.dtype)
-        d_hidden = einsum("btv,vd->btd", d_logits, embedding).astype(hidden.dtype)
+        d_hidden = parts.add_pieces(einsum("btv,vd->btd", d_logits, embedding))
         d_embedding = add_product(d_embedding, d_logits, hidden)
-        return (total + objective, d_embedding), (d_hidden, nats)
+        return (total + objective, d_embedding), (d_hidden.astype(hidden.dtype), nats)
 
     shape = embedding.shape if in_place else embedding.shape[::-1]
     start = jnp.zeros((), jnp.float32), jnp.zeros(shape, jnp.float32)
     (total, d_embedding), (d_hidden, nats) = jax.lax.scan(
-        add_block, start, (hidden, targets, mask)
+        add_block, start, _split(settings, embedding, *arrays)
     )
-    d_embedding = d_embedding if in_place else d_embedding.T
-    return (total, nats), (d_embedding.astype(embedding.dtype), d_hidden)
+    d_embedding = parts.add_tokens(d_embedding if in_place else d_embedding.T)
+    gradients = [d_embedding.astype(embedding.dtype), _join(d_hidden, arrays[1])]
+    return _whole(settings, total, nats, arrays[1]), gradients
 
 
 def _add_transposed(d_embedding, d_logits, hidden):
@@ -148,7 +169,7 @@ def _add_transposed(d_embedding, d_logits, hidden):
 
 def _add_in_place(d_embedding, d_logits, hidden):
     """[V, D], in parts: neither the sum nor what is added to it is there twice."""
-    vocab_size = len(d_embedding)
+    vocab_size, _ = d_embedding.shape
     parts = -(-d_embedding.size // LARGE_EMBEDDING)
     rows = -(-vocab_size // parts)
 
@@ -175,20 +196,43 @@ def _backward(settings, gradients, cotangents):
 _sums = custom_vjp(_run, _forward, _backward, static=(0,))
 
 
-def _block(settings, embedding, hidden, targets, mask):
-    """A block's objective, its nats [B, t], logits [B, t, V] and logsumexp [B, t]."""
-    cap, z_weight = settings
+def _block(settings, embedding, *block):
+    """A block's objective and nats [B, t]; hidden, targets and mask of the devices that
+    have other pieces; their logits [B, t, V] and logsumexp [B, t]."""
+    cap, z_weight, _, parts = settings
+    hidden, targets, mask = gathered = tuple(map(parts.gather, block))
     logits = soft_cap(einsum("btd,vd->btv", hidden, embedding), cap)
-    log_normaliser = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    nats = log_normaliser - chosen
+    log_normaliser = parts.logsumexp(logits)
+    nats = log_normaliser - parts.take(logits, targets)
     objective = jnp.sum(nats * mask)
     if z_weight:
         objective = objective + z_weight * jnp.sum(jnp.square(log_normaliser) * mask)
-    return objective, nats, logits, log_normaliser
+    return objective, parts.own_rows(nats, 0), gathered, logits, log_normaliser
 
 
-def _split(x: jax.Array, block: int) -> jax.Array:
-    """[B, T, ...] -> [T / block, B, block, ...], padded with zeros."""
-    widths = [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2)
-    return rearrange(jnp.pad(x, widths), "b (n t) ... -> n b t ...", t=block)
+def _whole(settings, objective, nats, targets):
+    """The objective of all devices, and the nats of this one's tokens [B, T]."""
+    return settings.parts.add_tokens(objective), _join(nats, targets)
+
+
+def _split(settings, embedding, *arrays):
+    """Each [B, T, ...] -> [T / block, B, block, ...], padded with zeros."""
+    batch_size, length = arrays[1].shape
+    batch_size *= settings.parts.num_gathered
+    block_tokens = settings.block_tokens
+    if block_tokens is None:
+        small = max(BLOCK_LOGITS // len(embedding), batch_size * length // BLOCKS)
+        block_tokens = min(BLOCK_TOKENS * settings.parts.num_pieces, small)
+    block = min(length, max(1, block_tokens // batch_size))
+
+    def split(x):
+        widths = [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2)
+        return rearrange(jnp.pad(x, widths), "b (n t) ... -> n b t ...", t=block)
+
+    return tuple(map(split, arrays))
+
+
+def _join(blocks, targets):
+    """[T / block, B, block, ...] -> [B, T, ...], for targets [B, T]."""
+    joined = rearrange(blocks, "n b t ... -> b (n t) ...")
+    return joined[:, : targets.shape[1]]

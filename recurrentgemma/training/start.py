@@ -9,8 +9,14 @@ from typing import Any
 import jax
 from absl import logging
 from flax import nnx
+from jax.sharding import Mesh
 
-from recurrentgemma.checkpoints import load, open_checkpoint, parameter_dtype
+from recurrentgemma.checkpoints import (
+    load,
+    named_parameters,
+    open_checkpoint,
+    parameter_dtype,
+)
 from recurrentgemma.checkpoints.hugging_face import MODEL_TYPES
 from recurrentgemma.checkpoints.model_types import config_from_json
 from recurrentgemma.checkpoints.parameters import check_tokenizer
@@ -18,9 +24,9 @@ from recurrentgemma.checkpoints.stored import CONFIG_FILE
 from recurrentgemma.config import PRESETS, GriffinConfig, Runtime, find_preset
 from recurrentgemma.griffin import Griffin, stack_layers
 from recurrentgemma.tokenizer import Tokenizer
-from recurrentgemma.training import options
+from recurrentgemma.training import options, sharding
 from recurrentgemma.training.config import TrainConfig
-from recurrentgemma.training.state import Checkpoints, TrainState
+from recurrentgemma.training.state import Checkpoints, TrainState, with_parameters
 
 BUNDLED_TOKENIZER = Path(__file__).parents[1] / "assets" / "nano" / "tokenizer.model"
 DEFAULT_MODEL = "nano"
@@ -93,21 +99,31 @@ def tokenizer_of(config: TrainConfig, architecture: GriffinConfig) -> Tokenizer:
     return tokenizer
 
 
-def first_model(config: TrainConfig, architecture: GriffinConfig) -> Griffin:
-    """The model before the first step: parameters are float32, loaded or random."""
+def first_model(
+    config: TrainConfig, architecture: GriffinConfig, mesh: Mesh | None
+) -> Griffin:
+    """The model before the first step: float32, loaded or random, on the mesh."""
     compute = config.compute
     runtime = Runtime(compute_dtype=compute.compute_dtype, remat=compute.remat)
-    if config.init_from is None:
+
+    def stacked(model: Griffin) -> Griffin:
+        return stack_layers(model) if compute.stack_layers else model
+
+    def random() -> Griffin:
         rngs = nnx.Rngs(config.seed)
-        model = Griffin(architecture, rngs=rngs, runtime=runtime)
-    else:
-        model, _ = load(
-            config.init_from,
-            config=architecture,
-            runtime=runtime,
-            param_dtype="float32",
-        )
-    return stack_layers(model) if compute.stack_layers else model
+        return stacked(Griffin(architecture, rngs=rngs, runtime=runtime))
+
+    if config.init_from is None:
+        params = sharding.make_state(lambda: named_parameters(random()), mesh)
+        return with_parameters(jax.eval_shape(random), params)
+    model, _ = load(
+        config.init_from,
+        config=architecture,
+        runtime=runtime,
+        param_dtype="float32",
+        sharding=None if mesh is None else sharding.rule_of(mesh),
+    )
+    return stacked(model)
 
 
 def frozen_in_compute_dtype(

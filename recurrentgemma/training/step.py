@@ -20,10 +20,12 @@ import optax
 
 from recurrentgemma.cache import Cache
 from recurrentgemma.griffin import Griffin
+from recurrentgemma.kernels import meshes
 from recurrentgemma.training.data import Batch
 from recurrentgemma.training.guard import GuardState, choose
 from recurrentgemma.training.losses import token_losses
 from recurrentgemma.training.rows import RowsConfig, reading
+from recurrentgemma.training.sharding import keep_shardings
 from recurrentgemma.training.state import Parameters, TrainState, with_parameters
 
 Metrics = dict[str, jax.Array]
@@ -205,7 +207,7 @@ def make_train_step(
             metrics["learning_rate"] = jnp.asarray(learning_rate(scheduled))
         return TrainState(params, optimizer_state, state.step + 1, carried), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(keep_shardings(train_step), donate_argnums=0)
 
 
 def _interleaved(x: jax.Array, parts: int) -> jax.Array:
@@ -225,6 +227,9 @@ def _joined(x: jax.Array) -> jax.Array:
 
 def make_evaluation_step(model: Griffin) -> Callable[[Parameters, Batch], Metrics]:
     """A jitted (params, batch) -> the sums of `batch_sums`; params are all of them."""
-    return jax.jit(
-        lambda params, batch: batch_sums(with_parameters(model, params), batch)[0]
-    )
+
+    @meshes.as_program
+    def evaluation_step(params: Parameters, batch: Batch) -> Metrics:
+        return batch_sums(with_parameters(model, params), batch)[0]
+
+    return jax.jit(evaluation_step)

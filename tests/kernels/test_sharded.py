@@ -1,12 +1,15 @@
-"""Sequence-sharded ops give the numbers of the plain ones, in both directions."""
+"""Ops on a sequence that is cut along time give the numbers of one device, in both
+directions of the gradient."""
+
+import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from recurrentgemma.kernels import KVCache, local_attention, sharded
-from recurrentgemma.kernels.sharded import SequenceSharding
+from recurrentgemma.kernels import KVCache, linear_scan, local_attention, rg_lru
 from tests.kernels import definitions
 from tests.tolerances import assert_close
 
@@ -15,11 +18,12 @@ N, K, H = 4, 2, 5
 SHARDS = 4
 
 
-@pytest.fixture(scope="module")
-def sharding():
-    devices = np.array(jax.devices()[: 2 * SHARDS]).reshape(2, SHARDS)
-    mesh = jax.sharding.Mesh(devices, ("data", "time"))
-    return SequenceSharding(mesh, sequence="time", batch="data")
+@pytest.fixture
+def mesh():
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, SHARDS), ("data", "sequence"), axis_types=kinds)
+    with jax.set_mesh(mesh):
+        yield mesh
 
 
 def normal(rng, *shape):
@@ -48,7 +52,7 @@ def evaluate(op, arguments, cotangents, differentiated):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_linear_scan(sharding, reverse):
+def test_linear_scan(mesh, reverse):
     rng = np.random.default_rng(0)
     x, y_cotangent = normal(rng, B, T, D), normal(rng, B, T, D)
     a = rng.uniform(-0.6, 1.05, x.shape).astype(np.float32)
@@ -56,7 +60,7 @@ def test_linear_scan(sharding, reverse):
     h0, last_cotangent = normal(rng, B, D), normal(rng, B, D)
 
     def op(x, a, h0):
-        return sharded.linear_scan(x, a, h0, sharding=sharding, reverse=reverse)
+        return linear_scan(x, a, h0, reverse=reverse)
 
     cotangents = (y_cotangent, last_cotangent)
     gradients, (y, h_last) = evaluate(op, (x, a, h0), cotangents, (0, 1, 2))
@@ -68,21 +72,21 @@ def test_linear_scan(sharding, reverse):
     assert_close(gradients[2], expected["grad_h0"], "gradient")
 
 
-def test_scan_without_a_first_state_stays_in_its_shards(sharding):
+def test_what_is_whole_stays_in_its_shards(mesh):
+    """No device gathers the sequence, and every one runs the op once."""
     x = jnp.ones((B, T, D))
-    compiled = (
-        jax.jit(lambda x: sharded.linear_scan(x, x, sharding=sharding))
-        .lower(x)
-        .compile()
-    )
+    compiled = jax.jit(lambda x: linear_scan(x, x)).lower(x).compile()
     y, h_last = compiled(x)
     assert y.sharding.shard_shape(y.shape) == (B // 2, T // SHARDS, D)
     assert_close(y[0, :, 0], np.arange(1, T + 1), "scan")
     assert_close(h_last, np.full((B, D), T), "scan")
+    text = compiled.as_text()
+    assert not re.findall(rf"{T},{D}[^=]* all-gather", text)
+    assert len(re.findall(r" while\(", text)) == 2  # over tokens, over shards
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rg_lru(sharding, dtype):
+def test_rg_lru(mesh, dtype):
     """Documents start and rows are held anywhere, at the edges of shards too."""
     rng = np.random.default_rng(1)
     x, r, i, y_cotangent = (normal(rng, B, T, D) for _ in range(4))
@@ -94,7 +98,7 @@ def test_rg_lru(sharding, dtype):
     x, r, i = (jnp.asarray(array, dtype) for array in (x, r, i))
 
     def op(*arguments):
-        return sharded.rg_lru(*arguments, sharding=sharding)
+        return rg_lru(*arguments)
 
     arguments, cotangents = (
         (x, r, i, a_param, positions, h0),
@@ -133,7 +137,7 @@ def cache_of(slots):
 
 @pytest.mark.parametrize("with_cache", [False, True])
 @pytest.mark.parametrize("window", [5, 20, None])
-def test_local_attention(sharding, window, with_cache):
+def test_local_attention(mesh, window, with_cache):
     """A window within a shard of 8, over three of them, and over everything."""
     qkv, positions, cotangent = attention_inputs()
     cache = cache_of(window or 64) if with_cache else None
@@ -166,10 +170,12 @@ def test_local_attention(sharding, window, with_cache):
         places = (0, 1, 2, 3) if cache else (0, 1, 2)
         return evaluate(op, (*qkv, cached), cotangents, places)
 
-    gradients, (*arrays, held) = run(sharded.local_attention, sharding=sharding)
-    true_gradients, (*true_arrays, true_held) = run(
-        local_attention, implementation="reference"
-    )
+    gradients, (*arrays, held) = run(local_attention)
+    one_device = jax.sharding.AbstractMesh((), ())
+    with jax.sharding.use_abstract_mesh(one_device):
+        true_gradients, (*true_arrays, true_held) = run(
+            local_attention, implementation="reference"
+        )
     np.testing.assert_array_equal(held, true_held)
     for actual, expected in zip(arrays, true_arrays, strict=True):
         assert_close(actual, expected, "attention")
@@ -178,11 +184,17 @@ def test_local_attention(sharding, window, with_cache):
         assert_close(actual, expected, "gradient")
 
 
-def test_errors(sharding):
-    x = jnp.ones((B, T - 2, D))
-    with pytest.raises(ValueError, match=r"\(2, 30, 6\) must be a multiple of the 4"):
-        sharded.linear_scan(x, x, sharding=sharding)
+@pytest.mark.parametrize("length", [1, 30])
+def test_a_length_that_does_not_divide_is_whole(mesh, length):
+    x = jnp.ones((B, length, D))
+    y, h_last = jax.jit(linear_scan)(x, x)
+    assert_close(y[0, :, 0], np.arange(1, length + 1), "scan")
+    assert_close(h_last, np.full((B, D), length), "scan")
+
+
+def test_implementations_by_name(mesh):
+    x = jnp.full((B, T, D), 0.5)
+    y, _ = jax.jit(partial(linear_scan, implementation="associative"))(x, x)
+    assert_close(y, linear_scan(x, x)[0], "scan")
     with pytest.raises(NotImplementedError, match="got 'fastest'"):
-        sharded.linear_scan(
-            x[:, 2:], x[:, 2:], sharding=sharding, implementation="fastest"
-        )
+        linear_scan(x, x, implementation="fastest")

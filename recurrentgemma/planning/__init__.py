@@ -1,0 +1,1 @@
+"""Planning: what a program takes on TPUs that are not here, from their real compiler."""
