@@ -26,7 +26,7 @@ COMMANDS = {
     "score": "show how probable a text is",
     "prefill": "read a text once, to continue from it often",
     "batch": "continue all prompts of a JSONL file",
-    "train": "train a model from scratch",
+    "train": "train a model, new or loaded",
     "info": "show the config, parameters and memory of a model",
     "convert": "write a checkpoint in another layout",
     "verify": "check a checkpoint and print a certificate",
