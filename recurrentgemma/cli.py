@@ -32,7 +32,7 @@ COMMANDS = {
     "prefill": "read a text once, to continue from it often",
     "batch": "continue all prompts of a JSONL file",
     "eval": "evaluate a model on questions, needles, harness tasks or a model card",
-    "train": "train a model from scratch",
+    "train": "train a model, new or loaded",
     "tune": "learn a prefix that a kind of text begins with",
     "info": "show the config, parameters and memory of a model",
     "convert": "write a checkpoint in another layout",

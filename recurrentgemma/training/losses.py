@@ -24,7 +24,8 @@ from einops import rearrange
 
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.kernels.precision import custom_vjp
-from recurrentgemma.layers import einsum, soft_cap
+from recurrentgemma.layers import soft_cap
+from recurrentgemma.matrices import einsum
 from recurrentgemma.training.vocabulary import Parts, parts_of
 
 BLOCK_TOKENS = 1024

@@ -35,9 +35,22 @@ TOKENS = "tokens"
 OBJECTIVE = "objective"
 """What is minimised, where it is more than the loss."""
 BY_POSITION = "by_position"
-"""Sums by position in the document, [2, POSITION_RANGES]: nats, and counted targets.
-Range i holds the positions from 2^i - 1 to 2^(i + 1) - 2."""
+"""Sums by position, [2, POSITION_RANGES]: nats, and counted targets. The position is the
+number of tokens of its document that the model has read before a token: of a row that
+begins inside a document, those of the row. Range i is from 2^i - 1 to 2^(i + 1) - 2."""
 POSITION_RANGES = 32
+
+
+def whole_rows(tokens: Any) -> Batch:
+    """A batch whose rows are a document each; the loss is of every next token.
+
+    Args:
+        tokens: int32 [B, T + 1].
+    """
+    batch_size, length = np.shape(tokens)
+    positions = np.tile(np.arange(length - 1, dtype=np.int32), (batch_size, 1))
+    mask = np.ones_like(positions, np.float32)
+    return Batch(tokens[:, :-1], positions, tokens[:, 1:], mask)
 
 
 def batch_sums(
@@ -57,22 +70,26 @@ def batch_sums(
     """
     chex.assert_rank(batch.tokens, 2)
     chex.assert_equal_shape(batch)
+    from_nothing = cache is None
     hidden, cache = model(batch.tokens, batch.positions, cache)
     found = token_losses(model, hidden, batch.targets, batch.mask, z_weight=z_weight)
     nats = found.nats * batch.mask
     sums = {
         "loss": found.objective,
         TOKENS: jnp.sum(batch.mask),
-        BY_POSITION: _by_position(nats, batch),
+        BY_POSITION: _by_position(nats, batch, from_nothing=from_nothing),
     }
     if z_weight:
         sums |= {"loss": jnp.sum(nats), OBJECTIVE: found.objective}
     return sums, cache
 
 
-def _by_position(nats: jax.Array, batch: Batch) -> jax.Array:
-    position = jnp.maximum(jnp.asarray(batch.positions), 0).astype(jnp.uint32)
-    ranges = (31 - jax.lax.clz(position + 1)).astype(jnp.int32).reshape(-1)
+def _by_position(nats: jax.Array, batch: Batch, *, from_nothing: bool) -> jax.Array:
+    read = jnp.asarray(batch.positions)
+    if from_nothing:
+        read = jnp.minimum(read, jnp.arange(read.shape[1])[None])
+    number = jnp.maximum(read, 0).astype(jnp.uint32) + 1
+    ranges = (31 - jax.lax.clz(number)).astype(jnp.int32).reshape(-1)
     values = jnp.stack([nats.reshape(-1), jnp.asarray(batch.mask).reshape(-1)])
     zeros = jnp.zeros((2, POSITION_RANGES), jnp.float32)
     return zeros.at[:, ranges].add(values)
@@ -103,7 +120,7 @@ def means(batches: Iterable[Metrics]) -> dict[str, float]:
 
 
 def loss_by_position(totals: Mapping[str, Any]) -> dict[str, float]:
-    """Mean nats of the targets whose context has a length, by its range.
+    """Mean nats by position (see `BY_POSITION`).
 
     Args:
         totals: as `add_up` returns them.

@@ -301,7 +301,7 @@ def test_a_watched_run(corpus, tmp_path, monkeypatch, capsys):
     rows = metrics_of(tmp_path / "run")
     assert rows[0]["share_of_peak"] > 0
     by_position = rows[1]["held_out_loss_by_position"]
-    assert list(by_position) == ["0", "1", "3", "7", "15", "31"]
+    assert list(by_position) == ["0", "1", "3", "7", "15"]
     assert min(by_position.values()) < rows[1]["held_out_loss"]
     histogram = rows[1]["memory_tokens_histogram"]["blocks.0"]
     assert sum(histogram.values()) == TINY.lru_width

@@ -1,5 +1,8 @@
 """The train step: frozen parameters, rows that go on, parts of a batch, bad steps."""
 
+import runpy
+from pathlib import Path
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,14 +10,22 @@ import numpy as np
 import optax
 import pytest
 
-from recurrentgemma import Runtime
+import recurrentgemma
+from recurrentgemma import Runtime, load, save, training
 from recurrentgemma.checkpoints import named_parameters
 from recurrentgemma.griffin import stack_layers
 from recurrentgemma.training import guard
-from recurrentgemma.training.data import Batch
 from recurrentgemma.training.guard import GuardConfig, guarded
 from recurrentgemma.training.state import new_state, with_parameters
-from recurrentgemma.training.step import batch_sums, make_train_step
+from recurrentgemma.training.step import (
+    BY_POSITION,
+    add_up,
+    batch_sums,
+    loss_by_position,
+    make_train_step,
+    mean_loss,
+    whole_rows,
+)
 from tests.models import random_model, random_tokens, tiny_config
 from tests.tolerances import assert_close
 
@@ -28,14 +39,10 @@ def model():
 
 
 def batch_of(tokens, start=0):
-    """Rows [B, T + 1] as inputs and targets of documents that begin before `start`."""
-    length = tokens.shape[1] - 1
-    positions = start + jnp.arange(length, dtype=jnp.int32)
-    return Batch(
-        tokens=tokens[:, :-1],
-        positions=jnp.broadcast_to(positions, (len(tokens), length)),
-        targets=tokens[:, 1:],
-        mask=jnp.ones((len(tokens), length)),
+    """Rows [B, T + 1] of documents whose first token here has position `start`."""
+    batch = whole_rows(tokens)
+    return batch._replace(
+        mask=jnp.asarray(batch.mask), positions=batch.positions + start
     )
 
 
@@ -83,6 +90,9 @@ def test_rows_go_on_where_the_last_step_that_counted_ended(model):
     chex.assert_trees_all_close(between.rows, cache, atol=1e-4)
     trained = with_parameters(model, between.params)
     sums, cache = jax.jit(batch_sums)(trained, second, between.rows)
+    # 8 to 14 tokens were read before the first seven targets, 15 before the last.
+    counts = {3: 2 * 7, 4: 2 * 1}
+    assert {i: n for i, n in enumerate(sums[BY_POSITION][1]) if n} == counts
     np.testing.assert_allclose(
         metrics["loss"], sums["loss"] / sums["tokens"], rtol=1e-5
     )
@@ -127,6 +137,24 @@ def test_a_bad_step_changes_nothing(loss):
     assert (updates["x"] != 0).all()
 
 
+def test_losses_by_position(model, plain):
+    """Rows that begin inside a document have read nothing of it before."""
+    tokens = random_tokens((2, LENGTH + 1))
+    batch = batch_of(tokens, start=jnp.array([[0], [5]]))
+    batch = batch._replace(mask=batch.mask.at[0, 6].set(0.0))
+    sums = add_up([jax.jit(batch_sums)(model, batch)[0]])
+    hidden, _ = model(batch.tokens, batch.positions)
+    log_p = jax.nn.log_softmax(model.logits(hidden))
+    nats = -np.take_along_axis(np.asarray(log_p), batch.targets[..., None], 2)[..., 0]
+    counted = np.asarray(batch.mask) > 0
+    found = loss_by_position(sums)
+    assert list(found) == ["0", "1", "3", "7"]
+    for first, last in ((0, 0), (1, 2), (3, 6), (7, 7)):
+        part = (slice(None), slice(first, last + 1))
+        expected = nats[part][counted[part]].mean()
+        np.testing.assert_allclose(found[str(first)], expected, rtol=1e-5)
+
+
 def test_stacked_layers_and_bfloat16_are_ways_to_run(plain):
     """Float32 parameters and gradients; the same loss."""
     batch, _, metrics = plain
@@ -137,3 +165,30 @@ def test_stacked_layers_and_bfloat16_are_ways_to_run(plain):
     state, found = make_train_step(model, optimizer)(state, {}, batch)
     assert_close(found["loss"], metrics["loss"], "loss", "bfloat16")
     assert {leaf.dtype.name for leaf in state.params.values()} == {"float32"}
+
+
+def test_the_loop_of_the_readme_runs_as_it_is_written(tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    code = readme.split("A loop of your own:")[1].split("```")[1]
+    code = code.removeprefix("python\n")
+    lines = [line for line in code.splitlines() if line and "import" not in line]
+    assert len(lines) <= 10
+    module = training.__doc__ or ""
+    assert all(line.strip() in module for line in code.splitlines())
+    # The model of that name is a small one here.
+    save(tmp_path / "small", random_model(CONFIG), None)
+    monkeypatch.setattr(
+        recurrentgemma,
+        "load",
+        lambda name, **settings: load({"nano": tmp_path / "small"}[name], **settings),
+    )
+    monkeypatch.chdir(tmp_path)
+    tokens = np.asarray(random_tokens((2, LENGTH + 1)))
+    (tmp_path / "loop.py").write_text(code)
+    names = runpy.run_path("loop.py", {"batches": [tokens] * 3})
+    before, _ = load(tmp_path / "small")
+    after, _ = load("tuned")
+    loss = jax.jit(mean_loss)
+    batch = whole_rows(tokens)
+    assert loss(after, batch) < loss(before, batch)
+    assert float(names["metrics"]["loss"]) < loss(before, batch)
