@@ -93,7 +93,7 @@ def find_files(source: str | Path, ignored: Collection[str] = ()) -> list[Source
     Args:
         source: see the module's docstring. Of a directory, files that are empty or not
             UTF-8 are left out later.
-        ignored: names of fields of records that have no meaning here.
+        ignored: names of fields of records that are not used.
 
     Raises:
         ValueError: the source does not exist, or is a dataset with several splits.

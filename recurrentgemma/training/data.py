@@ -75,7 +75,9 @@ class DataConfig:
         default="",
     )
     batch_size: int = option("rows of a step", default=4)
-    sequence_length: int = option("tokens of a row", default=512)
+    sequence_length: int = option(
+        "tokens of a row; examples with a response lose what does not fit", default=512
+    )
     order: str = option(
         "order of rows: shuffled, or continuous, where each row of a batch continues "
         "that of the batch before",
