@@ -78,7 +78,8 @@ class Document:
         ids = [tokenizer.bos_id]
         for part in [self.text] if cuts is None else cuts.parts(self):
             ids += tokenizer.encode(part, add_bos=False)
-        return [Span([*ids, tokenizer.eos_id], True)]
+        ids.append(tokenizer.eos_id)
+        return [Span(ids, True)]
 
 
 @dataclasses.dataclass(frozen=True)
