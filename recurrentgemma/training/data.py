@@ -121,11 +121,14 @@ def open_data(
 
     Example:
         >>> config = DataConfig(
-        ...     data="answers.jsonl:0.7,books:0.3", batch_size=2, sequence_length=16
+        ...     data="book.txt:0.7,answers:0.3", batch_size=2, sequence_length=16
         ... )
-        >>> training, held_out = open_data(config, tokenizer, seed=0)
-        >>> training.batch(0).tokens.shape
-        (2, 16)
+        >>> answers = [{"prompt": "def f", "response": "(x):"}]
+        >>> training, held_out = open_data(
+        ...     config, tokenizer, seed=0, collections={"answers": answers}
+        ... )
+        >>> batch = training.batch(step=7)
+        >>> assert batch.tokens.shape == batch.mask.shape == (2, 16)
 
     Args:
         config: what is read.
