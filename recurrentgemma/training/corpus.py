@@ -44,10 +44,6 @@ PYTHON_STDLIB = "python-stdlib"
 _NOT_STDLIB = {"site-packages", "dist-packages", "encodings", "pydoc_data"}
 _BUILD_FILES = ("_sysconfigdata", "config-")
 
-# What `datasets` writes beside its Arrow files: of a dataset, and of one with splits.
-_DATASET_STATE = "state.json"
-_DATASET_SPLITS = "dataset_dict.json"
-
 
 def parse_sources(
     data: str, names: Collection[str] = ()
@@ -93,7 +89,7 @@ def find_files(source: str | Path, ignored: Collection[str] = ()) -> list[Source
     Args:
         source: see the module's docstring. Of a directory, files that are empty or not
             UTF-8 are left out later.
-        ignored: names of fields of records that have no meaning here.
+        ignored: names of fields of records that are not used.
 
     Raises:
         ValueError: the source does not exist, or is a dataset with several splits.
@@ -105,17 +101,10 @@ def find_files(source: str | Path, ignored: Collection[str] = ()) -> list[Source
         root = Path(source)
         if root.is_file():
             root, paths = root.parent, [root]
-        elif (root / _DATASET_SPLITS).is_file():
-            splits = _read_json(root / _DATASET_SPLITS)["splits"]
-            raise ValueError(
-                f"data: expected one split of the dataset in {str(source)!r}, got "
-                f"{', '.join(splits)}; give {root / splits[0]}"
-            )
-        elif (root / _DATASET_STATE).is_file():
-            state = _read_json(root / _DATASET_STATE)
-            paths = [root / file["filename"] for file in state["_data_files"]]
         elif root.is_dir():
-            paths = [path for path in root.rglob("*") if path.is_file()]
+            paths = _files_of_dataset(root)
+            if paths is None:
+                paths = [path for path in root.rglob("*") if path.is_file()]
         else:
             raise ValueError(
                 f"data: expected {PYTHON_STDLIB!r}, a directory or a file, got "
@@ -193,11 +182,23 @@ def _is_stdlib(path: Path, root: Path) -> bool:
     return _NOT_STDLIB.isdisjoint(parts) and not parts[0].startswith(_BUILD_FILES)
 
 
-def _read_json(path: Path) -> Any:
+def _files_of_dataset(root: Path) -> list[Path] | None:
+    """The Arrow files of a dataset on disk; None for any other directory."""
+    if splits := _value_in(root / "dataset_dict.json", "splits"):
+        raise ValueError(
+            f"data: expected one split of the dataset in {str(root)!r}, got "
+            f"{', '.join(splits)}; give {root / splits[0]}"
+        )
+    files = _value_in(root / "state.json", "_data_files")
+    return None if files is None else [root / file["filename"] for file in files]
+
+
+def _value_in(path: Path, key: str) -> Any:
+    """The value in a file that `datasets` writes; None if there is no such file."""
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"data: cannot read {path}: {error}") from error
+        return json.loads(path.read_bytes())[key]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _is_number(text: str) -> bool:

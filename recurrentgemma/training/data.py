@@ -75,7 +75,9 @@ class DataConfig:
         default="",
     )
     batch_size: int = option("rows of a step", default=4)
-    sequence_length: int = option("tokens of a row", default=512)
+    sequence_length: int = option(
+        "tokens of a row; examples with a response lose what does not fit", default=512
+    )
     order: str = option(
         "order of rows: shuffled, or continuous, where each row of a batch continues "
         "that of the batch before",
@@ -120,11 +122,14 @@ def open_data(
 
     Example:
         >>> config = DataConfig(
-        ...     data="answers.jsonl:0.7,books:0.3", batch_size=2, sequence_length=16
+        ...     data="book.txt:0.7,answers:0.3", batch_size=2, sequence_length=16
         ... )
-        >>> training, held_out = open_data(config, tokenizer, seed=0)
-        >>> training.batch(0).tokens.shape
-        (2, 16)
+        >>> answers = [{"prompt": "def f", "response": "(x):"}]
+        >>> training, held_out = open_data(
+        ...     config, tokenizer, seed=0, collections={"answers": answers}
+        ... )
+        >>> batch = training.batch(step=7)
+        >>> assert batch.tokens.shape == batch.mask.shape == (2, 16)
 
     Args:
         config: what is read.

@@ -2,9 +2,9 @@
 
 A document is one of three kinds:
 
-    Document      BOS text EOS                                     all of it counts
-    Completion    BOS prompt response EOS                          response and EOS count
-    Conversation  BOS (user's turn, model's turn) (...) ...        the model's turns count
+    Document      BOS text EOS                              text and EOS count
+    Completion    BOS prompt response EOS                   response and EOS count
+    Conversation  BOS user's turn, model's turn, ...        the model's turns count
 
 A token counts if the loss has it as a target; BOS never counts. A prompt and its response
 are encoded apart, as they are at generation, and nothing is put between them. A
@@ -78,7 +78,8 @@ class Document:
         ids = [tokenizer.bos_id]
         for part in [self.text] if cuts is None else cuts.parts(self):
             ids += tokenizer.encode(part, add_bos=False)
-        return [Span([*ids, tokenizer.eos_id], True)]
+        ids.append(tokenizer.eos_id)
+        return [Span(ids, True)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,8 +41,7 @@ class Mixture:
         >>> a, b = ([[2, *range(10 * n, 10 * n + 9), 1]] for n in (1, 2))
         >>> sources = [PackedTokens(a, 2), PackedTokens(b, 2)]
         >>> mixture = Mixture(sources, [3, 1], batch_size=4)
-        >>> (mixture.batch(0).targets[:, 0] // 10).tolist()
-        [1, 1, 2, 1]
+        >>> assert (mixture.batch(0).targets[:, 0] // 10).tolist() == [1, 1, 2, 1]
 
     Args:
         sources: rows of one length.

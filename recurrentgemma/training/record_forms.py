@@ -8,10 +8,9 @@ A record is an object with the fields of one form:
                   {"role": "assistant", "content": "..."}, ...]}    a Conversation
     {"turns": [...]}                                    the same
 
-Turns alternate between the roles `user` and `assistant` (or `model`), of which the last
-one is. A first turn of the role `system` is put before the text of the user's first turn,
-as `Chat` does. A turn may call its text `text`. A field that is null is one that is not
-there.
+Turns alternate between the roles `user` and `assistant` (or `model`); the last one is the
+model's. A first turn of the role `system` is put before the text of the user's first turn,
+as `Chat` does. The text of a turn may be called `text`. Fields that are null are ignored.
 """
 
 import hashlib
@@ -33,8 +32,7 @@ def document_of(record: Any, ignored: Collection[str] = ()) -> Document | None:
 
     Args:
         record: the object, as `json.loads` returns it.
-        ignored: names of fields that may be there and have no meaning here; "*" stands
-            for all such names.
+        ignored: names of fields that are not used; "*" stands for all unknown ones.
 
     Raises:
         ValueError: the record has the fields of no form, or one that is unknown; there

@@ -37,8 +37,8 @@ class SourceFile(Protocol):
         """Reads the documents, in order.
 
         Raises:
-            ValueError: the file cannot be read, or a record in it means nothing; the
-                message names the file and the line.
+            ValueError: the file cannot be read, or a record is malformed; the message
+                names the file and the line.
         """
         ...
 
@@ -92,7 +92,7 @@ class RecordFile:
     name: str
     path: Path
     ignored: Collection[str] = ()
-    """Names of fields without a meaning; see `document_of`."""
+    """Names of fields that are not used; see `document_of`."""
 
     def documents(self) -> Iterator[Document]:
         """A document of each record; see `SourceFile.documents`."""

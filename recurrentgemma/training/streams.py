@@ -39,6 +39,10 @@ _META = "streams.json"
 _BAR_DELAY_S = 2
 
 
+class _AlreadyThereError(Exception):
+    """Another process wrote the same streams; they may be mapped, and so they stay."""
+
+
 class TokenStream(NamedTuple):
     """Documents one after the other: N tokens."""
 
@@ -115,12 +119,16 @@ def tokenize(
         with replace_directory(folder) as partial:
             meta = _write(source, files, settings, _FileParts(partial))
             (partial / _META).write_text(json.dumps(meta), encoding="utf-8")
+            if _find(folder) is not None:
+                raise _AlreadyThereError
+    except _AlreadyThereError:
+        pass
     except OSError as error:
         raise OSError(
             f"data_cache: could not write the tokens of {source!r} to {cache}: "
             f"{error.strerror or error}; make room, or choose another folder"
         ) from error
-    return _streams(meta, _FileParts(folder))
+    return _read(folder)
 
 
 def _write(
@@ -251,11 +259,15 @@ def _streams(meta: dict[str, Any], parts: _Parts) -> SourceStreams:
     return SourceStreams(training, stream(HELD_OUT), num_documents, meta["digests"])
 
 
+def _read(folder: Path) -> SourceStreams:
+    meta = json.loads((folder / _META).read_bytes())
+    return _streams(meta, _FileParts(folder))
+
+
 def _find(folder: Path) -> SourceStreams | None:
     """What the folder holds; None if there is none, or a file in it was damaged."""
     try:
-        meta = json.loads((folder / _META).read_bytes())
-        return _streams(meta, _FileParts(folder))
+        return _read(folder)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -54,6 +54,12 @@ def test_records_in_a_directory_are_records(folder):
     assert texts == ["a = 1\r\n", "x = 1\n", "one", "pr"]
 
 
+def test_a_state_that_is_of_no_dataset_is_a_text(tmp_path):
+    for name in ("state.json", "dataset_dict.json"):
+        (tmp_path / name).write_text('{"x": 1}')
+    assert [document.text for document in read_documents(tmp_path)] == 2 * ['{"x": 1}']
+
+
 def test_standard_library_has_its_sources_and_tests_only(caplog):
     documents = read_documents("python-stdlib")
     names = {document.name for document in documents}

@@ -61,8 +61,9 @@ def test_the_example(here, tokenizer):
         module=data,
         globs={**vars(data), "tokenizer": tokenizer},
     )
+    (here / "book.txt").write_text("A book. " * 99)
     assert doctest.DocTestRunner().run(example).failed == 0
-    assert len(example.examples) == 3
+    assert len(example.examples) == 5
 
 
 def test_a_mixture_resumes_from_any_step_and_from_a_cache(here, tokenizer):

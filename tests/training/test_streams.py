@@ -136,6 +136,25 @@ def test_a_damaged_entry_is_made_anew(folder, settings):
     )
 
 
+def test_what_another_process_wrote_meanwhile_stays(folder, settings, monkeypatch):
+    """Its maps, on a network file system, would end with its files."""
+    cache, files = folder.parent / "cache", find_files(folder)
+    write = streams._write
+
+    def write_twice(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(streams, "_write", write)
+            tokenize("data", files, settings, cache)
+        return write(*arguments)
+
+    monkeypatch.setattr(streams, "_write", write_twice)
+    replaced = []
+    monkeypatch.setattr("recurrentgemma._atomic._swap", lambda *_: replaced.append(_))
+    found = tokenize("data", files, settings, cache)
+    assert_same(found, tokenize("data", files, settings, cache))
+    assert len(list(cache.iterdir())) == 1 and not replaced
+
+
 def test_a_failure_leaves_nothing(folder, settings, monkeypatch):
     cache = folder.parent / "cache"
 
@@ -148,6 +167,9 @@ def test_a_failure_leaves_nothing(folder, settings, monkeypatch):
             OSError, match="data_cache: .*'data' .*No space left on dev"
         ):
             tokenize("data", find_files(folder), settings, cache)
+    (folder.parent / "file").write_text("")
+    with pytest.raises(OSError, match="^data_cache: could not write .*/file: "):
+        tokenize("data", find_files(folder), settings, folder.parent / "file")
     (folder / "z.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="z.jsonl, line 1"):
         tokenize("data", find_files(folder), settings, cache)
