@@ -11,16 +11,19 @@ import types
 import warnings
 
 import pytest
+from flax import nnx
 from safetensors import safe_open
 
 from recurrentgemma import cli, cost
-from recurrentgemma.checkpoints import save
+from recurrentgemma.adapters import add_adapters, save_adapters
+from recurrentgemma.checkpoints import load, save
 from recurrentgemma.commands import _compilation_cache, _shared
 from recurrentgemma.commands import train as train_command
 from recurrentgemma.commands.sample import SEPARATOR
 from recurrentgemma.config import PRESETS
 from recurrentgemma.generation import prefill as reading
 from recurrentgemma.generation.chat import Chat
+from recurrentgemma.generation.model_digest import model_digest
 from recurrentgemma.generation.prefix import Prefix
 from recurrentgemma.generation.sampler import Sampler
 from recurrentgemma.generation.sampling import Sampling
@@ -151,6 +154,23 @@ def test_sample_prints_what_the_sampler_generates(run, checkpoint, sampler):
     [stopped] = sampler([PROMPT], stop=[stop], **settings)
     assert run(*argv, "--stop=\u2603", "--stop", stop) == (0, stopped.text, "")
     assert len(stopped.text) <= 8
+
+
+def test_the_model_that_flags_ask_for(run, checkpoint, tmp_path):
+    """Quantised, and with the adapters that belong to it."""
+    base, _ = load(checkpoint, quantize="int8")
+    adapted = add_adapters(base, rank=2, rngs=nnx.Rngs(0))
+    path = tmp_path / "adapters.safetensors"
+    save_adapters(path, adapted)
+    flags = {"model": checkpoint, "quantize": "int8", "adapters": str(path)}
+    loaded, _ = _shared.load_sampler(flags)
+    assert model_digest(loaded.model) == model_digest(adapted)
+    status, _, error = run("sample", "a", "--model", checkpoint, "--adapters", "none")
+    assert status == 1 and "--adapters: there is no file none" in error
+    status, _, error = run(
+        *("sample", "a", "--model", checkpoint, "--adapters", str(path))
+    )
+    assert status == 1 and "belongs to another model" in error
 
 
 def test_sample_prints_several_samples_one_after_another(run, checkpoint, sampler):

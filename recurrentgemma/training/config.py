@@ -8,6 +8,7 @@ from typing import Any
 from recurrentgemma._atomic import replace_file
 from recurrentgemma.config import GriffinConfig
 from recurrentgemma.training import options as fields_of
+from recurrentgemma.training.adapters import AdapterConfig
 from recurrentgemma.training.data import DataConfig, lift_record
 from recurrentgemma.training.guard import GuardConfig
 from recurrentgemma.training.optimizer import OptimizerConfig
@@ -112,6 +113,8 @@ class TrainConfig:
     )
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     """AdamW and its schedule."""
+    adapters: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
+    """Adapters that are trained in the place of the parameters."""
     rows: RowsConfig = dataclasses.field(default_factory=RowsConfig)
     """What rows begin with, and whether they are read in chunks."""
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)

@@ -91,7 +91,9 @@ def train(config: TrainConfig) -> Path:
         finally:
             run.checkpoints.close()
         if _is_first():
-            save(output / "model", export(run.model, params), tokenizer)
+            model = unstack_layers(with_parameters(run.model, params))
+            model = config.adapters.finish(output, model)
+            save(output / "model", export(model, named_parameters(model)), tokenizer)
     return output / "model"
 
 
@@ -117,7 +119,9 @@ def _prepare(
         make_optimizer(config.optimizer, config.steps, model.config), config.guard
     )
     params, frozen = split_parameters(
-        named_parameters(model), config.train_only, config.freeze
+        named_parameters(model),
+        config.adapters.trained(config.train_only),
+        config.freeze,
     )
     frozen = frozen_in_compute_dtype(frozen, model)
     carried = init_rows(config.rows, model, config.data.batch_size)

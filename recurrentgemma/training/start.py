@@ -106,12 +106,13 @@ def first_model(
     compute = config.compute
     runtime = Runtime(compute_dtype=compute.compute_dtype, remat=compute.remat)
 
-    def stacked(model: Griffin) -> Griffin:
+    def prepared(model: Griffin) -> Griffin:
+        model = config.adapters.add_to(model, config.seed)
         return stack_layers(model) if compute.stack_layers else model
 
     def random() -> Griffin:
         rngs = nnx.Rngs(config.seed)
-        return stacked(Griffin(architecture, rngs=rngs, runtime=runtime))
+        return prepared(Griffin(architecture, rngs=rngs, runtime=runtime))
 
     if config.init_from is None:
         params = sharding.make_state(lambda: named_parameters(random()), mesh)
@@ -123,7 +124,7 @@ def first_model(
         param_dtype="float32",
         sharding=None if mesh is None else sharding.rule_of(mesh),
     )
-    return stacked(model)
+    return prepared(model)
 
 
 def frozen_in_compute_dtype(
