@@ -10,6 +10,7 @@ more costs a fourth.
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -57,23 +58,33 @@ def measure(subject: Subject, point: Point, values: dict[str, Any]) -> Row:
         found |= _plain(subject, point, batch, settings)
     start = time.perf_counter()
     short = jax.tree.map(lambda x: x[:, : 2 * chunk], batch)
-    jax.block_until_ready(long_gradients(subject.model, short, **settings))
+    warm = jax.block_until_ready(long_gradients(subject.model, short, **settings))
     found["compile_s"] = time.perf_counter() - start
     device.reset_peak()
-    samples: list[float] = []
-    while len(samples) < point.repeats and sum(samples) < MOST_SECONDS:
-        start = time.perf_counter()
-        result = long_gradients(subject.model, batch, **settings)
-        jax.block_until_ready(result)
-        samples.append(time.perf_counter() - start)
-    boundary = sum(leaf.nbytes for leaf in jax.tree.leaves(result.cache))
+    samples, processor = _samples(
+        point, lambda: long_gradients(subject.model, batch, **settings)
+    )
+    peak = device.peak_bytes()
+    boundary = sum(leaf.nbytes for leaf in jax.tree.leaves(warm.cache))
     held = _boundaries(-(-length // chunk), settings["keep_every"]) * boundary
-    found |= {"boundary_bytes": held}
-    if (peak := device.peak_bytes()) is not None:
+    found |= {"boundary_bytes": held, "processor_samples_s": processor}
+    if peak is not None:
         found["rest_bytes"] = peak - held
     flops = cost.train_flops_per_token(config, length)
     ceiling = point.rates["product_flops_per_s"] / flops
     return found | speed(samples, point.batch * length, ceiling)
+
+
+def _samples(point: Point, work: Callable[[], Any]) -> tuple[list[float], list[float]]:
+    """Durations of calls, and the seconds of processor time that each took: on a CPU
+    that others use too, the second is the one to compare."""
+    samples, processor = [], []
+    while len(samples) < point.repeats and sum(samples) < MOST_SECONDS:
+        start = time.perf_counter(), time.process_time()
+        jax.block_until_ready(work())
+        samples.append(time.perf_counter() - start[0])
+        processor.append(time.process_time() - start[1])
+    return samples, processor
 
 
 def _boundaries(chunks: int, keep_every: int) -> int:
@@ -105,14 +116,11 @@ def _plain(subject, point, batch: Batch, settings: dict[str, Any]) -> Row:
             f"gradients of {point.length} tokens: {difference:.2g} of the largest entry "
             "from those of plain backpropagation"
         )
-    samples: list[float] = []
-    while len(samples) < point.repeats and sum(samples) < MOST_SECONDS:
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(subject.model, batch))
-        samples.append(time.perf_counter() - start)
+    samples, processor = _samples(point, lambda: compiled(subject.model, batch))
     return {
         "difference": difference,
         "whole_samples_s": samples,
+        "whole_processor_samples_s": processor,
         "whole_tokens_per_s": point.batch * point.length / float(np.median(samples)),
         "whole_needed_bytes": needed_bytes(compiled),
     }
@@ -129,17 +137,28 @@ def summarize(rows: list[Row]) -> dict[str, Any]:
         base, longest = (
             max(part, key=lambda row: row["length"]) for part in (whole, done)
         )
-        found[name] = {
-            "whole_length": base["length"],
-            "longest": longest["length"],
-            "time_over_whole": base["whole_tokens_per_s"] / longest["tokens_per_s"],
-            "time_over_chunks": base["tokens_per_s"] / longest["tokens_per_s"],
-        }
+        tokens = base["length"], longest["length"]
+        found[name] = {"whole_length": tokens[0], "longest": tokens[1]}
+        for key, prefix in (("", "samples_s"), ("processor_", "processor_samples_s")):
+            plain, short, long = (
+                float(np.median(row[field])) / row["length"]
+                for row, field in (
+                    (base, f"whole_{prefix}"),
+                    (base, prefix),
+                    (longest, prefix),
+                )
+            )
+            found[name] |= {
+                f"{key}time_over_whole": long / plain,
+                f"{key}time_over_chunks": long / short,
+            }
+        ratios = {key: f"{value:.3g}" for key, value in found[name].items()}
         note(
-            f"{name}: a token of {longest['length']:,} takes "
-            f"{found[name]['time_over_whole']:.3g} times as long as one of "
-            f"{base['length']:,} by plain backpropagation, "
-            f"{found[name]['time_over_chunks']:.3g} times as long as there in chunks"
+            f"{name}: a token of {tokens[1]:,} takes {ratios['time_over_whole']} times "
+            f"as long as one of {tokens[0]:,} by plain backpropagation, "
+            f"{ratios['time_over_chunks']} times as long as there in chunks; in "
+            f"processor time {ratios['processor_time_over_whole']} and "
+            f"{ratios['processor_time_over_chunks']} times"
         )
     return {"ratios": found}
 

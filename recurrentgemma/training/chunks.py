@@ -91,7 +91,8 @@ def in_chunks(sums_of: SumsOf, chunk_tokens: int, keep_every: int = 1) -> SumsOf
             )
             run = jax.checkpoint(_scan(run), prevent_cse=False)
         cache, sums = jax.lax.scan(run, cache, chunks)
-        return jax.tree.map(lambda x: jnp.sum(x, dtype=x.dtype), sums), cache
+        axes = (0,) if group == 1 else (0, 1)
+        return jax.tree.map(lambda x: jnp.sum(x, axes, x.dtype), sums), cache
 
     return read
 

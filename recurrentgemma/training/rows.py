@@ -72,12 +72,14 @@ class RowsConfig:
 
 
 class Rows(NamedTuple):
-    """What the rows of a batch are handed from the step before."""
+    """What the rows of a batch are handed from the step before; batch axis first."""
 
     cache: Cache
     """The cache after the rows of the last step; empty before the first."""
+    row: jax.Array
+    """int32 [B], index of the row."""
     step: jax.Array
-    """int32 scalar, number of steps done."""
+    """int32 [B], number of steps done; with `row` it decides the noise."""
 
 
 def init_rows(config: RowsConfig, model: Griffin, batch_size: int) -> Rows | None:
@@ -102,7 +104,8 @@ def init_rows(config: RowsConfig, model: Griffin, batch_size: int) -> Rows | Non
             "initial_state: expected zero for a model with global attention, whose "
             f"cache grows with the text, got {config.initial_state}"
         )
-    return Rows(model.init_cache(batch_size), jnp.zeros((), jnp.int32))
+    row = jnp.arange(batch_size, dtype=jnp.int32)
+    return Rows(model.init_cache(batch_size), row, jnp.zeros_like(row))
 
 
 def reading(config: RowsConfig, sums_of: SumsOf, seed: int = 0) -> SumsOf:
@@ -125,10 +128,12 @@ def reading(config: RowsConfig, sums_of: SumsOf, seed: int = 0) -> SumsOf:
     def read(model, batch, rows):
         if rows is None:  # An evaluation begins with nothing.
             return sums_of(model, batch, None)
-        key = jax.random.fold_in(jax.random.key(seed), rows.step)
-        batch, cache = _begin(config, model, batch, rows.cache, key)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows.row)
+        keys = jax.vmap(jax.random.fold_in)(keys, rows.step)
+        batch, cache = _begin(config, model, batch, rows.cache, keys)
         sums, cache = sums_of(model, batch, jax.lax.stop_gradient(cache))
-        return sums, Rows(jax.lax.stop_gradient(cache), rows.step + 1)
+        cache = jax.lax.stop_gradient(cache)
+        return sums, rows._replace(cache=cache, step=rows.step + 1)
 
     return read
 
@@ -157,7 +162,7 @@ def in_later_document(positions: jax.Array) -> jax.Array:
     return jnp.cumsum((positions == 0) & (index > 0), axis=1) > 0
 
 
-def _begin(config, model, batch, carried, key) -> tuple[Batch, Cache]:
+def _begin(config, model, batch, carried, keys) -> tuple[Batch, Cache]:
     """The batch at its positions, and the cache that its rows begin with."""
     size = carried.batch_size
     empty = model.init_cache(size)
@@ -169,7 +174,7 @@ def _begin(config, model, batch, carried, key) -> tuple[Batch, Cache]:
         cache = take(carried, jnp.roll(jnp.arange(size), 1))
     else:
         like = carried if config.initial_state == "fitted_noise" else None
-        cache = _noise(empty, like, config.noise_std, key)
+        cache = _noise(empty, like, config.noise_std, keys)
     positions = continued_positions(batch.positions, cache.next_position)
     return batch._replace(positions=positions), cache
 
@@ -190,7 +195,7 @@ def _choose(mask, chosen, other):
     return jax.tree.map(choose, chosen, other)
 
 
-def _noise(empty, like, std, key) -> Cache:
+def _noise(empty, like, std, keys) -> Cache:
     """A cache of noise after one position, so that it is not taken for a new document.
 
     Rings stay empty: no position says that their keys are there.
@@ -198,8 +203,11 @@ def _noise(empty, like, std, key) -> Cache:
     values = empty.floating()
     ends = None if like is None else like.floating()
     for index, name in enumerate(values):
-        shape = values[name].shape
-        noise = jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
+        shape = values[name].shape[1:]
+        leaf_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+        noise = jax.vmap(lambda key, shape=shape: jax.random.normal(key, shape))(
+            leaf_keys
+        )
         if ends is None:
             values[name] = std * noise
         else:

@@ -127,3 +127,17 @@ def test_what_cannot_be_read_is_refused():
             long_gradients(model, batch, **fields)
     with pytest.raises(ValueError, match="chunk_tokens: expected"):
         in_chunks(batch_sums, 0)
+
+
+@pytest.mark.parametrize("keep_every", [1, 2])
+def test_sums_may_be_arrays(keep_every):
+    """They are added up over chunks alone."""
+    model = random_model(tiny_config(block_pattern=("min_gru",), num_layers=1))
+    batch = packed_batch()
+
+    def by_row(model, batch, cache):
+        return {"counted": batch.mask.sum(axis=1)}, cache
+
+    read = in_chunks(by_row, CHUNK, keep_every)
+    sums, _ = read(model, batch, model.init_cache(2))
+    np.testing.assert_array_equal(sums["counted"], batch.mask.sum(axis=1))

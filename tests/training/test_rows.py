@@ -12,7 +12,6 @@ from recurrentgemma.checkpoints import named_parameters
 from recurrentgemma.training.data import Batch
 from recurrentgemma.training.rows import (
     INITIAL_STATES,
-    Rows,
     RowsConfig,
     continued_positions,
     init_rows,
@@ -85,12 +84,12 @@ def test_carried_rows_read_on_and_others_begin_anew(model):
 def test_passed_rows_begin_with_the_state_after_another_row(model):
     rows = init_rows(RowsConfig(initial_state="passed"), model, ROWS)
     _, cache = sums_of(model, batch_of())
-    sums, after = reader("passed")(model, batch_of(), Rows(cache, rows.step))
+    sums, after = reader("passed")(model, batch_of(), rows._replace(cache=cache))
     going_on = np.tile(np.arange(LENGTH, 2 * LENGTH), (ROWS, 1))
     other = cache_lib.take(cache, [2, 0, 1])
     expected, _ = sums_of(model, batch_of(0, going_on), other)
     assert_close(sums["loss"] / 18, expected["loss"] / 18, "loss")
-    assert int(after.step) == 1
+    np.testing.assert_array_equal(after.step, 1)
     np.testing.assert_array_equal(after.cache.next_position, [12] * 3)
 
 
@@ -99,10 +98,22 @@ def test_noise_changes_from_step_to_step_and_reaches_the_loss(model):
     rows = init_rows(RowsConfig(initial_state="noise"), model, ROWS)
     losses = []
     for step in (0, 1, 0):
-        sums, _ = read(model, batch_of(), Rows(rows.cache, jnp.int32(step)))
+        sums, _ = read(model, batch_of(), rows._replace(step=rows.step + step))
         losses.append(float(sums["loss"]))
     assert losses[0] == losses[2] != losses[1]
     assert abs(losses[0] - float(sums_of(model, batch_of())[0]["loss"])) > 1e-2
+
+
+def test_the_noise_of_a_row_does_not_depend_on_its_batch(model):
+    config = RowsConfig(initial_state="noise")
+    read = reading(config, lambda model, batch, cache: ({}, cache))
+    rows = init_rows(config, model, ROWS)
+    _, together = read(model, batch_of(), rows)
+    _, alone = read(model, *jax.tree.map(lambda x: x[2:], (batch_of(), rows)))
+    for name, leaf in alone.cache.floating().items():
+        np.testing.assert_array_equal(leaf, together.cache.floating()[name][2:])
+    h = together.cache.floating()["layers.0"]
+    assert (h[0] != h[1]).all() and abs(h.std() - 1) < 0.3
 
 
 def test_fitted_noise_has_the_moments_of_the_last_states(model, monkeypatch):
@@ -121,7 +132,7 @@ def test_fitted_noise_has_the_moments_of_the_last_states(model, monkeypatch):
     np.testing.assert_array_equal(begun[0].floating()["layers.0"], 0)
     values = {n: x + 3 for n, x in rows.cache.floating().items()}
     values["layers.0"] += 2 * jax.random.normal(jax.random.key(1), (64, 32))
-    read(model, many, Rows(rows.cache.with_floating(values), jnp.int32(1)))
+    read(model, many, rows._replace(cache=rows.cache.with_floating(values)))
     h = begun[1].floating()["layers.0"]
     assert abs(h.mean() - 3) < 0.2 and abs(h.std() - 2) < 0.2
     np.testing.assert_array_equal(begun[1].floating()["layers.1.keys"], 3)
@@ -142,7 +153,8 @@ def test_a_train_step_hands_its_rows_on(model):
     assert_close(metrics["loss"], expected, "loss")
     state, metrics = step(state, {}, batch_of(LENGTH))
     np.testing.assert_array_equal(state.rows.cache.next_position, [12] * 3)
-    assert int(state.rows.step) == 2 and np.isfinite(metrics["loss"])
+    np.testing.assert_array_equal(state.rows.step, 2)
+    assert np.isfinite(metrics["loss"])
 
 
 @pytest.mark.parametrize("name", INITIAL_STATES[1:])
