@@ -67,6 +67,8 @@ SLOW_CASES = [
     r"test_adapters.py::test_the_merged_model_is_saved.*\[official",
     r"test_scorer.py::test_(?!answers_are_those).*\[global",
     r"test_meshes.py::test_(sampler\[AxisType.Auto|model_and_gradient\[(auto|explicit ))",
+    r"test_scorer.py::.*\[global",
+    r"test_meshes.py::test_(sampler\[AxisType.Auto|model_and_gradient\[auto)",
 ]
 """Heavy cases that the default run leaves out, as patterns of their names: other cases
 of the same tests, of the same code, stay. `-m slow` runs them."""

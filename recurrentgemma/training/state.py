@@ -7,6 +7,7 @@ that has to be kept of them.
 """
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ class TrainState(NamedTuple):
     nothing."""
 
 
-def with_parameters(model: Griffin, params: Parameters) -> Griffin:
+def with_parameters(model: Griffin, params: Mapping[str, Any]) -> Griffin:
     """A model like `model` with these parameters, given by native name."""
     structure = jax.tree.structure(model)
     return structure.unflatten([params[name] for name in named_parameters(model)])

@@ -66,7 +66,7 @@ def text_of(output) -> str:
 
 
 def test_there_are_notebooks():
-    known = {"griffin_tour", "long_context_throughput", "sampling"}
+    known = {"evaluation", "griffin_tour", "long_context_throughput", "sampling"}
     assert known <= {path.stem for path in run.paths()}
 
 
