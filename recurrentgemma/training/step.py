@@ -228,17 +228,12 @@ def make_train_step(
 
 
 def _interleaved(x: jax.Array, parts: int) -> jax.Array:
-    """[B, ...] -> [parts, B / parts, ...]; each part has rows of every device, and
-    every scalar."""
-    if not x.ndim:
-        return jnp.broadcast_to(x, (parts,))
+    """[B, ...] -> [parts, B / parts, ...]; each part has rows of every device."""
     return jnp.moveaxis(jnp.reshape(x, (-1, parts, *x.shape[1:])), 1, 0)
 
 
 def _joined(x: jax.Array) -> jax.Array:
     """The inverse of `_interleaved`."""
-    if x.ndim == 1:
-        return x[0]
     return jnp.reshape(jnp.moveaxis(x, 0, 1), (-1, *x.shape[2:]))
 
 
