@@ -54,6 +54,7 @@ SLOW_CASES = [
     r"test_sampler.py::test_a_row_in_a_batch_is_what_it_is_alone.*penalty=None",
     r"test_transformers.py::test_loss_and_gradients\[(?!recurrent_gemma)",
     r"test_scorer.py::.*\[global",
+    r"test_evaluation_benchmarks.py::test_needle_rows_are_kept",
     r"test_meshes.py::test_(sampler\[AxisType.Auto|model_and_gradient\[auto)",
 ]
 """Heavy cases that the default run leaves out, as patterns of their names: other cases
