@@ -68,6 +68,7 @@ SLOW_CASES = [
     r"test_scorer.py::test_(?!answers_are_those).*\[global",
     r"test_meshes.py::test_(sampler\[AxisType.Auto|model_and_gradient\[(auto|explicit ))",
     r"test_scorer.py::.*\[global",
+    r"test_evaluation_benchmarks.py::test_needle_rows_are_kept",
     r"test_meshes.py::test_(sampler\[AxisType.Auto|model_and_gradient\[auto)",
 ]
 """Heavy cases that the default run leaves out, as patterns of their names: other cases

@@ -12,6 +12,7 @@ from recurrentgemma.commands import UsageError, _shared
 
 if TYPE_CHECKING:
     from recurrentgemma.evaluation.scorer import Scorer
+    from recurrentgemma.evaluation.tasks import Item
 
 USAGE = "[FILE ...] [FLAGS]"
 DETAILS = (
@@ -109,11 +110,8 @@ def _files(values: dict[str, Any], paths: list[str], cache: Any) -> dict[str, An
         for path in paths
         if path.endswith(JSONL)
     }
-    examples = values["examples"]
     settings = tasks.TaskSettings(
-        examples=()
-        if examples is None
-        else tuple(tasks.read_items(examples, values["num-examples"])),
+        examples=examples_of(values),
         introduction=values["introduction"],
         max_new_tokens=values["max-new-tokens"],
         stop=tuple(values["stop"] or tasks.TaskSettings.stop),
@@ -138,6 +136,15 @@ def _files(values: dict[str, Any], paths: list[str], cache: Any) -> dict[str, An
         shown = {name: x for name, x in found[path].items() if name != "rows"}
         print(path, *(f"{name} {x:,.6g}" for name, x in shown.items()), sep="  ")
     return {"files": found, "tokens_read": scorer.tokens_read}
+
+
+def examples_of(values: dict[str, Any]) -> "tuple[Item, ...]":
+    """The items that stand before every prompt."""
+    from recurrentgemma.evaluation.tasks import read_items
+
+    if values["examples"] is None:
+        return ()
+    return tuple(read_items(values["examples"])[: values["num-examples"]])
 
 
 def _needle(values: dict[str, Any], _: list[str], cache: Any) -> dict[str, Any]:

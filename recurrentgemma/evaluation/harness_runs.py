@@ -122,24 +122,22 @@ def run_suite(
         folder = None
         for run in SUITES[name]:
             metadata = dict(run.metadata)
-            if run.needs_tokenizer:
-                if folder is None:
-                    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                    write_tokenizer_files(folder, lm.scorer.tokenizer)
-                metadata["tokenizer"] = str(folder)
-            manager = task_manager(metadata=metadata)
             before, lm.max_length = lm.max_length, run.max_length
             try:
-                yield (
-                    run.name,
-                    run_tasks(
-                        lm,
-                        run.tasks,
-                        manager=manager,
-                        num_fewshot=run.num_fewshot,
-                        limit=limit,
-                    ),
+                if run.needs_tokenizer:
+                    if folder is None:
+                        new = stack.enter_context(tempfile.TemporaryDirectory())
+                        write_tokenizer_files(Path(new), lm.scorer.tokenizer)
+                        folder = new
+                    metadata["tokenizer"] = folder
+                results = run_tasks(
+                    lm,
+                    run.tasks,
+                    manager=task_manager(metadata=metadata),
+                    num_fewshot=run.num_fewshot,
+                    limit=limit,
                 )
+                yield run.name, results
             except (ValueError, OSError, RuntimeError) as error:
                 yield run.name, {"error": f"{type(error).__name__}: {error}"}
             finally:

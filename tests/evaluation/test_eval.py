@@ -6,6 +6,7 @@ import pytest
 
 from recurrentgemma import cli
 from recurrentgemma.checkpoints import load, save
+from recurrentgemma.commands import eval as command
 from recurrentgemma.evaluation.model_cards import cards
 from recurrentgemma.generation.sampler import Sampler
 from tests.models import random_model, tiny_config
@@ -42,10 +43,18 @@ def test_files(model, sampler, questions, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("def add(a, b):\n    return a + b\n" * 9)
     output, cache = tmp_path / "results.json", tmp_path / "answers.jsonl"
-    command = ["eval", str(questions), str(text), "--model", model, "--batch-size", "2"]
-    command += ["--cache", str(cache), "--output", str(output)]
-    command += ["--examples", str(questions), "--num-examples", "2"]
-    assert cli.main(command) == 0
+    arguments = [
+        "eval",
+        str(questions),
+        str(text),
+        "--model",
+        model,
+        "--batch-size",
+        "2",
+    ]
+    arguments += ["--cache", str(cache), "--output", str(output)]
+    arguments += ["--examples", str(questions), "--num-examples", "2"]
+    assert cli.main(arguments) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].startswith(f"{questions}  items 5  accuracy ")
     found = json.loads(output.read_text())
@@ -57,7 +66,7 @@ def test_files(model, sampler, questions, tmp_path, capsys):
     assert [row["line"] for row in rows] == [1, 2, 3, 4, 5]
     assert found["settings"]["num-examples"] == 2 and found["versions"]["jax"]
     assert found["tokens_read"] > 0
-    assert cli.main(command) == 0
+    assert cli.main(arguments) == 0
     again = json.loads(output.read_text())
     assert again["tokens_read"] == 0, "asked again"
     assert again["files"] == found["files"]
@@ -65,9 +74,9 @@ def test_files(model, sampler, questions, tmp_path, capsys):
 
 def test_needle(model, tmp_path, capsys):
     output = tmp_path / "needle.json"
-    command = ["eval", "--model", model, "--needle", "passkey", "--lengths", "200,1k"]
-    command += ["--distances", "1", "--samples", "2", "--choices", "2"]
-    assert cli.main([*command, "--output", str(output)]) == 0
+    arguments = ["eval", "--model", model, "--needle", "passkey", "--lengths", "200,1k"]
+    arguments += ["--distances", "1", "--samples", "2", "--choices", "2"]
+    assert cli.main([*arguments, "--output", str(output)]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].split() == [
         *("kind", "length", "windows", "accuracy", "generated", "gain")
@@ -107,6 +116,12 @@ def test_mistakes(flags, status, match, capsys):
     assert match in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("number", "lines"), [(None, 5), (2, 2), (0, 0)])
+def test_number_of_examples(questions, number, lines):
+    found = command.examples_of({"examples": str(questions), "num-examples": number})
+    assert [item.line for item in found] == list(range(1, lines + 1))
+
+
 def test_a_bad_line_is_told_before_the_model_is_loaded(questions, capsys):
     with questions.open("a") as file:
         file.write("{\n")
@@ -125,8 +140,8 @@ def test_a_card_is_printed_beside_ours(model, monkeypatch, capsys, tmp_path):
     ]
     monkeypatch.setattr(harness_runs, "run_card", lambda *_, **__: iter(rows))
     output = tmp_path / "card.json"
-    command = ["eval", "--model", model, "--card", "recurrentgemma-2b"]
-    assert cli.main([*command, "--output", str(output)]) == 0
+    arguments = ["eval", "--model", model, "--card", "recurrentgemma-2b"]
+    assert cli.main([*arguments, "--output", str(output)]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[1].split() == ["MMLU", "5-shot", "38.4", "40.0", "+1.6"]
     assert shown[-1].split(maxsplit=3) == ["BOLD", "5-shot", "38.4", "no task"]
@@ -142,12 +157,12 @@ def test_the_harness_s_tasks_are_run(model, capsys, tmp_path):
 
     tasks = Path(__file__).parent / "harness_tasks"
     output = tmp_path / "tasks.json"
-    command = ["eval", "--model", model, "--tasks", "toy_choice", "--limit", "2"]
-    command += ["--include-path", str(tasks), "--output", str(output)]
-    assert cli.main(command) == 0
+    arguments = ["eval", "--model", model, "--tasks", "toy_choice", "--limit", "2"]
+    arguments += ["--include-path", str(tasks), "--output", str(output)]
+    assert cli.main(arguments) == 0
     assert "acc,none" in capsys.readouterr().out
     found = json.loads(output.read_text())
     assert "Question: " in found["configs"]["toy_choice"]["doc_to_text"]
     assert found["versions"]["toy_choice"] == 1.0 and found["settings"]["limit"] == 2
-    assert cli.main([*command, "--tasks", "toy_choise"]) == 1
+    assert cli.main([*arguments, "--tasks", "toy_choise"]) == 1
     assert "like it are toy_choice" in capsys.readouterr().err
