@@ -306,10 +306,20 @@ def stack_layers(model: Griffin) -> Griffin:
 
     Returns:
       A model with new, stacked parameters of the layers; the others are shared.
+
+    Raises:
+      ValueError: layers of one place of the pattern differ, such as in their adapters.
     """
     period = len(model.config.block_pattern)
     groups = model.config.num_layers // period
     blocks = list(model.blocks)
+    for p in range(period):
+        place = blocks[p : groups * period : period]
+        if len({jax.tree.structure(block) for block in place}) > 1:
+            raise ValueError(
+                f"model: expected layers {p}, {p + period}, ... to be alike, got "
+                "different ones; put adapters on the same matrices of all of them"
+            )
     stacked = jax.tree.map(lambda leaf: leaf, model)
     stacked.groups = ModuleList(
         [_stack(blocks[p : groups * period : period]) for p in range(period)]

@@ -296,6 +296,12 @@ def test_every_linear_layer_if_nothing_is_said(is_stacked):
     assert len(found) == 2 * 6 + 7
 
 
+def test_layers_that_differ_are_not_stacked():
+    model = adapt(random_model(tiny_config(num_layers=6)), "blocks.1.mlp.*")
+    with pytest.raises(ValueError, match="expected layers 1, 4, ... to be alike"):
+        stack_layers(model)
+
+
 def test_no_second_adapter_on_a_matrix():
     with pytest.raises(ValueError, match="got blocks.0.mlp.down.kernel, which has one"):
         adapt(adapted(), "*.mlp.*")

@@ -16,8 +16,9 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from recurrentgemma.checkpoints import tensors as tensors_lib
 from recurrentgemma.checkpoints.parameters import EMBEDDING, is_multiplied
-from recurrentgemma.checkpoints.tensors import BLOCK_BYTES, TensorSource, place
+from recurrentgemma.checkpoints.tensors import TensorSource, place
 from recurrentgemma.config import GriffinConfig
 from recurrentgemma.matrices import INT8_MAX, Quantized
 
@@ -110,7 +111,7 @@ def _scales_of(name: str, source: TensorSource) -> np.ndarray:
     largest = np.zeros(_scales_shape(name, source.shape), np.float32)
     length = source.shape[source.axis]
     row_bytes = source.shape[1 - source.axis] * source.dtype.itemsize
-    step = max(1, BLOCK_BYTES // row_bytes)
+    step = max(1, tensors_lib.BLOCK_BYTES // row_bytes)
     for start in range(0, length, step):
         stop = min(start + step, length)
         part = np.abs(source.read(start, stop).astype(np.float32))

@@ -43,8 +43,8 @@ def save(
 
     Raises:
       ValueError: the format is unknown or cannot hold this model, the model is edited
-        or has adapters, the tokenizer does not fit, the directory holds something else, or writing
-        failed. What was there is as it was.
+        or has adapters, the tokenizer does not fit, the directory holds something else,
+        or writing failed. What was there is as it was.
     """
     check.instance("model", model, Griffin, "a Griffin model")
     if model.observer is not None and model.observer.key:
