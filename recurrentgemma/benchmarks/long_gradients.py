@@ -6,7 +6,7 @@ the length, stand beside the peak of the memory; the rest of the peak is that of
 chunk. Up to --whole tokens the same gradients are taken by plain backpropagation too:
 they must agree before anything is timed. The ceiling is the device's matrix product at
 three times the FLOPs of a forward pass, as for a train step; reading every chunk once
-more costs a fourth.
+more, without its logits, costs up to a third of that.
 """
 
 import time

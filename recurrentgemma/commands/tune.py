@@ -33,10 +33,11 @@ def define_flags(values: flags.FlagValues) -> None:
     ):
         flags.DEFINE_string(name, None, text, flag_values=values)
     for field in dataclasses.fields(LearnedPrefixConfig):
-        number = isinstance(field.default, int)
-        define = flags.DEFINE_integer if number else flags.DEFINE_float
+        default: Any = field.default
+        is_integer = isinstance(default, int)
+        define = flags.DEFINE_integer if is_integer else flags.DEFINE_float
         name = field.name.replace("_", "-")
-        define(name, field.default, field.metadata["help"], flag_values=values)
+        define(name, default, field.metadata["help"], flag_values=values)
     for name, (default, text) in SIZES.items():
         flags.DEFINE_integer(name, default, text, lower_bound=0, flag_values=values)
 

@@ -11,8 +11,13 @@ import jax
 import numpy as np
 
 from recurrentgemma._validation import array, refuse
-from recurrentgemma.cache import OVERFLOWN, Cache, max_tokens_held, named_leaves
-from recurrentgemma.cache import refuse_overflown as refuse_lost_tokens
+from recurrentgemma.cache import (
+    OVERFLOWN,
+    Cache,
+    max_tokens_held,
+    named_leaves,
+    refuse_overflown,
+)
 from recurrentgemma.generation.history import History
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.kernels.local_attention import KVCache
@@ -36,7 +41,7 @@ def check_cache(cache: Cache, model: Griffin) -> None:
         if not np.isfinite(np.asarray(leaf, np.float32)).all():
             refuse("cache", f"finite numbers in {name}", leaf)
     if (max_tokens_held(cache) or 0) >= OVERFLOWN:
-        refuse_lost_tokens(cache)
+        refuse_overflown(cache)
     next_position = np.asarray(cache.next_position)
     if (next_position < 0).any():
         refuse("cache", "a next_position of at least 0", next_position)

@@ -194,7 +194,8 @@ def learn_prefix(
 
     Args:
         model: stays what it is.
-        prefix: one row, what the learned prefix begins as. It stays valid.
+        prefix: one row of at least two tokens, what the learned prefix begins as. It
+            stays valid.
         batches: at least `config.steps` of them; see `after_prefix`.
         config: steps and learning rate.
 
@@ -202,11 +203,14 @@ def learn_prefix(
         The learned prefix, and the loss of each step in nats a token.
 
     Raises:
-        ValueError: the prefix has several rows, belongs to another model, or there are
-            too few batches.
+        ValueError: the prefix has several rows or a single token, belongs to another
+            model, or there are too few batches.
     """
     if prefix.batch_size != 1:
         check.refuse("prefix", "one row", prefix.batch_size, "use take")
+    if not int(prefix.cache.next_position[0]):
+        advice = "a text begins anew after a single token, whatever the state"
+        check.refuse("prefix", "at least two tokens", prefix.num_tokens[0], advice)
     prefix.check_model(model_digest(model))
     schedule = optax.cosine_decay_schedule(config.learning_rate, config.steps)
     optimizer = optax.adam(schedule)

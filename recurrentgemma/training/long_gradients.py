@@ -87,11 +87,15 @@ def long_gradients(
         held = cache_lib.max_tokens_held(cache) or 0
         room = max(cache.capacity, held + length)
         cache = cache_lib.grow(cache, model.config, room)
-    chunks = jax.tree.map(np.asarray, split_rows(batch, min(chunk_tokens, length)))
-    count = len(chunks.tokens)
+    size = min(chunk_tokens, length)
+    count = -(-length // size)
+    rows = jax.tree.map(np.asarray, batch)
 
     def chunk(index: int) -> Batch:
-        return jax.tree.map(lambda x: x[index], chunks)
+        part = jax.tree.map(lambda x: x[:, index * size : (index + 1) * size], rows)
+        if part.tokens.shape[1] == size:
+            return part
+        return jax.tree.map(lambda x: x[0], split_rows(part, size))
 
     # Boundaries in order of time; the last one that is there is the next to go back to.
     kept: list[Cache] = []

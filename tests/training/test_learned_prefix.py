@@ -109,6 +109,8 @@ def test_what_cannot_be_learned_is_refused(sampler, start):
     model = sampler.model
     with pytest.raises(ValueError, match="prefix: expected one row, got 2"):
         learn_prefix(model, start.repeat(2), [])
+    with pytest.raises(ValueError, match="prefix: expected at least two tokens"):
+        learn_prefix(model, sampler.prefill([2]), [])
     with pytest.raises(ValueError, match="batches: expected 200 of them, got 0"):
         learn_prefix(model, start, [])
     other = random_model(
