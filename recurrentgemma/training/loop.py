@@ -38,6 +38,7 @@ from recurrentgemma.training.start import (
     STATES,
     architecture_of,
     branch,
+    check,
     first_model,
     frozen_in_compute_dtype,
     tokenizer_of,
@@ -76,6 +77,7 @@ def train(config: TrainConfig) -> Path:
     output = Path(config.output)
     architecture = architecture_of(config)
     tokenizer = tokenizer_of(config, architecture)
+    check(config, architecture)
     training, held_out = _documents(config)
     claim(output, config, architecture)
     with _only_process(output):
@@ -125,11 +127,6 @@ def _prepare(config: TrainConfig, model: Griffin, tokenizer: Tokenizer) -> _Run:
         state = checkpoints.restore(state)
     elif config.branch_from is not None:
         state = branch(config.branch_from, state)
-        if int(state.step) >= config.steps:
-            raise ValueError(
-                f"steps: expected more than the {int(state.step)} of "
-                f"{config.branch_from}, got {config.steps}"
-            )
         # The other run may go on, and lose this state.
         checkpoints.save(state)
     return _Run(config, model, tokenizer, optimizer, state, frozen, checkpoints)
@@ -169,7 +166,7 @@ def _run(run: _Run, data: "_Shuffled", evaluation: PackedTokens | None) -> Param
                 row |= watch.memories(with_parameters(run.model, params), step)
                 watch.say(f"step {step}: held-out loss {row['held_out_loss']:.4f}")
             watch.step(row, seconds)
-            skipped = _look_at(row, config, skipped, run.checkpoints, watch)
+            skipped = _check_step(row, config, skipped, run.checkpoints, watch)
             if last or interrupted or step % config.checkpoint_every == 0:
                 run.checkpoints.save(state)
             if interrupted:
@@ -210,7 +207,7 @@ def _evaluate(batches: Iterator[Any]) -> dict[str, Any]:
     }
 
 
-def _look_at(
+def _check_step(
     row: dict[str, Any],
     config: TrainConfig,
     skipped: int,
