@@ -40,6 +40,7 @@ from recurrentgemma.training.start import (
     STATES,
     architecture_of,
     branch,
+    check,
     first_model,
     frozen_in_compute_dtype,
     tokenizer_of,
@@ -82,6 +83,7 @@ def train(config: TrainConfig) -> Path:
     output = Path(config.output)
     architecture = architecture_of(config)
     tokenizer = tokenizer_of(config, architecture)
+    check(config, architecture)
     training, held_out = open_data(config.data, tokenizer, config.seed)
     with _records(output, config, architecture, training) as folder:
         run = _prepare(config, first_model(config, architecture, mesh), mesh, tokenizer)
@@ -142,11 +144,6 @@ def _prepare(
         state = checkpoints.restore(state)
     elif config.branch_from is not None:
         state = branch(config.branch_from, state)
-        if int(state.step) >= config.steps:
-            raise ValueError(
-                f"steps: expected more than the {int(state.step)} of "
-                f"{config.branch_from}, got {config.steps}"
-            )
         # The other run may go on, and lose this state.
         checkpoints.save(state)
     return _Run(config, model, tokenizer, optimizer, state, frozen, checkpoints)
@@ -192,7 +189,7 @@ def _run(
                 row |= watch.memories(model, step)
                 watch.say(f"step {step}: held-out loss {row['held_out_loss']:.4f}")
             watch.step(row, seconds)
-            skipped = _look_at(row, config, skipped, run.checkpoints, watch)
+            skipped = _check_step(row, config, skipped, run.checkpoints, watch)
             if last or interrupted or step % config.checkpoint_every == 0:
                 run.checkpoints.save(state)
             if interrupted:
@@ -234,7 +231,7 @@ def _evaluate(batches: Iterator[Any]) -> dict[str, Any]:
     }
 
 
-def _look_at(
+def _check_step(
     row: dict[str, Any],
     config: TrainConfig,
     skipped: int,

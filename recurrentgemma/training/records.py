@@ -55,10 +55,6 @@ class JsonLines:
         self._file.close()
 
 
-class MetricsLog(JsonLines):
-    """The metrics of each step."""
-
-
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file of `JsonLines`."""
     with path.open(encoding="utf-8") as lines:

@@ -1,31 +1,32 @@
 """What a run begins with: architecture, tokenizer, parameters, and another run's state."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 
-from recurrentgemma.checkpoints import (
-    load,
-    named_parameters,
-    open_checkpoint,
-    parameter_dtype,
-)
+from recurrentgemma.checkpoints import load, open_checkpoint, parameter_dtype
 from recurrentgemma.checkpoints.hugging_face import MODEL_TYPES
 from recurrentgemma.checkpoints.model_types import config_from_json
-from recurrentgemma.checkpoints.parameters import check_tokenizer
+from recurrentgemma.checkpoints.parameters import (
+    check_tokenizer,
+    describe,
+    named_parameters,
+)
 from recurrentgemma.checkpoints.stored import CONFIG_FILE
 from recurrentgemma.config import PRESETS, GriffinConfig, Runtime, find_preset
 from recurrentgemma.griffin import Griffin, stack_layers
 from recurrentgemma.tokenizer import Tokenizer
 from recurrentgemma.training import options, sharding
 from recurrentgemma.training.config import TrainConfig
+from recurrentgemma.training.selection import trained_names
 from recurrentgemma.training.state import Checkpoints, TrainState, with_parameters
 
 BUNDLED_TOKENIZER = Path(__file__).parents[1] / "assets" / "nano" / "tokenizer.model"
@@ -106,13 +107,9 @@ def first_model(
     compute = config.compute
     runtime = Runtime(compute_dtype=compute.compute_dtype, remat=compute.remat)
 
-    def prepared(model: Griffin) -> Griffin:
-        model = config.adapters.add_to(model, config.seed)
-        return stack_layers(model) if compute.stack_layers else model
-
     def random() -> Griffin:
         rngs = nnx.Rngs(config.seed)
-        return prepared(Griffin(architecture, rngs=rngs, runtime=runtime))
+        return _prepared(config, Griffin(architecture, rngs=rngs, runtime=runtime))
 
     if config.init_from is None:
         params = sharding.make_state(lambda: named_parameters(random()), mesh)
@@ -124,7 +121,13 @@ def first_model(
         param_dtype="float32",
         sharding=None if mesh is None else sharding.rule_of(mesh),
     )
-    return prepared(model)
+    return _prepared(config, model)
+
+
+def _prepared(config: TrainConfig, model: Griffin) -> Griffin:
+    """The model with its adapters, its layers stacked, if the config says so."""
+    model = config.adapters.add_to(model, config.seed)
+    return stack_layers(model) if config.compute.stack_layers else model
 
 
 def frozen_in_compute_dtype(
@@ -137,31 +140,57 @@ def frozen_in_compute_dtype(
     }
 
 
+def check(config: TrainConfig, architecture: GriffinConfig) -> None:
+    """Refuses what a run could not begin with, before anything is written.
+
+    Raises:
+        ValueError: a pattern matches no parameter, or there is no state to branch off.
+    """
+    described = jax.eval_shape(partial(_prepared, config), describe(architecture))
+    trained = config.adapters.trained(config.train_only)
+    trained_names(named_parameters(described), trained, config.freeze)
+    begun = (Path(config.output) / STATES).exists()
+    if config.branch_from is not None and not begun:
+        _, step = _branch_point(config.branch_from)
+        if step >= config.steps:
+            raise ValueError(
+                f"steps: expected more than the {step} of {config.branch_from}, got "
+                f"{config.steps}"
+            )
+
+
 def branch(run: str, like: TrainState) -> TrainState:
     """A training state of another run.
 
     Args:
-        run: the directory of the run, or DIRECTORY@STEP.
+        run: the directory of the run, or DIRECTORY@STEP; without a step, its newest.
         like: a state of the same shapes.
 
     Raises:
         ValueError: there is no such state, or it is of another model or optimizer.
     """
-    folder, at, step = run.rpartition("@")
-    if not at or not step.isdigit():
-        folder, step = run, None
+    states, step = _branch_point(run)
+    with contextlib.closing(Checkpoints(states, read_only=True)) as checkpoints:
+        return checkpoints.restore(like, step)
+
+
+def _branch_point(run: str) -> tuple[Path, int]:
+    """The directory of a run's states, and the step of one of them."""
+    folder, at, text = run.rpartition("@")
+    if not at or not text.isdigit():
+        folder, text = run, None
     states = Path(folder) / STATES
     if not states.is_dir():
         raise ValueError(
             f"branch_from: expected the directory of a run, got {folder!r}, which has "
             f"no {STATES}"
         )
-    checkpoints = Checkpoints(states, read_only=True)
-    try:
-        state = checkpoints.restore(like, None if step is None else int(step))
-    except ValueError as error:
-        raise ValueError(f"branch_from: {error}") from error
-    finally:
-        checkpoints.close()
-    logging.info("begins with step %d of %s", int(state.step), folder)
-    return state
+    with contextlib.closing(Checkpoints(states, read_only=True)) as checkpoints:
+        steps = checkpoints.steps
+    step = max(steps, default=None) if text is None else int(text)
+    if step is None or step not in steps:
+        raise ValueError(
+            f"branch_from: expected a step that {folder} has a state of, got {step}; "
+            f"there are {', '.join(map(str, steps)) or 'none'}"
+        )
+    return states, step

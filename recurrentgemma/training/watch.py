@@ -28,15 +28,14 @@ from recurrentgemma.training.options import option
 from recurrentgemma.training.records import (
     MEMORY,
     JsonLines,
-    MetricsLog,
     TensorBoard,
     read_rows,
 )
 
 METRICS, SAMPLES, LOSS_PLOT = "metrics.jsonl", "samples.jsonl", "loss.png"
 TENSORBOARD = "tensorboard"
-_PRODUCT_SIZES = {"cpu": 1024}
-_LARGE_PRODUCT = 8192
+_CPU_PRODUCT, _PRODUCT = 1024, 8192
+"""Sizes of the square matrix product whose rate is measured."""
 _PRODUCT_SAMPLES = 5
 
 
@@ -100,7 +99,7 @@ class Watch:
         self._board = None
         if config.tensorboard:
             self._board = TensorBoard(folder / TENSORBOARD, first_step)
-        self._log = MetricsLog(folder / METRICS, first_step)
+        self._log = JsonLines(folder / METRICS, first_step)
         self._samples = None
         if config.sample_every is not None:
             self._samples = JsonLines(folder / SAMPLES, first_step)
@@ -193,7 +192,7 @@ def product_flops_per_s(dtype: str) -> float:
 
     What a train step is compared with. Measured once in a process, within a second.
     """
-    size = _PRODUCT_SIZES.get(jax.default_backend(), _LARGE_PRODUCT)
+    size = _CPU_PRODUCT if jax.default_backend() == "cpu" else _PRODUCT
     x = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.matmul)
     seconds = []

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recurrentgemma import PRESETS, load
+from recurrentgemma import load
 from recurrentgemma.checkpoints import named_parameters
 from recurrentgemma.training import records
 from recurrentgemma.training.config import TrainConfig
@@ -31,6 +31,7 @@ from recurrentgemma.training.loop import train
 from recurrentgemma.training.state import Checkpoints
 from tests.models import tiny_config
 
+LONGEST_START_S = 300
 TINY = tiny_config(vocab_size=4096, num_layers=1, width=16, lru_width=16)
 
 
@@ -55,8 +56,13 @@ def config_for(data: str, output: str, **fields) -> TrainConfig:
     return TrainConfig(**{**defaults, **fields}, data=DataConfig(**of_data))
 
 
-def forked(function: Callable[[], object], kill_after_s: float | None = None) -> int:
-    """Runs a function in a forked process; returns its exit status or -signal."""
+def forked(
+    function: Callable[[], object], until: Callable[[], object] | None = None
+) -> int:
+    """Runs a function in a forked process; returns its exit status or -signal.
+
+    The process is killed when `until` returns.
+    """
     child = os.fork()
     if not child:
         status = 1
@@ -67,8 +73,8 @@ def forked(function: Callable[[], object], kill_after_s: float | None = None) ->
             if status:
                 traceback.print_exc()
             os._exit(status)
-    if kill_after_s is not None:
-        time.sleep(kill_after_s)
+    if until is not None:
+        until()
         os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -100,7 +106,7 @@ def killed_in_a_line_of_the_log(config: TrainConfig) -> None:
             kill_this_process()
         write(self, row)
 
-    write, records.MetricsLog.write = records.MetricsLog.write, half
+    write, records.JsonLines.write = records.JsonLines.write, half
     train(config)
 
 
@@ -122,12 +128,11 @@ def main() -> None:
     parser.add_argument("output")
     parser.add_argument("data")
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--checkpoint-every", type=int, default=5)
-    parser.add_argument("--most-seconds", type=float, default=12.0)
+    parser.add_argument("--most-seconds", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    PRESETS["nano"] = TINY
 
     def config(output):
         return config_for(
@@ -139,22 +144,33 @@ def main() -> None:
         )
 
     moments = random.Random(arguments.seed)
-    killed = 0
-    while killed < arguments.kills:
-        seconds = moments.uniform(0, arguments.most_seconds)
-        status = forked(lambda: train(config(arguments.output)), seconds)
-        rows = Path(arguments.output) / "metrics.jsonl"
-        done = rows.read_bytes().count(b"\n") if rows.exists() else 0
-        print(f"after {seconds:.1f} s: status {status}, {done} rows", flush=True)
+    metrics = Path(arguments.output) / "metrics.jsonl"
+
+    def rows():
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+    for kill in range(arguments.kills):
+        # One in four may die before its first step.
+        before, seconds = rows(), moments.uniform(0, arguments.most_seconds)
+
+        def until(kill=kill, before=before, seconds=seconds):
+            limit = time.monotonic() + LONGEST_START_S
+            while kill % 4 and rows() <= before and time.monotonic() < limit:
+                time.sleep(0.02)
+            time.sleep(seconds)
+
+        status = forked(lambda: train(config(arguments.output)), until)
+        print(f"kill {kill + 1}: status {status}, {rows()} rows", flush=True)
         if status != -signal.SIGKILL:
             sys.exit("the run ended before it was killed; give it more steps")
-        killed += 1
     whole = f"{arguments.output}-whole"
     for output in (arguments.output, whole):
         if forked(lambda output=output: train(config(output))):
             sys.exit(f"{output} failed")
     compare(arguments.output, whole)
-    print(f"{killed} kills in {arguments.steps} steps: every parameter is bit-equal")
+    print(
+        f"{arguments.kills} kills in {arguments.steps} steps: every parameter is bit-equal"
+    )
 
 
 if __name__ == "__main__":

@@ -128,6 +128,7 @@ def test_a_state_is_restored_on_other_devices(tmp_path, model):
     for step, mesh in enumerate([*meshes[1:], None], 1):
         checkpoints = Checkpoints(tmp_path / str(step))
         checkpoints.save(state)
+        checkpoints.finish()
         like = sharding.make_state(lambda: new_state(model), mesh)
         state = checkpoints.restore(like)
         checkpoints.close()

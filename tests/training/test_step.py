@@ -155,6 +155,7 @@ def test_losses_by_position(model, plain):
         np.testing.assert_allclose(found[str(first)], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_stacked_layers_and_bfloat16_are_ways_to_run(plain):
     """Float32 parameters and gradients; the same loss."""
     batch, _, metrics = plain
