@@ -48,7 +48,7 @@ SLOW_CASES = [
     r"test_rg_lru.py::test_(golden|dtypes).*pallas_tpu_from_logits",
     r"test_linear_scan.py::test_slow_decay_over_100000_steps\[(?!chunked)",
     r"training/test_sharding.py::test_a_step_is.*\[(?!fsdp=2,tensor)",
-    r"training/test_sharding.py::test_an_evaluation",
+    r"training/test_sharding.py::test_an_evaluation.*explicit",
     r"test_sharding.py::test_what_is_accepted_runs_like_one_device\[(?!foreign)",
     r"test_layers.py::test_complex_rg_lru\[(documents-no_h0|continuing-with)",
     r"test_losses.py::test_loss_and_gradients_are_those_of.*\[packed",

@@ -28,7 +28,7 @@ from absl import logging
 from flax import nnx
 
 from recurrentgemma.checkpoints import named_parameters, parameter_dtype, save
-from recurrentgemma.checkpoints.parameters import check_tokenizer, describe
+from recurrentgemma.checkpoints.parameters import check_tokenizer
 from recurrentgemma.config import Runtime, find_preset
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.tokenizer import Tokenizer
@@ -153,16 +153,16 @@ def train(config: TrainConfig) -> Path:
         _claim(output, config)
 
     optimizer = make_optimizer(config.optimizer, config.steps, model_config)
-
-    def new_state() -> TrainState:
-        params = named_parameters(Griffin(model_config, rngs=nnx.Rngs(config.seed)))
-        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-
-    state = sharding.make_state(new_state, mesh)
+    with sharding.made_on_host(mesh):
+        model = Griffin(model_config, rngs=nnx.Rngs(config.seed))
+        params = named_parameters(model)
+        state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    state = sharding.place(state, mesh)
     checkpoints = Checkpoints(output / "checkpoints")
     if checkpoints.latest_step is not None:
         state = checkpoints.restore(state)
-    model = describe(model_config)
+    # The state is used up by the first step, so the template may not share its arrays.
+    model = jax.eval_shape(lambda: model)
 
     packed = _pack(training, tokenizer, config, cut_seed=config.seed)
     evaluation = _pack(held_out, tokenizer, config) if held_out else None

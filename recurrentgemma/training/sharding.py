@@ -255,12 +255,29 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     )
 
 
-def make_state(make: Callable[[], Any], mesh: Mesh | None) -> Any:
-    """The result of `make()`, of which no device ever holds more than its part."""
+def made_on_host(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Within, new arrays lie in the memory of the host, for `place`: no device need hold
+    a whole model."""
     if mesh is None:
-        return make()
-    shardings = state_shardings(jax.eval_shape(make), mesh)
-    return jax.jit(make, out_shardings=shardings)()
+        return contextlib.nullcontext()
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
+
+
+def place(state: Any, mesh: Mesh | None) -> Any:
+    """The same arrays laid out on a mesh; every process has all of each.
+
+    Args:
+        state: a training state, parameters by native name, or any tree of such.
+        mesh: None leaves them where they are.
+    """
+    if mesh is None:
+        return state
+    return jax.tree.map(_put, state, state_shardings(state, mesh))
+
+
+def _put(array, sharding):
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
@@ -280,12 +297,7 @@ def place_batch(batch: Any, beside: jax.Array) -> Any:
     if not isinstance(beside.sharding, NamedSharding):
         return batch
     sharding = batch_sharding(beside.sharding.mesh)
-
-    def place(array):
-        array = np.asarray(array)
-        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
-
-    return jax.tree.map(place, batch)
+    return jax.tree.map(lambda array: _put(array, sharding), batch)
 
 
 def on(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:

@@ -68,7 +68,7 @@ def new_state(model):
 
 def trained(model, mesh):
     """The state and the metrics of a step."""
-    state = sharding.make_state(lambda: new_state(model), mesh)
+    state = sharding.place(new_state(model), mesh)
     placed = sharding.place_batch(batch(), state.step)
     template = jax.eval_shape(lambda: model)
     with sharding.on(mesh):
@@ -111,7 +111,7 @@ def test_a_step_is_that_of_one_device(config, model, of_one_device):
 @pytest.mark.parametrize("kind", sharding.TYPES)
 def test_an_evaluation_is_that_of_one_device(kind, model, of_one_device):
     mesh = MeshConfig("data=2,sequence=4", mesh_type=kind).make()
-    state = sharding.make_state(lambda: new_state(model), mesh)
+    state = sharding.place(new_state(model), mesh)
     with sharding.on(mesh):
         step = make_evaluation_step(jax.eval_shape(lambda: model))
         sums = step(state.params, sharding.place_batch(batch(), state.step))
@@ -124,11 +124,11 @@ def test_a_state_is_restored_on_other_devices(tmp_path, model):
     devices = jax.devices()
     counts = {8: "fsdp=4,tensor=2", 2: "fsdp=2", 1: ""}
     meshes = [MeshConfig(text).make(devices[:n]) for n, text in counts.items()]
-    state = sharding.make_state(lambda: values._replace(step=jnp.int32(1)), meshes[0])
+    state = sharding.place(values._replace(step=jnp.int32(1)), meshes[0])
     for step, mesh in enumerate([*meshes[1:], None], 1):
         checkpoints = Checkpoints(tmp_path / str(step))
         checkpoints.save(state)
-        like = sharding.make_state(lambda: new_state(model), mesh)
+        like = sharding.place(new_state(model), mesh)
         state = checkpoints.restore(like)
         checkpoints.close()
         for leaf, wanted in zip(
