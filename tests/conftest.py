@@ -55,7 +55,7 @@ SLOW_CASES = [
     r"test_verify.py::test_the_layers_lead_to_the_model_s_own_logits\[(?!griffin)",
     r"test_sampler.py::test_a_row_in_a_batch_is_what_it_is_alone.*penalty=None",
     r"test_transformers.py::test_loss_and_gradients\[(?!recurrent_gemma)",
-    r"test_meshes.py::test_(sampler\[AxisType.Auto|model_and_gradient\[(auto|explicit ))",
+    r"test_meshes.py::test_(sampler\[(auto|sequence)|model_and_gradient\[(auto|explicit ))",
 ]
 """Heavy cases that the default run leaves out, as patterns of their names: other cases
 of the same tests, of the same code, stay. `-m slow` runs them."""

@@ -40,13 +40,13 @@ from recurrentgemma.training.corpus import (
     split_held_out,
 )
 from recurrentgemma.training.data import PackedTokens, encode_document
+from recurrentgemma.training.mesh import MeshConfig
 from recurrentgemma.training.optimizer import (
     OptimizerConfig,
     learning_rate_schedule,
     make_optimizer,
 )
 from recurrentgemma.training.options import nested_config, option
-from recurrentgemma.training.sharding import MeshConfig
 from recurrentgemma.training.state import (
     Checkpoints,
     TrainState,

@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from recurrentgemma.planning.hlo import Costs, Exchange, costs_of
-from recurrentgemma.training.sharding import MeshConfig
+from recurrentgemma.training.mesh import MeshConfig
 
 TEXT = """HloModule jit_step, is_scheduled=true
 

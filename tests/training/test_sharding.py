@@ -15,7 +15,7 @@ from recurrentgemma.checkpoints import named_parameters
 from recurrentgemma.griffin import stack_layers
 from recurrentgemma.training import sharding
 from recurrentgemma.training.data import Batch
-from recurrentgemma.training.sharding import MeshConfig
+from recurrentgemma.training.mesh import AXES, TYPES, MeshConfig, filled_axes
 from recurrentgemma.training.state import Checkpoints, TrainState
 from recurrentgemma.training.step import (
     make_evaluation_step,
@@ -83,7 +83,7 @@ def of_one_device(model):
 MESHES = [
     MeshConfig("fsdp=2,tensor=2,sequence=2"),
     MeshConfig("data=2,tensor=2,sequence=2", mesh_type="explicit"),
-    *(MeshConfig(axis) for axis in sharding.AXES),
+    *(MeshConfig(axis) for axis in AXES),
     MeshConfig("data=2,fsdp=4"),
     MeshConfig("fsdp=4,sequence=2"),
 ]
@@ -108,7 +108,7 @@ def test_a_step_is_that_of_one_device(config, model, of_one_device):
         )
 
 
-@pytest.mark.parametrize("kind", sharding.TYPES)
+@pytest.mark.parametrize("kind", TYPES)
 def test_an_evaluation_is_that_of_one_device(kind, model, of_one_device):
     mesh = MeshConfig("data=2,sequence=4", mesh_type=kind).make()
     state = sharding.place(new_state(model), mesh)
@@ -204,5 +204,5 @@ def test_a_batch_must_divide():
 
 
 def test_one_axis_gets_the_remaining_devices():
-    assert sharding.filled_axes("tensor=2,data", 8) == {"data": 4, "tensor": 2}
+    assert filled_axes("tensor=2,data", 8) == {"data": 4, "tensor": 2}
     assert dataclasses.replace(MeshConfig(), mesh="").make() is None
