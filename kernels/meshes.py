@@ -246,7 +246,7 @@ def run_along_time(
     given = present(letters, arguments)
     mesh = current_mesh([array for _, array in given])
     axis = time_axis(mesh)
-    cut = _cut_along_time(mesh, given, least_tokens)
+    cut = {} if axis is None else _cut_along_time(mesh, given, least_tokens)
     if axis is None or "t" not in cut:
         return run(*arguments)
     structure, found_structure = jax.tree.structure(arguments), None

@@ -53,7 +53,7 @@ SLOW_CASES = [
     r"test_rg_lru.py::test_(golden|dtypes).*pallas_tpu_from_logits",
     r"test_linear_scan.py::test_slow_decay_over_100000_steps\[(?!chunked)",
     r"training/test_sharding.py::test_a_step_is.*\[(?!fsdp=2,tensor)",
-    r"training/test_sharding.py::test_an_evaluation",
+    r"training/test_sharding.py::test_an_evaluation.*explicit",
     r"test_sharding.py::test_what_is_accepted_runs_like_one_device\[(?!foreign)",
     r"test_layers.py::test_complex_rg_lru\[(documents-no_h0|continuing-with)",
     r"test_long_gradients.py::test_chunks_change_no_gradient\[(?!griffin)",
@@ -65,11 +65,9 @@ SLOW_CASES = [
     r"test_transformers.py::test_loss_and_gradients\[(?!recurrent_gemma)",
     r"test_adapters.py::test_gradients_of_the_adapters_alone\[layers",
     r"test_adapters.py::test_the_merged_model_is_saved.*\[official",
-    r"test_scorer.py::test_(?!answers_are_those).*\[global",
-    r"test_meshes.py::test_(sampler\[AxisType.Auto|model_and_gradient\[(auto|explicit ))",
     r"test_scorer.py::.*\[global",
     r"test_evaluation_benchmarks.py::test_needle_rows_are_kept",
-    r"test_meshes.py::test_(sampler\[AxisType.Auto|model_and_gradient\[auto)",
+    r"test_meshes.py::test_(sampler\[(auto|sequence)|model_and_gradient\[(auto|explicit ))",
 ]
 """Heavy cases that the default run leaves out, as patterns of their names: other cases
 of the same tests, of the same code, stay. `-m slow` runs them."""

@@ -163,9 +163,18 @@ def texts_of_one_device(sample):
     return sample()
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
-def test_sampler(kind, sample, texts_of_one_device):
-    with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(kind,))):
+@pytest.mark.parametrize(
+    ("sizes", "axes", "kind"),
+    [
+        ((8,), ("data",), AxisType.Explicit),
+        ((8,), ("data",), AxisType.Auto),
+        ((2, 2, 2), ("data", "tensor", "sequence"), AxisType.Auto),
+    ],
+    ids=["explicit", "auto", "sequence"],
+)
+def test_sampler(sizes, axes, kind, sample, texts_of_one_device):
+    kinds = (kind,) * len(axes)
+    with jax.set_mesh(jax.make_mesh(sizes, axes, axis_types=kinds)):
         assert sample() == texts_of_one_device
 
 

@@ -133,14 +133,36 @@ def _turns(one, computations):
     begins with 0 is below a constant; None if neither is so."""
     if noted := _TURNS.search(one.rest):
         return int(noted[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", one.rest)
-    table = computations.get(condition[1], {}) if condition else {}
-    for test in table.values():
+    found = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", one.rest)
+    if found is None:
+        return None
+    condition, body = (computations.get(name, {}) for name in found.groups())
+    for test in condition.values():
         if test.opcode == "compare" and "direction=LT" in test.rest:
-            limit = table.get(test.operands[1])
-            if limit is not None and limit.opcode == "constant":
-                return int(limit.operands[0])
+            counter, limit = (condition.get(name) for name in test.operands)
+            if limit is None or limit.opcode != "constant" or counter is None:
+                return None
+            step = _step(counter, body)
+            return step and -(-int(limit.operands[0]) // step)
     return None
+
+
+def _step(counter, body):
+    """What a turn adds to the counter, an element of the tuple that goes round."""
+    element = re.search(r"index=(\d+)", counter.rest)
+    root = [*body.values()][-1]
+    if element is None or root.opcode != "tuple":
+        return None
+
+    def added(name):
+        one = body.get(name)
+        if one is None or one.opcode == "get-tuple-element":
+            return 0
+        if one.opcode == "constant":
+            return int(one.operands[0]) if one.operands else 0
+        return sum(map(added, one.operands)) if one.opcode in ("add", "copy") else 0
+
+    return added(root.operands[int(element[1])]) or None
 
 
 def _called(one):
@@ -256,6 +278,10 @@ def _moved_bytes(one, table, computations):
         return 2 * _bytes(one.shape)
     if one.opcode == "dynamic-update-slice":
         return 2 * _bytes(shapes[1])
+    if one.opcode == "slice-start":  # A tuple of the whole, the slice and a signal.
+        [_, (dtype, dims), *_] = _arrays(one.shape)
+        [_, in_memory, *_] = _memory_flags(one.shape)
+        return (1 + in_memory) * _ITEM_BYTES[dtype] * math.prod(dims)
     if one.opcode.endswith("-start"):
         return _bytes(one.shape)
     if one.opcode == "custom-call" and '"cost_estimate"' in one.rest:

@@ -14,7 +14,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from recurrentgemma.training.sharding import BATCH, filled_axes
+from recurrentgemma.training.mesh import filled_axes
+from recurrentgemma.training.sharding import BATCH
 
 
 class Chip(NamedTuple):

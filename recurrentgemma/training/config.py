@@ -11,10 +11,10 @@ from recurrentgemma.training import options as fields_of
 from recurrentgemma.training.adapters import AdapterConfig
 from recurrentgemma.training.data import DataConfig, lift_record
 from recurrentgemma.training.guard import GuardConfig
+from recurrentgemma.training.mesh import MeshConfig
 from recurrentgemma.training.optimizer import OptimizerConfig
 from recurrentgemma.training.options import option
 from recurrentgemma.training.rows import RowsConfig
-from recurrentgemma.training.sharding import MeshConfig
 from recurrentgemma.training.watch import WatchConfig
 
 RECORD = "train_config.json"

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from recurrentgemma import cost
@@ -49,6 +48,7 @@ from recurrentgemma.training.state import (
     Checkpoints,
     Parameters,
     TrainState,
+    new_state,
     with_parameters,
 )
 from recurrentgemma.training.step import (
@@ -86,7 +86,9 @@ def train(config: TrainConfig) -> Path:
     check(config, architecture)
     training, held_out = open_data(config.data, tokenizer, config.seed)
     with _records(output, config, architecture, training) as folder:
-        run = _prepare(config, first_model(config, architecture, mesh), mesh, tokenizer)
+        with sharding.made_on_host(mesh):
+            model = first_model(config, architecture)
+            run = _prepare(config, model, mesh, tokenizer)
         try:
             with sharding.on(mesh):
                 params = _run(run, training, held_out, folder)
@@ -129,12 +131,8 @@ def _prepare(
     carried = init_rows(config.rows, model, config.data.batch_size)
     # Its parameters are those of the state, which the first step uses up.
     model = jax.eval_shape(lambda: model)
-
-    def first_state(params):
-        step = jnp.zeros((), jnp.int32)
-        return TrainState(params, optimizer.init(params), step, carried)
-
-    state = sharding.make_state(first_state, mesh, params)
+    state = new_state(params, optimizer, carried)
+    state, frozen = sharding.place((state, frozen), mesh)
     checkpoints = Checkpoints(
         Path(config.output) / STATES,
         keep=config.keep_checkpoints,

@@ -120,13 +120,15 @@ def _run(settings, *arrays):
 
         blocks = _split(settings, embedding, *arrays)
         total, nats = jax.lax.scan(add_block, jnp.zeros((), jnp.float32), blocks)
-        return _whole(settings, total, nats, arrays[1]), []
+        return _whole(settings, total, nats, arrays[1])
 
-    return settings.parts.run(on_part, *arrays)[0]
+    return settings.parts.run(on_part, "st", *arrays)
 
 
 def _forward(settings, *arrays):
-    return settings.parts.run(partial(_forward_part, settings), *arrays)
+    part = partial(_forward_part, settings)
+    total, nats, *gradients = settings.parts.run(part, "stet", *arrays)
+    return (total, nats), gradients
 
 
 def _forward_part(settings, embedding, *arrays):
@@ -159,8 +161,8 @@ def _forward_part(settings, embedding, *arrays):
         add_block, start, _split(settings, embedding, *arrays)
     )
     d_embedding = parts.add_tokens(d_embedding if in_place else d_embedding.T)
-    gradients = [d_embedding.astype(embedding.dtype), _join(d_hidden, arrays[1])]
-    return _whole(settings, total, nats, arrays[1]), gradients
+    gradients = d_embedding.astype(embedding.dtype), _join(d_hidden, arrays[1])
+    return *_whole(settings, total, nats, arrays[1]), *gradients
 
 
 def _add_transposed(d_embedding, d_logits, hidden):

@@ -1,20 +1,11 @@
-"""Where a training run lies on its devices: the mesh, and a rule for every array.
+"""Where every array of a training run lies on the mesh: one table of rules.
 
-A mesh has up to four axes, each of which cuts something else:
-
-    data      the rows of a batch; every device has all parameters
-    fsdp      the rows too, and every parameter: each device keeps a part of it, and
-              gathers the others while a layer runs (arXiv 2304.11277)
-    tensor    the channels of a layer and the pieces of the vocabulary (arXiv 1909.08053)
-    sequence  the tokens of a row, in contiguous shards (`recurrentgemma.kernels.sharded`)
-
-`RULES` says which dimension of a parameter lies along which axis, by native name. The
-moments of an optimizer lie like their parameters. A dimension that an axis does not divide
-stays whole.
+`RULES` says which dimension of a parameter lies along which axis (`mesh.py`), by native
+name. The moments of an optimizer lie like their parameters. A dimension that an axis does
+not divide stays whole.
 """
 
 import contextlib
-import dataclasses
 import functools
 import math
 import re
@@ -23,13 +14,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from recurrentgemma.kernels import meshes
-from recurrentgemma.training.options import option
+from recurrentgemma.training.mesh import AXES
 
-AXES = ("data", "fsdp", "tensor", "sequence")
-"""Names of the axes of a mesh, in the order in which devices fill them last to first."""
 BATCH = (("data", "fsdp"), ("sequence",))
 """Axes along which the rows and the tokens of a batch are cut."""
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -51,143 +40,6 @@ pattern that matches holds. What has no rule (norms) is whole on every device.""
 PARTS = re.compile(r"(.+?)(?:\.(base|lora_a|lora_b))?(?:\.(values|scales))?")
 """Native names: of a matrix, of the parts of an adapted one (W + A B), and of a quantised
 one's integers and scales."""
-TYPES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
-ONE_PROCESS, DETECTED = "one", "auto"
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """The devices of a run: where it runs, not what it is.
-
-    Raises:
-        ValueError: a value is none of those that its help names.
-    """
-
-    mesh: str = option(
-        f"axes of the mesh ({', '.join(AXES)}) and number of devices along each, such "
-        "as data=2,fsdp=4; one axis without a number gets the remaining devices; empty "
-        "is one device",
-        default="",
-        may_change=True,
-    )
-    mesh_type: str = option(
-        "auto (the compiler finds where intermediate arrays lie) or explicit (types of "
-        "arrays say so)",
-        default="auto",
-        may_change=True,
-    )
-    processes: str = option(
-        f"{ONE_PROCESS}; {DETECTED} (one of several processes, which JAX finds on TPU "
-        "pods and under Slurm, Open MPI and Kubernetes); or HOST:PORT,COUNT,INDEX with "
-        "the address of the first process, their number and the index of this one",
-        default=ONE_PROCESS,
-        may_change=True,
-    )
-
-    def __post_init__(self):
-        axis_sizes(self.mesh)
-        if self.mesh_type not in TYPES:
-            raise ValueError(
-                f"mesh_type: expected one of {', '.join(TYPES)}, got {self.mesh_type!r}"
-            )
-        _processes(self.processes)
-
-    def join(self) -> None:
-        """Meets the other processes of the run; before anything else uses JAX.
-
-        Raises:
-            ValueError: JAX finds no other processes.
-        """
-        if self.processes == ONE_PROCESS or jax.distributed.is_initialized():
-            return
-        try:
-            jax.distributed.initialize(**_processes(self.processes))
-        except (ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"processes: expected processes that can meet, got {reason}; pass "
-                "HOST:PORT,COUNT,INDEX"
-            ) from error
-
-    def make(self, devices: Sequence[Any] | None = None) -> Mesh | None:
-        """The mesh; None for one device.
-
-        Args:
-            devices: those to use; None is all.
-
-        Raises:
-            ValueError: the axes do not multiply to the number of devices.
-        """
-        if not self.mesh:
-            return None
-        devices = jax.devices() if devices is None else devices
-        sizes = filled_axes(self.mesh, len(devices))
-        kinds = (TYPES[self.mesh_type],) * len(sizes)
-        return jax.make_mesh(
-            tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices
-        )
-
-
-def axis_sizes(text: str) -> dict[str, int | None]:
-    """Sizes by axis of a text such as "data=2,fsdp"; None is the remaining devices.
-
-    Raises:
-        ValueError: an axis is unknown or comes twice, or a size is no positive number.
-    """
-    sizes: dict[str, int | None] = {}
-    for part in text.split(",") if text else ():
-        name, equals, size = part.strip().partition("=")
-        if name not in AXES or name in sizes or (equals and not _positive(size)):
-            raise ValueError(
-                f"mesh: expected different axes of {', '.join(AXES)} with numbers of "
-                f"devices, such as data=2,fsdp=4, got {part.strip()!r} in {text!r}"
-            )
-        sizes[name] = int(size) if equals else None
-    if list(sizes.values()).count(None) > 1:
-        raise ValueError(
-            f"mesh: expected one axis at most without a number, got {text!r}"
-        )
-    return sizes
-
-
-def filled_axes(text: str, num_devices: int) -> dict[str, int]:
-    """All sizes of `axis_sizes`, for a number of devices; in the order of `AXES`.
-
-    Raises:
-        ValueError: they do not multiply to the number of devices.
-    """
-    sizes = axis_sizes(text)
-    known = math.prod(size for size in sizes.values() if size is not None)
-    filled = {
-        axis: sizes[axis] or num_devices // known for axis in AXES if axis in sizes
-    }
-    if math.prod(filled.values()) != num_devices:
-        raise ValueError(
-            f"mesh: expected axes that multiply to {num_devices} devices, got {text}; "
-            "leave out the number of one axis to give it the remaining devices"
-        )
-    return filled
-
-
-def _positive(text: str) -> bool:
-    return text.isdecimal() and int(text) > 0
-
-
-def _processes(text: str) -> dict[str, Any]:
-    """Arguments of `jax.distributed.initialize`."""
-    if text in (ONE_PROCESS, DETECTED):
-        return {}
-    match = re.fullmatch(r"([^,\s]+:\d+),(\d+),(\d+)", text)
-    if match is None or int(match[3]) >= int(match[2]):
-        raise ValueError(
-            f"processes: expected {ONE_PROCESS}, {DETECTED} or HOST:PORT,COUNT,INDEX with "
-            f"an index below the count, got {text!r}"
-        )
-    return {
-        "coordinator_address": match[1],
-        "num_processes": int(match[2]),
-        "process_id": int(match[3]),
-    }
 
 
 def spec_of(
@@ -244,9 +96,13 @@ def state_specs(state: Any, mesh: Mesh | AbstractMesh) -> Any:
 
     def spec(path, leaf):
         keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        if not keys or not leaf.ndim:
-            return PartitionSpec()
-        return spec_of(str(keys[-1]), leaf.shape, mesh)
+        if keys:
+            return spec_of(str(keys[-1]), leaf.shape, mesh)
+        # A number, or the caches that rows begin with.
+        axes = tuple(axis for axis in BATCH[0] if axis in mesh.shape)
+        devices = math.prod(mesh.shape[axis] for axis in axes)
+        fits = axes and leaf.ndim and leaf.shape[0] % devices == 0
+        return PartitionSpec(axes) if fits else PartitionSpec()
 
     return jax.tree_util.tree_map_with_path(spec, state)
 
@@ -258,12 +114,29 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     )
 
 
-def make_state(make: Callable[..., Any], mesh: Mesh | None, *arguments: Any) -> Any:
-    """The result of `make(*arguments)`, of which no device holds more than its part."""
+def made_on_host(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Within, new arrays lie in the memory of the host, for `place`: no device need hold
+    a whole model."""
     if mesh is None:
-        return make(*arguments)
-    shardings = state_shardings(jax.eval_shape(make, *arguments), mesh)
-    return jax.jit(make, out_shardings=shardings)(*arguments)
+        return contextlib.nullcontext()
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
+
+
+def place(state: Any, mesh: Mesh | None) -> Any:
+    """The same arrays laid out on a mesh; every process has all of each.
+
+    Args:
+        state: a training state, parameters by native name, or any tree of such.
+        mesh: None leaves them where they are.
+    """
+    if mesh is None:
+        return state
+    return jax.tree.map(_put, state, state_shardings(state, mesh))
+
+
+def _put(array, sharding):
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
@@ -283,12 +156,7 @@ def place_batch(batch: Any, beside: jax.Array) -> Any:
     if not isinstance(beside.sharding, NamedSharding):
         return batch
     sharding = batch_sharding(beside.sharding.mesh)
-
-    def place(array):
-        array = np.asarray(array)
-        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
-
-    return jax.tree.map(place, batch)
+    return jax.tree.map(lambda array: _put(array, sharding), batch)
 
 
 def on(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
@@ -314,14 +182,14 @@ def check_batch(mesh: Mesh | None, batch_size: int, length: int) -> None:
 def keep_shardings(step: Callable[..., Any]) -> Callable[..., Any]:
     """A step (state, ...) -> (state, results) whose state stays where it lies.
 
-    Goes under `jax.jit`. Under a mesh, the state that comes back lies as `RULES` says, and
-    results are whole on every device.
+    Goes under `jax.jit`. Under a mesh of these axes, the state that comes back lies as
+    `RULES` says, and results are whole on every device.
     """
 
     @functools.wraps(step)
     def run(state, *arguments):
         mesh = meshes.current_mesh(jax.tree.leaves((state, arguments)))
-        if mesh.empty:
+        if not set(AXES) & set(mesh.axis_names):
             return step(state, *arguments)
         specs = state_specs(state, mesh)
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
 
 from recurrentgemma.checkpoints import load, open_checkpoint, parameter_dtype
 from recurrentgemma.checkpoints.hugging_face import MODEL_TYPES
@@ -24,10 +23,10 @@ from recurrentgemma.checkpoints.stored import CONFIG_FILE
 from recurrentgemma.config import PRESETS, GriffinConfig, Runtime, find_preset
 from recurrentgemma.griffin import Griffin, stack_layers
 from recurrentgemma.tokenizer import Tokenizer
-from recurrentgemma.training import options, sharding
+from recurrentgemma.training import options
 from recurrentgemma.training.config import TrainConfig
 from recurrentgemma.training.selection import trained_names
-from recurrentgemma.training.state import Checkpoints, TrainState, with_parameters
+from recurrentgemma.training.state import Checkpoints, TrainState
 
 BUNDLED_TOKENIZER = Path(__file__).parents[1] / "assets" / "nano" / "tokenizer.model"
 DEFAULT_MODEL = "nano"
@@ -100,27 +99,20 @@ def tokenizer_of(config: TrainConfig, architecture: GriffinConfig) -> Tokenizer:
     return tokenizer
 
 
-def first_model(
-    config: TrainConfig, architecture: GriffinConfig, mesh: Mesh | None
-) -> Griffin:
-    """The model before the first step: float32, loaded or random, on the mesh."""
+def first_model(config: TrainConfig, architecture: GriffinConfig) -> Griffin:
+    """The model before the first step: parameters are float32, loaded or random."""
     compute = config.compute
     runtime = Runtime(compute_dtype=compute.compute_dtype, remat=compute.remat)
-
-    def random() -> Griffin:
-        rngs = nnx.Rngs(config.seed)
-        return _prepared(config, Griffin(architecture, rngs=rngs, runtime=runtime))
-
     if config.init_from is None:
-        params = sharding.make_state(lambda: named_parameters(random()), mesh)
-        return with_parameters(jax.eval_shape(random), params)
-    model, _ = load(
-        config.init_from,
-        config=architecture,
-        runtime=runtime,
-        param_dtype="float32",
-        sharding=None if mesh is None else sharding.rule_of(mesh),
-    )
+        rngs = nnx.Rngs(config.seed)
+        model = Griffin(architecture, rngs=rngs, runtime=runtime)
+    else:
+        model, _ = load(
+            config.init_from,
+            config=architecture,
+            runtime=runtime,
+            param_dtype="float32",
+        )
     return _prepared(config, model)
 
 

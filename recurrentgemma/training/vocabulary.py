@@ -48,24 +48,25 @@ class Parts(NamedTuple):
         """Axes along which devices have different tokens for the same pieces."""
         return tuple(a for a in (*self.rows, *self.time) if a not in self.pieces)
 
-    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def run(self, function: Callable[..., Any], results: str, *arguments: Any) -> Any:
         """A function on each device's part.
 
         Args:
-            function: of an embedding [V, D] and of arrays [B, T, ...]; returns a pair:
-                a scalar and a [B, T] array, and a list of none or of an embedding and a
-                [B, T, D] array.
+            function: of an embedding [V, D] and of arrays [B, T, ...].
+            results: what each of its results is: "s" a scalar, the same on all devices,
+                "t" an array [B, T, ...], "e" one like the embedding.
             *arguments: its arguments.
         """
         if self.mesh is None:
             return function(*arguments)
         embedding = PartitionSpec(self.pieces or None)
         tokens = PartitionSpec(self.rows or None, self.time or None)
+        specs = {"s": PartitionSpec(), "t": tokens, "e": embedding}
         run = jax.shard_map(
             function,
             mesh=self.mesh,
             in_specs=(embedding, *[tokens] * (len(arguments) - 1)),
-            out_specs=((PartitionSpec(), tokens), [embedding, tokens]),
+            out_specs=tuple(map(specs.__getitem__, results)),
             axis_names=set(meshes.axes_of_type(self.mesh, jax.sharding.AxisType.Auto)),
             check_vma=False,
         )

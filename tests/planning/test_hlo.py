@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from recurrentgemma.planning.hlo import Costs, Exchange, costs_of
-from recurrentgemma.training.sharding import MeshConfig
+from recurrentgemma.training.mesh import MeshConfig
 
 TEXT = """HloModule jit_step, is_scheduled=true
 
@@ -18,13 +18,15 @@ TEXT = """HloModule jit_step, is_scheduled=true
   %shard = f32[32,64]{1,0} get-tuple-element(%arg), index=2
   %g = f32[64,64]{1,0} all-gather(%shard), channel_id=1, dimensions={0}
   %y = f32[8,64]{1,0:T(8,128)} fusion(%x, %g), kind=kOutput, calls=%product
-  ROOT %t = (s32[], f32[8,64]{1,0}, f32[32,64]{1,0}) tuple(%i, %y, %shard)
+  %two = s32[] constant(2)
+  %j = s32[] add(%i, %two)
+  ROOT %t = (s32[], f32[8,64]{1,0}, f32[32,64]{1,0}) tuple(%j, %y, %shard)
 }
 
 %below (arg: (s32[], f32[8,64], f32[32,64])) -> pred[] {
   %arg = (s32[], f32[8,64]{1,0}, f32[32,64]{1,0}) parameter(0)
   %i = s32[] get-tuple-element(%arg), index=0
-  %limit = s32[] constant(5)
+  %limit = s32[] constant(9)
   ROOT %t = pred[] compare(%i, %limit), direction=LT
 }
 
@@ -45,6 +47,8 @@ ENTRY %main (a: f32[4,8,64], k: s32[]) -> f32[8,64] {
   %a = f32[4,8,64]{2,1,0} parameter(0)
   %k = s32[] parameter(1)
   %first = f32[8,64]{1,0} fusion(%a, %k), kind=kLoop, calls=%cut
+  %far = ((f32[4,8,64]{2,1,0}), f32[2,8,64]{2,1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:2], [0:8], [0:64]}
+  %half = f32[2,8,64]{2,1,0:T(8,128)S(1)} slice-done(%far)
   %near = f32[8,64]{1,0:T(8,128)S(1)} copy(%first)
   %w = f32[32,64]{1,0} custom-call(%near), custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"flops":"7","bytes_accessed":"9"}}
   %init = (s32[], f32[8,64]{1,0}, f32[32,64]{1,0}) tuple(%k, %first, %w)
@@ -61,8 +65,8 @@ def test_loops_count_as_often_as_they_turn(noted):
     rows, matrix = 8 * 64 * 4, 64 * 64 * 4
     product = 2 * 8 * 64 * 64
     # A slice is read, not what it is cut from; what lies on the chip is not counted.
-    once = (rows + 4 + rows) + rows + 9 + 2 * rows
-    turn = matrix + matrix // 2 + (rows + matrix + rows)
+    once = (rows + 4 + rows) + 2 * rows + rows + 9 + 2 * rows
+    turn = 12 + matrix + matrix // 2 + (rows + matrix + rows)
     exchanges = {"all-gather": Exchange(5, 5 * matrix), "all-reduce": Exchange(1, rows)}
     text = TEXT.replace("{NOTED}", noted)
     assert costs_of(text) == Costs(7 + 5 * product, once + 5 * turn, exchanges, 0)

@@ -15,7 +15,7 @@ from recurrentgemma.checkpoints import named_parameters
 from recurrentgemma.griffin import stack_layers
 from recurrentgemma.training import sharding
 from recurrentgemma.training.data import Batch
-from recurrentgemma.training.sharding import MeshConfig
+from recurrentgemma.training.mesh import AXES, TYPES, MeshConfig, filled_axes
 from recurrentgemma.training.state import Checkpoints, TrainState
 from recurrentgemma.training.step import (
     make_evaluation_step,
@@ -68,7 +68,7 @@ def new_state(model):
 
 def trained(model, mesh):
     """The state and the metrics of a step."""
-    state = sharding.make_state(lambda: new_state(model), mesh)
+    state = sharding.place(new_state(model), mesh)
     placed = sharding.place_batch(batch(), state.step)
     template = jax.eval_shape(lambda: model)
     with sharding.on(mesh):
@@ -83,7 +83,7 @@ def of_one_device(model):
 MESHES = [
     MeshConfig("fsdp=2,tensor=2,sequence=2"),
     MeshConfig("data=2,tensor=2,sequence=2", mesh_type="explicit"),
-    *(MeshConfig(axis) for axis in sharding.AXES),
+    *(MeshConfig(axis) for axis in AXES),
     MeshConfig("data=2,fsdp=4"),
     MeshConfig("fsdp=4,sequence=2"),
 ]
@@ -108,10 +108,10 @@ def test_a_step_is_that_of_one_device(config, model, of_one_device):
         )
 
 
-@pytest.mark.parametrize("kind", sharding.TYPES)
+@pytest.mark.parametrize("kind", TYPES)
 def test_an_evaluation_is_that_of_one_device(kind, model, of_one_device):
     mesh = MeshConfig("data=2,sequence=4", mesh_type=kind).make()
-    state = sharding.make_state(lambda: new_state(model), mesh)
+    state = sharding.place(new_state(model), mesh)
     with sharding.on(mesh):
         step = make_evaluation_step(jax.eval_shape(lambda: model))
         sums = step(state.params, sharding.place_batch(batch(), state.step))
@@ -124,12 +124,12 @@ def test_a_state_is_restored_on_other_devices(tmp_path, model):
     devices = jax.devices()
     counts = {8: "fsdp=4,tensor=2", 2: "fsdp=2", 1: ""}
     meshes = [MeshConfig(text).make(devices[:n]) for n, text in counts.items()]
-    state = sharding.make_state(lambda: values._replace(step=jnp.int32(1)), meshes[0])
+    state = sharding.place(values._replace(step=jnp.int32(1)), meshes[0])
     for step, mesh in enumerate([*meshes[1:], None], 1):
         checkpoints = Checkpoints(tmp_path / str(step))
         checkpoints.save(state)
         checkpoints.finish()
-        like = sharding.make_state(lambda: new_state(model), mesh)
+        like = sharding.place(new_state(model), mesh)
         state = checkpoints.restore(like)
         checkpoints.close()
         for leaf, wanted in zip(
@@ -205,5 +205,5 @@ def test_a_batch_must_divide():
 
 
 def test_one_axis_gets_the_remaining_devices():
-    assert sharding.filled_axes("tensor=2,data", 8) == {"data": 4, "tensor": 2}
+    assert filled_axes("tensor=2,data", 8) == {"data": 4, "tensor": 2}
     assert dataclasses.replace(MeshConfig(), mesh="").make() is None
