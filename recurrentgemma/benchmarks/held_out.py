@@ -17,6 +17,7 @@ import tqdm
 from absl import flags
 
 from recurrentgemma.benchmarks.report import Column, Report, Row, note
+from recurrentgemma.benchmarks.sweep import counts
 from recurrentgemma.checkpoints import load, named_parameters
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.tokenizer import Tokenizer
@@ -85,8 +86,8 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: dict[str, Any], folder: Path) -> None:
     """A row for each model."""
+    lengths = counts("lengths", values["lengths"])
     _, documents = split_held_out(read_documents(PYTHON_STDLIB))
-    lengths = [int(length) for length in values["lengths"]]
     xz = xz_bits_per_byte(documents)
     report = Report(
         folder / "held_out.json",

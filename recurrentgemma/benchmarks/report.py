@@ -123,11 +123,14 @@ def read_document(path: Path) -> Row:
     """A document that a `Report` has written.
 
     Raises:
-      ValueError: it is something else; OSError: it cannot be read.
+      ValueError: it is something else, or cannot be read.
     """
     expected = f"{path}: expected a result of `recurrentgemma bench`"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ValueError(f"{expected}, got none: {reason}; check the path") from error
     except ValueError as error:
         raise ValueError(f"{expected}, got no JSON ({error}); remove it") from error
     rows = document.get("rows") if isinstance(document, dict) else None

@@ -29,7 +29,7 @@ from recurrentgemma.benchmarks.measures import Plan, ceilings, compilations, mea
 from recurrentgemma.benchmarks.models import SMALL_PRESETS
 from recurrentgemma.benchmarks.opponents import checkpoint
 from recurrentgemma.benchmarks.opponents.worker import Worker
-from recurrentgemma.benchmarks.paired import OURS, columns, compare
+from recurrentgemma.benchmarks.paired import OURS, Measure, columns, compare
 from recurrentgemma.benchmarks.picture import Panel, Point, draw
 from recurrentgemma.benchmarks.report import Column, Report, Row, note
 from recurrentgemma.config import GriffinConfig
@@ -117,6 +117,12 @@ def run(
     for name in values["models"]:
         check.choice("--models", name, list(subjects))
     chosen = {name: subjects[name] for name in values["models"]}
+    plans = [subject.plan for subject in chosen.values()]
+    every = [m for plan in plans for m in compilations(plan) + measures(plan)]
+    if not _chosen(every, values):
+        known = ", ".join(dict.fromkeys(measure.name for measure in every))
+        expected = f"beginnings of names among {known}"
+        check.refuse("--only", expected, ",".join(values["only"]))
     given = [name for name in OTHERS if _python(values, name) is not None]
     names = [OURS, *([BEFORE] if values["before"] else []), *given]
     shown = columns(names, Column("limit", "limit"))
@@ -141,17 +147,14 @@ def _compare(
     """Adds the rows of a model, and its facts under `models`."""
     config, plan = subject.config, subject.plan
     plan = dataclasses.replace(plan, rounds=values["repeats"])
-    first, later = (
-        [m for m in some if m.name.startswith(tuple(values["only"]))]
-        for some in (compilations(plan), measures(plan))
-    )
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
         checkpoint.write(Path(directory), config)
         workers = [
             stack.enter_context(contextlib.closing(worker))
             for worker in _workers(values, Path(directory), subject.others)
         ]
-        compiled = [compare(measure, workers) for measure in first]
+        compiling = _chosen(compilations(plan), values)
+        compiled = [compare(measure, workers) for measure in compiling]
         findings = agreement.check(workers, plan, subject.window)
         note(f"{name}: all agree, {len(findings)} comparisons.")
         rates = device.rates(config, plan.decode_batches, "float32")
@@ -165,9 +168,14 @@ def _compare(
         for row in compiled:
             report.add(row | {"model": name})
         limits = ceilings(config, plan, rates)
-        for measure in later:
+        for measure in _chosen(measures(plan), values):
             row = compare(measure, workers)
             report.add(row | {"model": name, "limit": limits.get(measure.name)})
+
+
+def _chosen(some: Sequence[Measure], values: dict[str, Any]) -> list[Measure]:
+    """Those whose names begin as `--only` says."""
+    return [m for m in some if m.name.startswith(tuple(values["only"]))]
 
 
 def prefill_panel(rows: list[Row], model: str) -> Panel:

@@ -163,6 +163,8 @@ def test_opponents_that_are_not_there(tmp_path):
         versus.run(values, tmp_path)
     with pytest.raises(ValueError, match="--models: expected .*, got 'gpt'"):
         versus.run(values_of("--models=gpt"), tmp_path)
+    with pytest.raises(ValueError, match="--only: expected .*decode, batch 1, .*'fly'"):
+        versus.run(values_of("--only=fly"), tmp_path)
     assert not list(tmp_path.iterdir())
 
 

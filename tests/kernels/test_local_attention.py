@@ -30,7 +30,7 @@ def narrow_heads_and_small_blocks(monkeypatch):
     """Interpreted, splash attention takes any head; here, several blocks too."""
     monkeypatch.setattr(splash, "HEAD_MULTIPLE", 1)
     monkeypatch.setattr(splash, "LARGEST_BLOCK", 128)
-    monkeypatch.setattr(streamed, "LEAST_SLOTS", 0)
+    monkeypatch.setattr(streamed, "LEAST_SLOTS", 1)
     monkeypatch.setattr(streamed, "SMALLEST_BLOCK", 24)
     monkeypatch.setattr(streamed, "LARGEST_BLOCK", 48)
 

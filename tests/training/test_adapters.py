@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from recurrentgemma import load
+from recurrentgemma import load, save
 from recurrentgemma.adapters import (
     TRAINED,
     add_adapters,
@@ -21,8 +21,9 @@ from recurrentgemma.checkpoints import named_parameters
 from recurrentgemma.config import Runtime
 from recurrentgemma.griffin import stack_layers
 from recurrentgemma.tokenizer import Tokenizer
+from recurrentgemma.training import TrainConfig, train
 from recurrentgemma.training.adapters import ADAPTERS_FILE, AdapterConfig
-from recurrentgemma.training.data import Batch
+from recurrentgemma.training.data import Batch, DataConfig
 from tests.checkpoints.test_round_trips import TOKENIZER
 from tests.models import random_model, random_tokens, tiny_config
 
@@ -60,6 +61,36 @@ def test_a_run_with_adapters(tmp_path):
     again = load_adapters(tmp_path / ADAPTERS_FILE, base)
     chex.assert_trees_all_equal(stack_layers(again), tuned)
     chex.assert_trees_all_close(stack_layers(merge_adapters(again)), merged, rtol=1e-6)
+
+
+def test_a_run_of_the_loop(tmp_path, monkeypatch):
+    """From a checkpoint: its adapters, and the model with them merged."""
+    config = tiny_config(vocab_size=4096, num_layers=1, width=16, lru_width=16)
+    base = random_model(config)
+    save(tmp_path / "base", base, None)
+    (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 40)
+    folder = train(
+        TrainConfig(
+            output=str(tmp_path / "run"),
+            init_from=str(tmp_path / "base"),
+            data=DataConfig(
+                data=str(tmp_path / "text.txt"),
+                held_out_share=0.0,
+                batch_size=2,
+                sequence_length=16,
+            ),
+            steps=3,
+            adapters=AdapterConfig(adapter_rank=2),
+        )
+    )
+    tuned = load_adapters(tmp_path / "run" / ADAPTERS_FILE, base)
+    expected = named_parameters(merge_adapters(tuned))
+    found = named_parameters(load(folder, param_dtype="float32")[0])
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-2, atol=1e-3)
+    name = "blocks.0.mlp.up.kernel.lora_b"
+    assert np.abs(named_parameters(tuned)[name]).max() > 0
 
 
 def test_without_adapters_nothing_changes(tmp_path):

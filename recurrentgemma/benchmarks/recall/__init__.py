@@ -5,8 +5,9 @@ before (induction heads), to look up many keys (mqar) and to find a number in a 
 book, and are then asked on sequences longer than those of training. Recall of recurrent
 models depends on the learning rate (arXiv 2508.19029), so every model is trained with
 each rate and each seed; accuracy is the share of right answers. A run ends early where
-every answer is right. `--size paper` has the sizes of the Griffin paper and of Zoology,
-for an accelerator; the default takes minutes for a run on a CPU.
+every answer is right. By default two tasks are learned with one seed, which takes minutes
+on a CPU; a result to show needs three (`--seeds 0,1,2`). `--size paper` has the sizes of
+the Griffin paper and of Zoology, for an accelerator.
 """
 
 import dataclasses
@@ -48,6 +49,7 @@ COLUMNS = (
     Column("longest %", "longest", 10, 100),
 )
 NAMES = list(EXPERIMENTS["small"])
+DEFAULT_TASKS = ["induction", "mqar"]
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -59,7 +61,8 @@ def define_flags(values: flags.FlagValues) -> None:
         "small, or as in the papers",
         flag_values=values,
     )
-    flags.DEFINE_list("tasks", NAMES, "what is learned", flag_values=values)
+    what = f"what is learned: {', '.join(NAMES)}"
+    flags.DEFINE_list("tasks", DEFAULT_TASKS, what, flag_values=values)
     for name, default, what in (
         ("learning-rates", LEARNING_RATES, "highest learning rates"),
         ("seeds", SEEDS, "seeds of parameters and rows"),
