@@ -54,6 +54,7 @@ def test_a_full_disk_names_the_file(tmp_path):
 
 
 def test_the_plot_needs_matplotlib(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
     for row in ROWS:
         with watch(tmp_path, first_step=row["step"] - 1) as watched:
             watched.step(row, seconds=0.5)
