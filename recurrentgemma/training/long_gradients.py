@@ -7,7 +7,7 @@ train step use `chunks.in_chunks`.
 
 Bytes of the boundary caches: `cost.cache_bytes` times n / keep_every + keep_every, for n
 chunks. For 2^20 tokens of recurrentgemma-2b in bfloat16 that is 8.8 GB with chunks of
-2048 tokens, and 0.77 GB if every 23rd is kept.
+2048 tokens, and 0.78 GB if every 23rd is kept.
 """
 
 import functools
