@@ -305,7 +305,8 @@ def stack_layers(model: Griffin) -> Griffin:
       model: a model that is not stacked. It stays valid.
 
     Returns:
-      A model with new, stacked parameters of the layers; the others are shared.
+      A model with new, stacked parameters of the layers; the others are shared. Fewer
+      layers than the pattern has stay as they are.
 
     Raises:
       ValueError: layers of one place of the pattern differ, such as in their adapters.
@@ -321,6 +322,8 @@ def stack_layers(model: Griffin) -> Griffin:
                 "different ones; put adapters on the same matrices of all of them"
             )
     stacked = jax.tree.map(lambda leaf: leaf, model)
+    if not groups:
+        return stacked
     stacked.groups = ModuleList(
         [_stack(blocks[p : groups * period : period]) for p in range(period)]
     )

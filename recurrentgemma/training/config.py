@@ -12,9 +12,10 @@ from recurrentgemma.training.adapters import AdapterConfig
 from recurrentgemma.training.data import DataConfig, lift_record
 from recurrentgemma.training.guard import GuardConfig
 from recurrentgemma.training.mesh import MeshConfig
+from recurrentgemma.training.mixture import CONTINUOUS
 from recurrentgemma.training.optimizer import OptimizerConfig
 from recurrentgemma.training.options import option
-from recurrentgemma.training.rows import RowsConfig
+from recurrentgemma.training.rows import CARRIED, RowsConfig
 from recurrentgemma.training.watch import WatchConfig
 
 RECORD = "train_config.json"
@@ -141,6 +142,11 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not self.z_loss >= 0:
             raise ValueError(f"z_loss must be >= 0, got {self.z_loss}")
+        if self.rows.initial_state == CARRIED and self.data.order != CONTINUOUS:
+            raise ValueError(
+                f"order: expected {CONTINUOUS} with initial_state {CARRIED}, which goes "
+                f"on where the row of the step before ended, got {self.data.order}"
+            )
         if self.data.batch_size % self.accumulation:
             raise ValueError(
                 f"accumulation: expected a divisor of batch_size "

@@ -157,6 +157,7 @@ def _run(
         run.optimizer,
         learning_rate_schedule(config.optimizer, config.steps),
         rows=config.rows,
+        seed=config.seed,
         accumulation=config.accumulation,
         z_weight=config.z_loss,
     )

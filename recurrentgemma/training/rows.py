@@ -28,7 +28,8 @@ from recurrentgemma.training.chunks import SumsOf, in_chunks
 from recurrentgemma.training.data import Batch
 from recurrentgemma.training.options import option
 
-INITIAL_STATES = ("zero", "noise", "fitted_noise", "passed", "carried")
+CARRIED = "carried"
+INITIAL_STATES = ("zero", "noise", "fitted_noise", "passed", CARRIED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +167,7 @@ def _begin(config, model, batch, carried, keys) -> tuple[Batch, Cache]:
     """The batch at its positions, and the cache that its rows begin with."""
     size = carried.batch_size
     empty = model.init_cache(size)
-    if config.initial_state == "carried":
+    if config.initial_state == CARRIED:
         first = _first_position(batch.positions)
         goes_on = (first == carried.next_position) | (first < 0)
         return batch, _choose(goes_on, carried, empty)

@@ -148,6 +148,7 @@ def make_train_step(
     learning_rate: optax.Schedule | None = None,
     *,
     rows: RowsConfig = RowsConfig(),
+    seed: int = 0,
     accumulation: int = 1,
     z_weight: float = 0.0,
 ) -> Callable[[TrainState, Parameters, Batch], tuple[TrainState, Metrics]]:
@@ -166,13 +167,14 @@ def make_train_step(
         learning_rate: schedule, for the metrics alone.
         rows: how rows are read. What they are handed from step to step is `state.rows`,
             from `init_rows`.
+        seed: seed of the noise that rows may begin with.
         accumulation: number of parts of a batch whose gradients are added up, one after
             the other; each has as many rows. The mean is over the whole batch.
         z_weight: weight of the z-loss.
     """
     optimizer = optax.with_extra_args_support(optimizer)
     options = {"z_weight": z_weight} if z_weight else {}
-    read = reading(rows, partial(batch_sums, **options))
+    read = reading(rows, partial(batch_sums, **options), seed)
 
     def loss_of(params, frozen, batch, carried, tokens):
         whole = with_parameters(model, params | frozen)

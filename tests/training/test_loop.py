@@ -18,14 +18,23 @@ import pytest
 from recurrentgemma import PRESETS, Tokenizer, load, save
 from recurrentgemma.checkpoints import named_parameters
 from recurrentgemma.training import GuardConfig, WatchConfig, loop, records, step, watch
-from recurrentgemma.training.config import TrainConfig, claim, read_record
+from recurrentgemma.training.adapters import AdapterConfig
+from recurrentgemma.training.config import (
+    ComputeConfig,
+    TrainConfig,
+    claim,
+    read_record,
+)
 from recurrentgemma.training.loop import train
+from recurrentgemma.training.mesh import MeshConfig
 from recurrentgemma.training.mixture import Mixture
 from recurrentgemma.training.optimizer import OptimizerConfig
+from recurrentgemma.training.rows import RowsConfig
 from recurrentgemma.training.start import BUNDLED_TOKENIZER
 from recurrentgemma.training.state import Checkpoints, TrainState
 from tests.checkpoints.test_round_trips import TOKENIZER
 from tests.models import random_model
+from tests.tolerances import assert_close
 from tests.training import killed_runs
 
 TINY = killed_runs.TINY
@@ -267,6 +276,7 @@ def test_a_damaged_state_says_which_one_is_whole(tmp_path):
         ({"tokenizer": "missing.model"}, "missing.model"),
         ({"tokenizer": str(TOKENIZER)}, "has 512 pieces"),
         ({"data": "missing"}, "data: "),
+        ({"rows": RowsConfig(initial_state="carried")}, "order: expected continuous"),
         ({"freeze": ("mlp",)}, "freeze: expected a pattern"),
         ({"branch_from": "gone"}, "branch_from: expected the directory of a run"),
     ],
@@ -338,6 +348,32 @@ def test_a_cool_down_branches_off_a_checkpoint(corpus, tmp_path):
         with pytest.raises(ValueError, match=message):
             train(config)
         assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_options_work_together(corpus, tmp_path):
+    """Adapters on stacked layers, carried states, chunks; on a mesh as on one device."""
+
+    def run(name, **fields):
+        config = config_for(
+            corpus,
+            tmp_path / name,
+            model=dataclasses.replace(TINY, num_layers=7, width=24, lru_width=24),
+            steps=3,
+            batch_size=4,
+            order="continuous",
+            compute=ComputeConfig(stack_layers=True, remat=True),
+            rows=RowsConfig(initial_state="carried", chunk_tokens=8),
+            adapters=AdapterConfig(adapter_rank=2),
+            **fields,
+        )
+        load(train(config))
+        return [row["loss"] for row in metrics_of(tmp_path / name)]
+
+    one = run("one")
+    assert len(one) == 3
+    for mesh in ("data=4,tensor=2", "fsdp=4,tensor=2"):
+        assert_close(run(mesh, devices=MeshConfig(mesh)), one, "loss")
 
 
 def test_a_bad_step_is_skipped_and_recorded(corpus, tmp_path, monkeypatch):
