@@ -205,11 +205,13 @@ def keep_shardings(step: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def on_host(params: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+def on_host(params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Whole parameters in the memory of every process, gathered one after another."""
+    host = jax.local_devices(backend="cpu")[0]
 
     def gather(array):
         whole = NamedSharding(array.sharding.mesh, PartitionSpec())
-        return np.asarray(jax.jit(lambda x: x, out_shardings=whole)(array))
+        array = jax.jit(lambda x: x, out_shardings=whole)(array)
+        return jax.device_put(np.asarray(array), host)
 
     return {name: gather(array) for name, array in params.items()}
