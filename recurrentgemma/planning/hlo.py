@@ -30,6 +30,11 @@ _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 _FREE |= {"partition-id", "replica-id", "opt-barrier", "while", "conditional", "call"}
 
+_IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}
+"""What writes a part of its first operand: place of the operand that is written."""
+_PARTIAL = {"dynamic-slice", "slice", "gather", *_IN_PLACE}
+"""What reads or writes a part of its first operand."""
+
 
 class Instruction(NamedTuple):
     """A line of a computation."""
@@ -276,8 +281,8 @@ def _moved_bytes(one, table, computations):
     shapes = [table[name].shape if name in table else "" for name in one.operands]
     if one.opcode in ("dynamic-slice", "slice", "gather"):
         return 2 * _bytes(one.shape)
-    if one.opcode == "dynamic-update-slice":
-        return 2 * _bytes(shapes[1])
+    if one.opcode in _IN_PLACE:
+        return 2 * _bytes(shapes[_IN_PLACE[one.opcode]])
     if one.opcode == "slice-start":  # A tuple of the whole, the slice and a signal.
         [_, (dtype, dims), *_] = _arrays(one.shape)
         [_, in_memory, *_] = _memory_flags(one.shape)
@@ -312,11 +317,9 @@ def _fusion_bytes(one, shapes, computations):
             continue
         whole = _bytes(shapes[int(part.operands[0])])
         found = list(uses(part.name))
-        if all("slice" in user.opcode and user.operands[0] == n for n, user in found):
-            sliced = (
-                user for _, user in found if user.opcode != "dynamic-update-slice"
-            )
-            whole = min(whole, sum(_bytes(user.shape, False) for user in sliced))
+        if all(u.opcode in _PARTIAL and u.operands[0] == name for name, u in found):
+            parts = (user for _, user in found if user.opcode not in _IN_PLACE)
+            whole = min(whole, sum(_bytes(user.shape, False) for user in parts))
         moved += whole
     return moved + sum(_written_bytes(one.shape, inner))
 
@@ -332,8 +335,8 @@ def _written_bytes(shape, inner):
             name = inner[name].operands[0]
         if not in_memory[i]:
             continue
-        if name in inner and inner[name].opcode == "dynamic-update-slice":
-            update = inner[name].operands[1]
+        if name in inner and inner[name].opcode in _IN_PLACE:
+            update = inner[name].operands[_IN_PLACE[inner[name].opcode]]
             yield _bytes(inner[update].shape, False) if update in inner else kept[i]
         else:
             yield kept[i]

@@ -90,8 +90,7 @@ def train(config: TrainConfig) -> Path:
             model = first_model(config, architecture)
             run = _prepare(config, model, mesh, tokenizer)
         try:
-            with sharding.on(mesh):
-                params = _run(run, training, held_out, folder)
+            params = _run(run, training, held_out, folder)
         finally:
             run.checkpoints.close()
         if _is_first():
@@ -108,6 +107,7 @@ class _Run(NamedTuple):
     model: Griffin
     """Shapes; how it runs is used."""
     tokenizer: Tokenizer
+    mesh: Mesh | None
     optimizer: Any
     state: TrainState
     frozen: Parameters
@@ -144,7 +144,7 @@ def _prepare(
         state = branch(config.branch_from, state)
         # The other run may go on, and lose this state.
         checkpoints.save(state)
-    return _Run(config, model, tokenizer, optimizer, state, frozen, checkpoints)
+    return _Run(config, model, tokenizer, mesh, optimizer, state, frozen, checkpoints)
 
 
 def _run(
@@ -168,7 +168,8 @@ def _run(
         while step < config.steps:
             started = time.perf_counter()
             placed = sharding.place_batch(batch, state.step)
-            state, metrics = train_step(state, frozen, placed)
+            with sharding.on(run.mesh):
+                state, metrics = train_step(state, frozen, placed)
             step += 1
             last = step == config.steps
             # While the devices work.
@@ -183,7 +184,8 @@ def _run(
                 )
                 placed = (sharding.place_batch(b, state.step) for b in batches)
                 params = state.params | frozen
-                row |= _evaluate(evaluation_step(params, b) for b in placed)
+                with sharding.on(run.mesh):
+                    row |= _evaluate(evaluation_step(params, b) for b in placed)
                 model = with_parameters(run.model, sharding.whole(params))
                 row |= watch.memories(model, step)
                 watch.say(f"step {step}: held-out loss {row['held_out_loss']:.4f}")

@@ -205,14 +205,16 @@ def keep_shardings(step: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def whole(params: Mapping[str, jax.Array]) -> Mapping[str, Any]:
+def whole(params: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
     """Whole parameters in the memory of every process, gathered one after another;
-    those of one device are as they are."""
+    those of one device are as they are. Outside of `on`."""
     if not isinstance(next(iter(params.values())).sharding, NamedSharding):
         return params
+    host = jax.local_devices(backend="cpu")[0]
 
     def gather(array):
         everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
-        return np.asarray(jax.jit(lambda x: x, out_shardings=everywhere)(array))
+        array = jax.jit(lambda x: x, out_shardings=everywhere)(array)
+        return jax.device_put(np.asarray(array), host)
 
     return {name: gather(array) for name, array in params.items()}

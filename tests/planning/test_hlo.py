@@ -43,12 +43,21 @@ TEXT = """HloModule jit_step, is_scheduled=true
   ROOT %b = f32[8,64]{1,0} bitcast(%s)
 }
 
+%write (p0: f32[4,8,64], p1: s32[], p2: f32[1,8,64]) -> f32[4,8,64] {
+  %p0 = f32[4,8,64]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %p2 = f32[1,8,64]{2,1,0} parameter(2)
+  ROOT %s = f32[4,8,64]{2,1,0} scatter(%p0, %p1, %p2), to_apply=%last
+}
+
 ENTRY %main (a: f32[4,8,64], k: s32[]) -> f32[8,64] {
   %a = f32[4,8,64]{2,1,0} parameter(0)
   %k = s32[] parameter(1)
   %first = f32[8,64]{1,0} fusion(%a, %k), kind=kLoop, calls=%cut
   %far = ((f32[4,8,64]{2,1,0}), f32[2,8,64]{2,1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:2], [0:8], [0:64]}
   %half = f32[2,8,64]{2,1,0:T(8,128)S(1)} slice-done(%far)
+  %row = f32[1,8,64]{2,1,0:T(8,128)S(1)} bitcast(%first)
+  %written = f32[4,8,64]{2,1,0} fusion(%a, %k, %row), kind=kLoop, calls=%write
   %near = f32[8,64]{1,0:T(8,128)S(1)} copy(%first)
   %w = f32[32,64]{1,0} custom-call(%near), custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"flops":"7","bytes_accessed":"9"}}
   %init = (s32[], f32[8,64]{1,0}, f32[32,64]{1,0}) tuple(%k, %first, %w)
@@ -65,7 +74,7 @@ def test_loops_count_as_often_as_they_turn(noted):
     rows, matrix = 8 * 64 * 4, 64 * 64 * 4
     product = 2 * 8 * 64 * 64
     # A slice is read, not what it is cut from; what lies on the chip is not counted.
-    once = (rows + 4 + rows) + 2 * rows + rows + 9 + 2 * rows
+    once = (rows + 4 + rows) + 2 * rows + (4 + rows) + rows + 9 + 2 * rows
     turn = 12 + matrix + matrix // 2 + (rows + matrix + rows)
     exchanges = {"all-gather": Exchange(5, 5 * matrix), "all-reduce": Exchange(1, rows)}
     text = TEXT.replace("{NOTED}", noted)

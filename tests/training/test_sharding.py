@@ -140,6 +140,16 @@ def test_a_state_is_restored_on_other_devices(tmp_path, model):
         np.testing.assert_array_equal(value, values.params[name])
 
 
+def test_whole_parameters_for_a_file():
+    mesh = MeshConfig("fsdp=4,tensor=2").make()
+    values = {"blocks.0.mlp.up.kernel": jnp.arange(64.0).reshape(8, 8)}
+    [placed] = sharding.place(values, mesh).values()
+    assert placed.sharding.shard_shape(placed.shape) == (2, 4)
+    [whole] = sharding.on_host({"kernel": placed}).values()
+    assert len(whole.devices()) == 1
+    np.testing.assert_array_equal(whole, *values.values())
+
+
 def test_rules():
     mesh = MeshConfig("data=1,fsdp=4,tensor=2").make()
 
