@@ -57,7 +57,8 @@ class Cache:
 
         Example:
           >>> def loss(values):
-          ...     return loss_after(cache.with_floating(values))
+          ...     hidden, _ = model(tokens, cache=cache.with_floating(values))
+          ...     return jnp.sum(hidden)
           >>> gradient = jax.grad(loss)(cache.floating())
         """
         leaves = named_leaves(self).items()

@@ -9,11 +9,15 @@ import importlib
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import recurrentgemma
+from recurrentgemma.training import whole_rows
 from tests.generation.test_sampler import GOLDEN, Tokenizer
 from tests.golden_models import load_golden
 from tests.test_imports import ROOT, module_files
@@ -21,8 +25,8 @@ from tests.test_imports import ROOT, module_files
 TEXT = "def add(first, second):\n    return first + second\n"
 
 
-def docstring_examples() -> dict[str, str]:
-    """The statements of each docstring that has examples, by the name of its object."""
+def docstring_examples() -> dict[str, tuple[str, dict[str, Any]]]:
+    """The statements of each docstring that has examples, and what its module names."""
     finder = doctest.DocTestFinder(exclude_empty=True)
     found = {}
     for path in module_files():
@@ -32,7 +36,8 @@ def docstring_examples() -> dict[str, str]:
         for test in finder.find(importlib.import_module(name)):
             assert not any(example.want for example in test.examples), test.name
             if test.examples:
-                found[test.name] = "".join(e.source for e in test.examples)
+                source = "".join(e.source for e in test.examples)
+                found[test.name] = source, test.globs
     return found
 
 
@@ -54,12 +59,16 @@ def names(loaded, tmp_path, monkeypatch):
     tokens = jnp.array([tokenizer.encode(TEXT)])
     return {
         **{name: getattr(recurrentgemma, name) for name in recurrentgemma.__all__},
-        "load": lambda name: loaded,
+        "load": lambda name, **_: loaded,
+        "jax": jax,
         "jnp": jnp,
         "model": model,
         "tokenizer": tokenizer,
         "sampler": recurrentgemma.Sampler(model, tokenizer),
         "tokens": tokens,
+        "cache": model.init_cache(1),
+        "batch": whole_rows(tokens),
+        "batches": [np.asarray(tokens)],
         "questions": ["def ", "import "],
         "patch": jnp.zeros_like,
     }
@@ -79,8 +88,8 @@ def test_there_are_examples():
 @pytest.mark.filterwarnings("ignore:unclosed file")
 @pytest.mark.parametrize("name", DOCSTRINGS)
 def test_docstring(name, names):
-    module = importlib.import_module(name.rpartition(".")[0])
-    run(DOCSTRINGS[name], {**vars(module), **names})
+    source, module = DOCSTRINGS[name]
+    run(source, {**module, **names})
 
 
 @pytest.mark.filterwarnings("ignore:This model does not end its turns")

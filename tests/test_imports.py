@@ -144,7 +144,8 @@ def file_map() -> list[Path]:
 def test_the_map_names_every_file_and_folder():
     entries = file_map()
     assert [path for path in entries if not path.exists()] == []
-    for folder in (ROOT / "kernels", PACKAGE, PACKAGE / "generation"):
+    whole = (ROOT / "kernels", PACKAGE, PACKAGE / "generation", PACKAGE / "training")
+    for folder in whole:
         parts = {
             p for p in folder.iterdir() if p.suffix in ("", ".py") and p.stem[1] != "_"
         }

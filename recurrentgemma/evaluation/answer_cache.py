@@ -29,6 +29,7 @@ class AnswerCache:
     """The answers of a file, which this process alone extends; a context manager.
 
     Example:
+      >>> from recurrentgemma.evaluation.scorer import Scorer
       >>> with AnswerCache("answers.jsonl") as cache:
       ...     scorer = Scorer(sampler, cache=cache)
 

@@ -6,7 +6,8 @@ text that the prefix began with. A text of at least W tokens fills all of the wi
 result is an ordinary prefix: every command reads it, and its use costs nothing.
 
     >>> start = sampler.prefill("def " * 300)
-    >>> prefix, losses = learn_prefix(model, start, batches)
+    >>> config = LearnedPrefixConfig(steps=2)
+    >>> prefix, losses = learn_prefix(model, start, [batch, batch], config)
     >>> prefix.save("style.prefix")
 
 Learning the state alone: arXiv 2604.01168 and 2504.05097; keys and values: prefix tuning,
