@@ -191,6 +191,11 @@ LEGAL = {
     "Chat.save": {"path": PATHS},
     "Chat.load": {"path": PATHS},
     "Prefix": {"model_digest": {"text"}},
+    "Prefix.from_cache": {
+        "last_token": {"0", "1", "0-d array"},
+        "num_tokens": {"None", "1"},
+        "seen": {"None"},
+    },
     "Prefix.take": {},
     "Prefix.repeat": {"count": {"1"}},
     "Prefix.check_model": {"model_digest": {"text"}},
@@ -216,6 +221,7 @@ LEGAL = {
         "tokenizer": {"None", "bytes", *PATHS},
         "runtime": {"None"},
         "param_dtype": {"None"},
+        "quantize": {"None"},
         "sharding": {"None", "class"},
     },
     "save": {"path": PATHS, "tokenizer": {"None"}},
@@ -366,6 +372,10 @@ def good(tmp_path_factory):
         "Prefix": (
             Prefix,
             {"cache": cache, "history": history, "model_digest": digest},
+        ),
+        "Prefix.from_cache": (
+            Prefix.from_cache,
+            {"model": model, "cache": model.init_cache(1), "last_token": 1},
         ),
         "Prefix.take": (prefix.take, {"rows": [0]}),
         "Prefix.repeat": (prefix.repeat, {"count": 1}),

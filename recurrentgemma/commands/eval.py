@@ -59,6 +59,7 @@ _SWITCHES = (
 
 def define_flags(values: flags.FlagValues) -> None:
     _shared.define_model(values)
+    _shared.define_variant(values)
     for name, default, what in _TEXTS:
         flags.DEFINE_string(name, default, what, flag_values=values)
     for name, default, what in _NUMBERS:

@@ -26,6 +26,7 @@ def define_flags(values: flags.FlagValues) -> None:
     from recurrentgemma.training.learned_prefix import LearnedPrefixConfig
 
     _shared.define_model(values)
+    _shared.define_variant(values)
     for name, text in (
         ("data", "a directory or a file of texts (required)"),
         ("prefix", "a prefix to begin with, instead of the first tokens of the data"),

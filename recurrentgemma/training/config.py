@@ -164,7 +164,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
         ValueError: the file cannot be read, or is no such record.
     """
     try:
-        stored = lift_record(json.loads(Path(path).read_text(encoding="utf-8")))
+        stored = lift_record(dict(json.loads(Path(path).read_text(encoding="utf-8"))))
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(
             f"config: expected the record of a run in {path}: {error}"

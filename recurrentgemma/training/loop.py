@@ -293,6 +293,14 @@ def _records(
             yield Path(unread)
         return
     claim(output, config, architecture)
+    with _only_process(output):
+        check_unchanged(output / DATA_RECORD, data)
+        yield output
+
+
+@contextlib.contextmanager
+def _only_process(output: Path) -> Iterator[None]:
+    """Raises ValueError if another process trains in this directory."""
     with (output / METRICS).open("ab") as metrics:
         try:
             lock(metrics.fileno())
@@ -301,8 +309,7 @@ def _records(
                 f"output: another process trains in {output}; wait for it, or choose "
                 "another directory"
             ) from None
-        check_unchanged(output / DATA_RECORD, data)
-        yield output
+        yield
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ class RowsConfig:
         "0 reads rows whole",
         default=0,
     )
-    keep_every: int = option(
+    state_every: int = option(
         "distance in chunks between the states that are held for the backward pass",
         default=1,
     )
@@ -65,7 +65,7 @@ class RowsConfig:
             )
         if not self.noise_std > 0:
             raise ValueError(f"noise_std: expected above 0, got {self.noise_std}")
-        for name, least in (("chunk_tokens", 0), ("keep_every", 1)):
+        for name, least in (("chunk_tokens", 0), ("state_every", 1)):
             if not getattr(self, name) >= least:
                 raise ValueError(
                     f"{name}: expected at least {least}, got {getattr(self, name)}"
@@ -122,7 +122,7 @@ def reading(config: RowsConfig, sums_of: SumsOf, seed: int = 0) -> SumsOf:
         `init_rows` or the step before has made. It is differentiable in the model.
     """
     if config.chunk_tokens:
-        sums_of = in_chunks(sums_of, config.chunk_tokens, config.keep_every)
+        sums_of = in_chunks(sums_of, config.chunk_tokens, config.state_every)
     if config.initial_state == "zero":
         return sums_of
 

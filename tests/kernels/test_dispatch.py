@@ -109,11 +109,10 @@ def test_several_devices_without_a_mesh_in_context():
 
 
 def test_a_mesh_of_other_names_runs_the_plain_form():
-    """Also along a sequence axis, and where channels do not divide."""
+    """Also where channels do not divide."""
     x, a_param = random_inputs()
     for names, size, reason in [
         (("rows", "columns"), 2, "not cut along mesh axis 'rows'"),
-        (("data", "sequence"), 2, "not cut along mesh axis 'sequence'"),
         (("data", "tensor"), 4, "channels do not divide by mesh axis 'tensor' of 4"),
     ]:
         mesh = jax.make_mesh((2, size), names, axis_types=(AxisType.Auto,) * 2)

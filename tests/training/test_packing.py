@@ -116,7 +116,7 @@ def test_a_stream_of_responses_counts_them_alone():
 def test_the_loss_of_packed_documents_is_that_of_each_alone():
     model = random_model(tiny_config())
     packed = PackedTokens(DOCUMENTS, 17)
-    sums = jax.jit(batch_sums)
+    sums = jax.jit(lambda model, batch: batch_sums(model, batch)[0])
     together = sums(model, packed.rows(np.arange(1)))
     alone = [
         sums(model, PackedTokens([ids], 17).rows(np.arange(1))) for ids in DOCUMENTS

@@ -170,7 +170,7 @@ def test_a_growing_cache_is_not_handed_on(name):
         {"initial_state": "one"},
         {"noise_std": 0.0},
         {"chunk_tokens": -1},
-        {"keep_every": 0},
+        {"state_every": 0},
     ],
 )
 def test_values_out_of_range_are_refused(fields):
