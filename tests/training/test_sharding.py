@@ -145,7 +145,7 @@ def test_whole_parameters_for_a_file():
     values = {"blocks.0.mlp.up.kernel": jnp.arange(64.0).reshape(8, 8)}
     [placed] = sharding.place(values, mesh).values()
     assert placed.sharding.shard_shape(placed.shape) == (2, 4)
-    [whole] = sharding.on_host({"kernel": placed}).values()
+    [whole] = sharding.whole({"kernel": placed}).values()
     assert len(whole.devices()) == 1
     np.testing.assert_array_equal(whole, *values.values())
 
