@@ -63,14 +63,17 @@ SLOW_CASES = [
     r"test_verify.py::test_the_layers_lead_to_the_model_s_own_logits\[(?!griffin)",
     r"test_sampler.py::test_a_row_in_a_batch_is_what_it_is_alone.*penalty=None",
     r"test_transformers.py::test_loss_and_gradients\[(?!recurrent_gemma)",
-    r"test_adapters.py::test_gradients_of_the_adapters_alone\[layers",
+    r"test_adapters.py::test_gradients_of_the_adapters_alone",
+    r"test_adapters.py::test_(sampling_and_scoring|inspection|rows_of_both_ways)",
+    r"test_step.py::test_parts_of_a_batch_add_up_to_the_whole",
+    r"test_notebooks.py::test_short_form.*\[(?!sampling)",
     r"test_adapters.py::test_the_merged_model_is_saved.*\[official",
     r"test_scorer.py::.*\[global",
     r"test_evaluation_benchmarks.py::test_needle_rows_are_kept",
     r"test_meshes.py::test_(sampler\[(auto|sequence)|model_and_gradient\[(auto|explicit ))",
 ]
 """Heavy cases that the default run leaves out, as patterns of their names: other cases
-of the same tests, of the same code, stay. `-m slow` runs them."""
+of the same tests, of the same code, stay. `-m slow` runs them; `-m repeated` them alone."""
 
 jax.config.update("jax_num_cpu_devices", VIRTUAL_DEVICES)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -91,6 +94,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if any(re.search(pattern, item.nodeid) for pattern in SLOW_CASES):
             item.add_marker("slow")
+            item.add_marker("repeated")
 
 
 @pytest.fixture(autouse=True)
