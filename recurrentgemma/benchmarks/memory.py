@@ -25,6 +25,8 @@ from recurrentgemma.generation.programs import BLOCK_STEPS, CHUNK_SIZES
 
 NO_LIMIT = sys.maxsize
 """Memory of programs that are compiled alone."""
+PRECISION = 1 / 32
+"""Share of the memory by which the longest text may miss it."""
 REFINEMENTS = 2
 """How often the longest text is estimated from the one before."""
 
@@ -53,7 +55,7 @@ def longest_text(
 ) -> int | str:
     """Most tokens in each of some rows for which the programs fit the memory, or "any".
 
-    Nothing is allocated.
+    Nothing is allocated. 0 if not even one token fits.
     """
     if not cache_lib.grows(config):
         return "any"
@@ -73,7 +75,17 @@ def longest_text(
         slope = (needed_high - needed_low) / (high - low)
         low = max(low + int((memory - needed_low) / slope), 1)
         needed_low = needed(low)
-    return low
+    if needed_low <= memory * (1 + PRECISION):
+        return low
+    # Short texts have other programs, whose sizes are on no line.
+    fits, too_long = 0, low
+    while too_long - fits > max(1, int(too_long * PRECISION)):
+        middle = (fits + too_long) // 2
+        if needed(middle) <= memory:
+            fits = middle
+        else:
+            too_long = middle
+    return fits
 
 
 def panels(rows: list[Row]) -> list[Panel]:
