@@ -16,13 +16,8 @@ from typing import Any
 
 from absl import flags
 
-from recurrentgemma import __version__
-from recurrentgemma.commands import (
-    UsageError,
-    _compilation_cache,
-    _tpu_search,
-    one_line,
-)
+from recurrentgemma import __version__, _tpu_search
+from recurrentgemma.commands import UsageError, _compilation_cache, one_line
 
 PROGRAM = "recurrentgemma"
 COMMANDS = {

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "recurrentgemma"
 # From the bottom to the top. A module may import those of earlier lines, and its own.
 LAYERS = [
     {"kernels"},
-    {"_compat", "_atomic", "_validation", "mixers"},
+    {"_compat", "_atomic", "_validation", "_tpu_search", "mixers"},
     {"config"},
     {"cache", "matrices"},
     {"observed"},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recurrentgemma.commands import _tpu_search
+from recurrentgemma import _tpu_search
 
 ROOT = Path(__file__).parents[1]
 needs_libtpu = pytest.mark.skipif(
@@ -34,7 +34,7 @@ def run(arguments, folder):
 @needs_libtpu
 def test_jax_starts_quietly(tmp_path):
     code = (
-        "from recurrentgemma.commands import _tpu_search; _tpu_search.skip(); "
+        "from recurrentgemma import _tpu_search; _tpu_search.skip(); "
         "import jax; jax.devices()"
     )
     assert run(["-c", code], tmp_path) == ""

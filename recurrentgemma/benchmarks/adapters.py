@@ -6,7 +6,6 @@ answers exactly, and the loss on text of the model's own corpus, before and afte
 fine-tuning costs elsewhere.
 """
 
-import fnmatch
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,8 +31,9 @@ from recurrentgemma.training.corpus import (
     split_held_out,
 )
 from recurrentgemma.training.data import Batch, PackedTokens, encode_document
-from recurrentgemma.training.state import with_parameters
-from recurrentgemma.training.step import mean_loss
+from recurrentgemma.training.selection import split_parameters
+from recurrentgemma.training.state import new_state, with_parameters
+from recurrentgemma.training.step import make_train_step, mean_loss
 
 HELD_OUT = 256
 """Number of held-out examples."""
@@ -65,25 +65,14 @@ def fine_tune(
     Returns:
       The model, and the number of trained parameters.
     """
-    arrays = named_parameters(model)
-    names = [n for n in arrays if any(fnmatch.fnmatchcase(n, p) for p in trained)]
-    params = {name: arrays[name] for name in names}
-    frozen = {name: arrays[name] for name in arrays if name not in params}
+    params, frozen = split_parameters(named_parameters(model), tuple(trained), ())
     optimizer = optax.adam(optax.linear_schedule(learning_rate, 0.0, len(data)))
-
-    @jax.jit
-    def step(params, frozen, optimizer_state, batch):
-        gradient = jax.grad(
-            lambda params: mean_loss(with_parameters(model, params | frozen), batch)
-        )(params)
-        updates, optimizer_state = optimizer.update(gradient, optimizer_state)
-        return optax.apply_updates(params, updates), optimizer_state
-
-    optimizer_state = optimizer.init(params)
+    state = new_state(params, optimizer)
+    train_step = make_train_step(model, optimizer)
     for batch in data:
-        params, optimizer_state = step(params, frozen, optimizer_state, batch)
+        state, _ = train_step(state, frozen, batch)
     size = sum(leaf.size for leaf in params.values())
-    return with_parameters(model, params | frozen), size
+    return with_parameters(model, state.params | frozen), size
 
 
 def loss_of(model: Griffin, data: Sequence[Batch]) -> float:

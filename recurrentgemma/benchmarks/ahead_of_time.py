@@ -24,13 +24,10 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_LOG_DIR": "disabled",
-}
+from recurrentgemma._tpu_search import COMPILER_ONLY, NO_CHIP
+from recurrentgemma.planning.topologies import CHIPS as PUBLISHED
+
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", **NO_CHIP, **COMPILER_ONLY}
 """Variables of a process that compiles, set before it imports jax: without them the
 compiler looks for a chip."""
 BUNDLES = "packed-bundles-post-ra"
@@ -64,9 +61,12 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v5e": Chip("v5e:2x2", 1.5e9, 819e9),
-    "v5p": Chip("v5p:2x2x1", 1.75e9, 2765e9),
-    "v6e": Chip("v6e:2x2", 1.75e9, 1640e9),
+    generation: Chip(topology, clock_hz, PUBLISHED[generation].memory_bytes_per_s)
+    for generation, topology, clock_hz in (
+        ("v5e", "v5e:2x2", 1.5e9),
+        ("v5p", "v5p:2x2x1", 1.75e9),
+        ("v6e", "v6e:2x2", 1.75e9),
+    )
 }
 
 

@@ -34,10 +34,11 @@ from recurrentgemma.training.corpus import (
     read_documents,
     split_held_out,
 )
-from recurrentgemma.training.data import Batch, PackedTokens, encode_document
+from recurrentgemma.training.data import Batch, Mixture, PackedTokens, encode_document
+from recurrentgemma.training.mixture import CONTINUOUS, SHUFFLED
 from recurrentgemma.training.optimizer import OptimizerConfig, make_optimizer
-from recurrentgemma.training.rows import INITIAL_STATES, RowsConfig, init_rows
-from recurrentgemma.training.state import TrainState, with_parameters
+from recurrentgemma.training.rows import CARRIED, INITIAL_STATES, RowsConfig, init_rows
+from recurrentgemma.training.state import new_state, with_parameters
 from recurrentgemma.training.step import make_train_step
 
 BEFORE, EXACT = "before", "exact"
@@ -93,14 +94,9 @@ def batches(
 ) -> Iterator[Batch]:
     """Shuffled rows; for `carried` rows that go on where the last ones ended."""
     _, size, _ = plan.reading(recipe)
-    order = np.random.default_rng(seed).permutation(packed.num_rows)
-    stride = packed.num_rows // size
-    for step in range(plan.steps):
-        if recipe == "carried":
-            yield packed.rows(np.arange(size) * stride + step % stride)
-        else:
-            places = np.arange(step * size, (step + 1) * size)
-            yield packed.rows(order[places % packed.num_rows])
+    order = CONTINUOUS if recipe == CARRIED else SHUFFLED
+    mixture = Mixture([packed], batch_size=size, seed=seed, order=order)
+    return map(mixture.batch, range(plan.steps))
 
 
 def post_train(
@@ -114,16 +110,14 @@ def post_train(
         OptimizerConfig(learning_rate=plan.learning_rate), plan.steps, model.config
     )
     params = {
-        name: jnp.array(leaf, jnp.float32)
-        for name, leaf in named_parameters(model).items()
+        name: leaf.astype(jnp.float32) for name, leaf in named_parameters(model).items()
     }
-    rows = init_rows(config, model, size)
-    state = TrainState(params, optimizer.init(params), jnp.int32(0), rows)
-    step = make_train_step(model, optimizer, rows=config)
+    state = new_state(params, optimizer, init_rows(config, model, size))
+    train_step = make_train_step(model, optimizer, rows=config, seed=seed)
     losses = []
     given = batches(packed, plan, recipe, seed)
     for batch in tqdm.tqdm(given, desc=recipe, total=plan.steps, unit="step"):
-        state, metrics = step(state, {}, batch)
+        state, metrics = train_step(state, {}, batch)
         losses.append(float(metrics["loss"]))
     dtypes = {name: leaf.dtype for name, leaf in named_parameters(model).items()}
     trained = {name: leaf.astype(dtypes[name]) for name, leaf in state.params.items()}

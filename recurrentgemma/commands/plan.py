@@ -6,7 +6,8 @@ from typing import Any
 
 from absl import flags
 
-from recurrentgemma.commands import UsageError, _tpu_search
+from recurrentgemma import _tpu_search
+from recurrentgemma.commands import UsageError
 
 USAGE = "[MODEL] --topology v5e:4x4 [FLAGS]"
 DETAILS = (

@@ -28,7 +28,7 @@ from recurrentgemma.training.sharding import (
     spec_of,
     state_shardings,
 )
-from recurrentgemma.training.state import TrainState
+from recurrentgemma.training.state import new_state
 from recurrentgemma.training.step import make_train_step
 
 COMPUTE_DTYPE = "bfloat16"
@@ -70,14 +70,8 @@ def _train(config, workload, mesh):
     model = jax.eval_shape(stack_layers, describe(config, runtime))
     optimizer = make_optimizer(OptimizerConfig(), steps=1000, model_config=config)
 
-    def new_state() -> TrainState:
-        params = {
-            name: jnp.zeros(leaf.shape, jnp.float32)
-            for name, leaf in named_parameters(model).items()
-        }
-        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-
-    state = jax.eval_shape(new_state)
+    params = named_parameters(model)
+    state = jax.eval_shape(partial(new_state, optimizer=optimizer), params)
     state = _placed(state, state_shardings(state, mesh))
     shape, sharding = (workload.batch, workload.length), batch_sharding(mesh)
 

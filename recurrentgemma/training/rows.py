@@ -22,6 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from recurrentgemma import _validation as check
 from recurrentgemma.cache import Cache, grows, take
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.training.chunks import SumsOf, in_chunks
@@ -58,18 +59,10 @@ class RowsConfig:
     )
 
     def __post_init__(self):
-        if self.initial_state not in INITIAL_STATES:
-            raise ValueError(
-                f"initial_state: expected one of {', '.join(INITIAL_STATES)}, got "
-                f"{self.initial_state!r}"
-            )
-        if not self.noise_std > 0:
-            raise ValueError(f"noise_std: expected above 0, got {self.noise_std}")
-        for name, least in (("chunk_tokens", 0), ("state_every", 1)):
-            if not getattr(self, name) >= least:
-                raise ValueError(
-                    f"{name}: expected at least {least}, got {getattr(self, name)}"
-                )
+        check.choice("initial_state", self.initial_state, INITIAL_STATES)
+        check.number("noise_std", self.noise_std, above=0)
+        check.integer("chunk_tokens", self.chunk_tokens, least=0)
+        check.positive_integer("state_every", self.state_every)
 
 
 class Rows(NamedTuple):
