@@ -23,7 +23,8 @@ from recurrentgemma import cache as cache_lib
 from recurrentgemma._compat import ModuleList
 from recurrentgemma.blocks import TEMPORAL_MIXERS
 from recurrentgemma.blocks.residual import ResidualBlock
-from recurrentgemma.cache import Cache, Chunk, Observer, reorder
+from recurrentgemma.cache import Cache
+from recurrentgemma.chunk import Chunk, Observer, reorder
 from recurrentgemma.config import GriffinConfig, Runtime
 from recurrentgemma.inputs import is_traced, kind_of, prepare
 from recurrentgemma.kernels import meshes
@@ -86,7 +87,7 @@ class Griffin(nnx.Module):
           positions: int32 [B, T], the position of each token in its document: 0 starts
             a document, -1 is padding, else the previous position + 1 (a row that has
             read nothing may start anywhere). None continues each row. Values are not
-            checked here; `recurrentgemma.cache.check_positions` does.
+            checked here; `recurrentgemma.chunk.check_positions` does.
           cache: what the rows have read before; None is nothing. Global attention holds
             `capacity` tokens of a document (T after a call without a cache). A call
             with concrete arrays first grows a cache that is too small. In a traced

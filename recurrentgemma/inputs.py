@@ -13,7 +13,8 @@ import numpy as np
 
 from recurrentgemma import cache as cache_lib
 from recurrentgemma._validation import refuse
-from recurrentgemma.cache import Cache, reorder
+from recurrentgemma.cache import Cache
+from recurrentgemma.chunk import reorder
 from recurrentgemma.config import GriffinConfig
 from recurrentgemma.mixers import TEMPORAL_MIXERS
 

@@ -27,7 +27,8 @@ import jax
 import jax.numpy as jnp
 
 from recurrentgemma import _validation as check
-from recurrentgemma.cache import Cache, Observer
+from recurrentgemma.cache import Cache
+from recurrentgemma.chunk import Observer
 from recurrentgemma.griffin import Griffin, unstack_layers
 from recurrentgemma.inputs import prepare
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from recurrentgemma._compat import value_of
-from recurrentgemma.cache import Chunk
+from recurrentgemma.chunk import Chunk
 from recurrentgemma.config import Runtime
 from recurrentgemma.kernels import linear_scan, meshes, rg_lru, sharded
 from recurrentgemma.kernels.complex_rg_lru import complex_rg_lru

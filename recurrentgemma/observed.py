@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.cache import Chunk
+from recurrentgemma.chunk import Chunk
 
 
 def effective_attention(factors: jax.Array, decays: jax.Array) -> jax.Array:

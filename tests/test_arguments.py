@@ -29,6 +29,7 @@ from recurrentgemma import (
 )
 from recurrentgemma import cache as cache_lib
 from recurrentgemma.cache import Cache
+from recurrentgemma.chunk import check_positions
 from recurrentgemma.generation import batch_jobs
 from recurrentgemma.generation import prefix as prefix_lib
 from recurrentgemma.generation.batch_jobs import BatchJob
@@ -239,7 +240,7 @@ LEGAL = {
     "cache.grow": {"capacity": {"1"}},
     "cache.make_rewindable": {"count": {"0", "1"}},
     "cache.rewind": {},
-    "cache.check_positions": {"next_position": {"None"}},
+    "chunk.check_positions": {"next_position": {"None"}},
     "prefix.concatenate": {},
     "kernels.linear_scan": {
         "h0": {"None"},
@@ -418,7 +419,7 @@ def good(tmp_path_factory):
             cache_lib.rewind,
             {"cache": cache, "config": config, "counts": np.zeros(2, np.int32)},
         ),
-        "cache.check_positions": (cache_lib.check_positions, {"positions": tokens}),
+        "chunk.check_positions": (check_positions, {"positions": tokens}),
         "prefix.concatenate": (prefix_lib.concatenate, {"prefixes": [prefix]}),
         "kernels.linear_scan": (kernels.linear_scan, {"x": x, "a": x}),
         "kernels.rg_lru": (
@@ -502,7 +503,7 @@ def _public():
         f"cache.{name}"
         for name in ("take", "repeat", "concatenate", "grow", "make_rewindable")
     }
-    return names | {"cache.rewind", "cache.check_positions", "prefix.concatenate"}
+    return names | {"cache.rewind", "chunk.check_positions", "prefix.concatenate"}
 
 
 def _arguments(function, found):

@@ -11,6 +11,7 @@ from recurrentgemma import Runtime
 from recurrentgemma import cache as cache_lib
 from recurrentgemma.blocks import TEMPORAL_MIXERS
 from recurrentgemma.blocks.mixer import Mixer
+from recurrentgemma.chunk import check_positions
 from recurrentgemma.kernels.local_attention import KVCache
 from tests.models import (
     TINY_PRESETS,
@@ -261,7 +262,7 @@ def test_growing_makes_room_and_changes_nothing():
     ],
 )
 def test_legal_positions(positions):
-    cache_lib.check_positions(np.array(positions))
+    check_positions(np.array(positions))
 
 
 @pytest.mark.parametrize(
@@ -274,15 +275,15 @@ def test_legal_positions(positions):
 )
 def test_illegal_positions(positions, place):
     with pytest.raises(ValueError, match=place):
-        cache_lib.check_positions(np.array(positions))
+        check_positions(np.array(positions))
 
 
 def test_positions_continue_a_row():
-    cache_lib.check_positions(np.array([[4, 5]]), next_position=np.array([4]))
+    check_positions(np.array([[4, 5]]), next_position=np.array([4]))
     with pytest.raises(ValueError, match="or 4"):
-        cache_lib.check_positions(np.array([[5, 6]]), next_position=np.array([4]))
+        check_positions(np.array([[5, 6]]), next_position=np.array([4]))
     with pytest.raises(ValueError, match="integers"):
-        cache_lib.check_positions(np.zeros(3))
+        check_positions(np.zeros(3))
 
 
 @pytest.mark.parametrize("kind", TEMPORAL_MIXERS)

@@ -15,7 +15,7 @@ LAYERS = [
     {"kernels"},
     {"_compat", "_atomic", "_validation", "_tpu_search", "mixers"},
     {"config"},
-    {"cache", "matrices"},
+    {"chunk", "cache", "matrices"},
     {"observed"},
     {"layers", "rotary", "inputs"},
     {"blocks"},

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from recurrentgemma import Runtime, layers
 from recurrentgemma.blocks.mlp import GatedMLP
-from recurrentgemma.cache import Chunk
+from recurrentgemma.chunk import Chunk
 from recurrentgemma.kernels.rg_lru.gates import Gate, logits
 from recurrentgemma.rotary import apply_rotary, rotary_tables
 from tests.golden_models import GOLDEN, load_data

@@ -28,8 +28,7 @@ def measure(subject: Subject, point: Point, values: dict[str, Any]) -> Row:
     config, batch, length = subject.config, point.batch, point.length
     programs = subject.programs(batch, length + BLOCK_STEPS)
     compile_s = programs.compile_for()
-    [longest_read] = counts("read-up-to", [values["read-up-to"]])
-    is_read = length <= longest_read
+    is_read = length <= longest_read(values)
     if is_read:
         cache = read_cache(subject, programs, length)
     else:
@@ -68,6 +67,16 @@ def define_more(values: flags.FlagValues) -> None:
     flags.DEFINE_string("read-up-to", "8k", what, flag_values=values)
 
 
+def longest_read(values: dict[str, Any]) -> int:
+    """The value of --read-up-to.
+
+    Raises:
+      ValueError: it is no number of tokens.
+    """
+    [length] = counts("read-up-to", [values["read-up-to"]])
+    return length
+
+
 COLUMNS = (
     *RATE_COLUMNS,
     Column("ms a token", "ms_per_token", 10),
@@ -80,5 +89,6 @@ SWEEP = Sweep(
     batches="1,8",
     columns=COLUMNS,
     define_more=define_more,
+    check_more=longest_read,
 )
 define_flags, run = SWEEP.define_flags, SWEEP.run

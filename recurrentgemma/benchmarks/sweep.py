@@ -103,6 +103,8 @@ class Sweep:
     """Parts of the picture."""
     define_more: Callable[[flags.FlagValues], None] = lambda values: None
     """Defines flags that no other sweep has."""
+    check_more: Callable[[dict[str, Any]], object] = lambda values: None
+    """Raises ValueError for bad values of those flags, before anything is measured."""
     summarize: Callable[[list[Row]], dict[str, Any]] = lambda rows: {}
     """Facts of the document that follow from all rows; prints what is worth a look."""
 
@@ -150,6 +152,7 @@ class Sweep:
         batches = counts("batch", values["batch"])
         lengths = counts("lengths", values["lengths"])
         memory = _memory_bytes(values["memory"])
+        self.check_more(values)
         path = folder / f"{self.name}.json"
         old = earlier(path, benchmark=self.name, memory_bytes=memory)
         cards = dict(old.get("cards", {}))

@@ -17,7 +17,8 @@ from flax import nnx
 
 from recurrentgemma._validation import refuse
 from recurrentgemma.blocks.mixer import Mixer
-from recurrentgemma.cache import OVERFLOWN, Chunk, grows
+from recurrentgemma.cache import OVERFLOWN, grows
+from recurrentgemma.chunk import Chunk
 from recurrentgemma.config import GriffinConfig, Runtime
 from recurrentgemma.kernels import local_attention
 from recurrentgemma.kernels.local_attention import KVCache, reference

@@ -13,7 +13,7 @@ from flax import nnx
 
 from recurrentgemma.blocks import history
 from recurrentgemma.blocks.mixer import Mixer
-from recurrentgemma.cache import Chunk
+from recurrentgemma.chunk import Chunk
 from recurrentgemma.config import GriffinConfig, Runtime
 from recurrentgemma.kernels import linear_scan
 from recurrentgemma.layers import Linear

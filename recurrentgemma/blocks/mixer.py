@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Self
 import jax
 from flax import nnx
 
-from recurrentgemma.cache import Chunk
+from recurrentgemma.chunk import Chunk
 from recurrentgemma.config import GriffinConfig, Runtime
 
 

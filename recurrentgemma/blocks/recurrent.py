@@ -12,7 +12,7 @@ from flax import nnx
 from recurrentgemma._validation import refuse
 from recurrentgemma.blocks import history
 from recurrentgemma.blocks.mixer import Mixer
-from recurrentgemma.cache import Chunk
+from recurrentgemma.chunk import Chunk
 from recurrentgemma.config import GriffinConfig, Runtime
 from recurrentgemma.kernels.recurrent_step import StepParameters, recurrent_step
 from recurrentgemma.layers import RGLRU, CausalConv1D, ComplexRGLRU, Linear

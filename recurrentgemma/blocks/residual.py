@@ -7,7 +7,7 @@ from flax import nnx
 
 from recurrentgemma.blocks import TEMPORAL_MIXERS
 from recurrentgemma.blocks.mlp import GatedMLP
-from recurrentgemma.cache import Chunk
+from recurrentgemma.chunk import Chunk
 from recurrentgemma.config import GriffinConfig, Runtime
 from recurrentgemma.layers import RMSNorm
 

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from recurrentgemma.cache import Chunk
 from recurrentgemma.checkpoints import Checkpoint, convert
+from recurrentgemma.chunk import Chunk
 from recurrentgemma.griffin import Griffin
 from recurrentgemma.rotary import rotary_tables
 

@@ -325,6 +325,7 @@ def test_a_model_that_does_not_fit_is_not_made(tmp_path, monkeypatch):
         ("--lengths=200M", "got '200M'"),
         ("--lengths=", "--lengths: expected at least one number, got none"),
         ("--batch=-1", "--batch: expected numbers from 1"),
+        ("--read-up-to=x", "--read-up-to: expected numbers from 1"),
         ("--preset=grifin", "--preset: expected a name such as griffin"),
         ("--memory=-1", "memory: expected "),
         ("--dtype=int8", "dtype: expected "),

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from recurrentgemma.blocks.recurrent import RecurrentBlock
-from recurrentgemma.cache import Chunk
+from recurrentgemma.chunk import Chunk
 from recurrentgemma.config import GriffinConfig, Runtime
 from recurrentgemma.kernels import StepParameters, recurrent_step
 from recurrentgemma.kernels.recurrent_step import IMPLEMENTATIONS, pallas_tpu

@@ -5,7 +5,7 @@ import doctest
 import numpy as np
 import pytest
 
-from recurrentgemma.cache import check_positions
+from recurrentgemma.chunk import check_positions
 from recurrentgemma.training import mixture
 from recurrentgemma.training.mixture import Mixture, apportion
 from recurrentgemma.training.packing import PackedTokens

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from recurrentgemma.cache import check_positions
+from recurrentgemma.chunk import check_positions
 from recurrentgemma.training.packing import PackedTokens
 from recurrentgemma.training.step import batch_sums, mean_metrics, means
 from recurrentgemma.training.streams import TokenStream
