@@ -29,6 +29,14 @@ def count(name: str, value: Any) -> int:
     return integer(name, value, least=0, most=MAX_COUNT)
 
 
+def share(name: str, value: Any) -> float:
+    """A number of at least 0 and below 1."""
+    found = number(name, value, least=0)
+    if not found < 1:
+        refuse(name, "a number of at least 0 and below 1", value)
+    return found
+
+
 def boolean(name: str, value: Any) -> bool:
     """True or False; nothing else counts as one."""
     if not isinstance(value, bool | np.bool_):

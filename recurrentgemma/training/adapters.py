@@ -12,6 +12,7 @@ from pathlib import Path
 
 from flax import nnx
 
+from recurrentgemma import _validation as check
 from recurrentgemma.adapters import (
     TRAINED,
     add_adapters,
@@ -48,10 +49,9 @@ class AdapterConfig:
     )
 
     def __post_init__(self):
-        if not self.adapter_rank >= 0:
-            raise ValueError(f"adapter_rank must be >= 0, got {self.adapter_rank}")
-        if self.adapter_alpha is not None and not self.adapter_alpha > 0:
-            raise ValueError(f"adapter_alpha must be > 0, got {self.adapter_alpha}")
+        check.count("adapter_rank", self.adapter_rank)
+        if self.adapter_alpha is not None:
+            check.number("adapter_alpha", self.adapter_alpha, above=0)
 
     def add_to(self, model: Griffin, seed: int) -> Griffin:
         """The model with adapters on the chosen matrices, stacked or not."""

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from recurrentgemma import _validation as check
 from recurrentgemma._atomic import replace_file
 from recurrentgemma.config import GriffinConfig
 from recurrentgemma.training import options as fields_of
@@ -135,13 +136,11 @@ class TrainConfig:
             "evaluation_batches",
             "checkpoint_every",
             "keep_checkpoints",
-            "keep_every",
         ):
-            value = getattr(self, name)
-            if value is not None and not value >= 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not self.z_loss >= 0:
-            raise ValueError(f"z_loss must be >= 0, got {self.z_loss}")
+            check.positive_integer(name, getattr(self, name))
+        if self.keep_every is not None:
+            check.positive_integer("keep_every", self.keep_every)
+        check.number("z_loss", self.z_loss, least=0)
         if self.rows.initial_state == CARRIED and self.data.order != CONTINUOUS:
             raise ValueError(
                 f"order: expected {CONTINUOUS} with initial_state {CARRIED}, which goes "

@@ -107,8 +107,7 @@ class DataConfig:
             check.positive_integer(name, getattr(self, name))
         check.choice("order", self.order, ORDERS)
         check.integer("characters_per_cut", self.characters_per_cut, least=0)
-        if not 0 <= self.held_out_share < 1:
-            check.refuse("held_out_share", "a number in [0, 1)", self.held_out_share)
+        check.share("held_out_share", self.held_out_share)
 
 
 def open_data(

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh
 
+from recurrentgemma import _validation as check
 from recurrentgemma.training.options import option
 
 AXES = ("data", "fsdp", "tensor", "sequence")
@@ -57,10 +58,7 @@ class MeshConfig:
 
     def __post_init__(self):
         axis_sizes(self.mesh)
-        if self.mesh_type not in TYPES:
-            raise ValueError(
-                f"mesh_type: expected one of {', '.join(TYPES)}, got {self.mesh_type!r}"
-            )
+        check.choice("mesh_type", self.mesh_type, TYPES)
         _processes(self.processes)
 
     def join(self) -> None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from recurrentgemma._validation import choice
+from recurrentgemma import _validation as check
 from recurrentgemma.checkpoints.parameters import mixer_of
 from recurrentgemma.config import GriffinConfig
 from recurrentgemma.training.options import option
@@ -63,15 +63,14 @@ class OptimizerConfig:
 
     def __post_init__(self):
         for name in ("learning_rate", "epsilon", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            check.number(name, getattr(self, name), above=0)
         for name in ("b1", "b2", "final_learning_rate_ratio"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_steps", "cooldown_steps"):
-            if not (getattr(self, name) or 0) >= 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
-        choice("schedule", self.schedule, (COSINE, WSD))
+            check.share(name, getattr(self, name))
+        check.number("weight_decay", self.weight_decay, least=0)
+        check.count("warmup_steps", self.warmup_steps)
+        if self.cooldown_steps is not None:
+            check.count("cooldown_steps", self.cooldown_steps)
+        check.choice("schedule", self.schedule, (COSINE, WSD))
 
 
 def is_decayed(name: str, model_config: GriffinConfig) -> bool:

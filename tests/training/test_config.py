@@ -50,7 +50,7 @@ def test_any_field_can_be_set():
         ("steps.x=7", "names a field of 'steps', which has none"),
         ("steps=7.5", "set steps: expected an integer, got '7.5'"),
         ("steps=none", "set steps: expected an integer, got 'none'"),
-        ("steps=0", "set steps: steps must be at least 1, got 0"),
+        ("steps=0", "set steps: steps: expected an integer of at least 1, got 0"),
         ("optimizer.b1=x", "set optimizer.b1: expected a number, got 'x'"),
         ("compute.remat=yes", "expected true or false, got 'yes'"),
         ("model.width=0", "width: expected an integer"),
