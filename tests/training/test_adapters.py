@@ -48,12 +48,7 @@ def test_a_run_with_adapters(tmp_path):
     options = AdapterConfig(adapter_rank=3, adapter_alpha=6.0)
     adapted = options.add_to(model, seed=0)
     data = [batch_of(random_tokens((4, 13)))] * 8
-    tuned, size = fine_tune(
-        adapted, data, learning_rate=1e-2, trained=options.trained(())
-    )
-    assert size == sum(
-        a.size for n, a in named_parameters(adapted).items() if "lora_" in n
-    )
+    tuned = fine_tune(adapted, data, learning_rate=1e-2, trained=options.trained(()))
     assert loss_of(tuned, data[:1]) < 0.9 * loss_of(adapted, data[:1])
     chex.assert_trees_all_equal(base_of(tuned), model)
     merged = options.finish(tmp_path, tuned)
@@ -156,6 +151,6 @@ def test_adapters_lower_the_held_out_loss_of_instructions():
     )
     held_out = [instructions.encode(tokenizer, drawn[:64], ROW_TOKENS)]
     adapted = add_adapters(model, rank=8, rngs=nnx.Rngs(0))
-    tuned, _ = fine_tune(adapted, data, learning_rate=5e-3, trained=TRAINED)
+    tuned = fine_tune(adapted, data, learning_rate=5e-3, trained=TRAINED)
     assert loss_of(tuned, held_out) < 0.75 * loss_of(model, held_out)
     assert jax.tree.structure(base_of(tuned)) == jax.tree.structure(model)
