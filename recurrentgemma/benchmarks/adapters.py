@@ -126,7 +126,7 @@ def define_flags(values: flags.FlagValues) -> None:
         flags.DEFINE_integer(name, default, what, lower_bound=1, flag_values=values)
     for name, default, what in (
         ("learning-rate", 5e-3, "of the adapters' first step"),
-        ("prefix-learning-rate", 3e-2, "of the first step of a learned prefix"),
+        ("prefix-learning-rate", 1e-1, "of the first step of a learned prefix"),
     ):
         flags.DEFINE_float(name, default, what, lower_bound=0.0, flag_values=values)
 

@@ -190,6 +190,8 @@ def learn_prefix(
     prefix: Prefix,
     batches: Iterable[Batch],
     config: LearnedPrefixConfig = LearnedPrefixConfig(),
+    *,
+    progress: bool = True,
 ) -> tuple[Prefix, list[float]]:
     """Learns the state of a prefix, by the gradient of the loss of what follows it.
 
@@ -199,6 +201,7 @@ def learn_prefix(
             stays valid.
         batches: at least `config.steps` of them; see `after_prefix`.
         config: steps and learning rate.
+        progress: whether a progress bar is shown.
 
     Returns:
         The learned prefix, and the loss of each step in nats a token.
@@ -234,7 +237,8 @@ def learn_prefix(
     }
     state, losses = optimizer.init(values), []
     remaining = iter(batches)
-    for done in tqdm.trange(config.steps, desc="prefix", unit="step"):
+    steps = tqdm.trange(config.steps, desc="prefix", unit="step", disable=not progress)
+    for done in steps:
         if (batch := next(remaining, None)) is None:
             check.refuse("batches", f"{config.steps} of them", done)
         values, state, loss = step(model, values, state, batch)
