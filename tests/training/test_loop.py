@@ -39,8 +39,7 @@ from tests.training import killed_runs
 
 TINY = killed_runs.TINY
 KILLED = """
-import os, sys
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+import sys
 from recurrentgemma import PRESETS
 from tests.training import killed_runs as runs
 PRESETS["nano"] = runs.TINY
