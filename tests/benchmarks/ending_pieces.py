@@ -7,7 +7,12 @@ import jax.numpy as jnp
 
 from recurrentgemma.benchmarks.device_suite.pieces import DEFAULT, Piece
 
-FACTS = {"device": "A chip", "versions": {"jax": "1.0"}, "commit": "abc"}
+FACTS = {
+    "device": "A chip",
+    "platform": "cpu",
+    "versions": {"jax": "1.0"},
+    "commit": "abc",
+}
 LAST_WORDS = "illegal memory access in kernel"
 
 

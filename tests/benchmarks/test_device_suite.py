@@ -204,6 +204,13 @@ def test_other_conditions_are_refused(tmp_path, in_this_process, name, value):
         device_suite.run(SETTINGS, tmp_path, lambda: (facts | {name: value}, pieces))
 
 
+def test_full_sizes_are_not_for_a_cpu(tmp_path, in_this_process):
+    with pytest.raises(
+        ValueError, match="--size: expected a GPU or a TPU for full, got"
+    ):
+        device_suite.run(SETTINGS | {"size": "full"}, tmp_path, passing("one"))
+
+
 def timed(name, ms, status=DONE, **figures):
     key = {"kind": "time", "program": "scan, long", "dtype": "float32"}
     row = key | {"implementation": name, "status": status, "remark": "why"} | figures

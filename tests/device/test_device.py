@@ -12,6 +12,8 @@ from recurrentgemma.benchmarks.device_suite.pieces import (
 )
 from recurrentgemma.benchmarks.device_suite.sizes import SIZES
 
+# A device's compiler may warn of what no test on a CPU sees.
+pytestmark = pytest.mark.filterwarnings("default")
 PLATFORM, SIZE = device.platform(), SIZES["full"]
 
 

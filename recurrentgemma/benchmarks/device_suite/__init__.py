@@ -95,13 +95,19 @@ def run(values: dict[str, Any], folder: Path, make: Make | None = None) -> None:
       make: gives facts and pieces, in another process; None is `everything`.
 
     Raises:
-      ValueError: the folder holds results of another device, size, version or commit.
+      ValueError: the folder holds results of another device, size, version or commit;
+        no piece has such a name; or the size is none for this device.
       WorkerError: nothing can run on this device.
     """
     deadline = time.monotonic() + values["seconds"]
     worker = Worker(make or partial(everything, values["size"]), folder / "device.log")
     try:
         facts = {"benchmark": "device", "size": values["size"]} | worker.facts
+        if facts["platform"] == "cpu" and facts["size"] == "full":
+            raise ValueError(
+                "--size: expected a GPU or a TPU for full, got a CPU; choose small, or "
+                "another jax (pip install '.[cuda12]', '.[tpu]')"
+            )
         path = folder / "device.json"
         rows = _earlier_rows(path, facts)
         report = Report(path, COLUMNS, key=KEY, rows=rows, origin=facts)

@@ -83,8 +83,8 @@ class Maker:
         return Gate(kernel, self.normal(GATE_BLOCKS, block, dtype=np.float32))
 
 
-def _scan(make: Maker, rows: int, length: int) -> Arguments:
-    width = make.size.width
+def _scan(make: Maker, rows: int, length: int, *, wide: bool = True) -> Arguments:
+    width = make.size.width if wide else make.size.narrow_width
     # A row and channel has one decay, so that a slow one is slow all the way; some are
     # negative or 0.
     a = np.repeat(1 - make.distances(rows, 1, width), length, axis=1)
@@ -97,9 +97,12 @@ def _scan(make: Maker, rows: int, length: int) -> Arguments:
     }
 
 
-def _rg_lru(make: Maker, rows: int, length: int, *, gates: bool) -> Arguments:
+def _rg_lru(
+    make: Maker, rows: int, length: int, *, gates: bool, wide: bool = True
+) -> Arguments:
     size = make.size
     width = GATE_BLOCKS * size.gate_block if gates else size.width
+    width = width if wide else size.narrow_width
     shape = rows, length, width
     pair = ("recurrence_gate", "input_gate")
     return {
@@ -323,7 +326,7 @@ CASES = (
         "many steps",
         LINEAR_SCANS,
         _call_scan,
-        lambda make: _scan(make, 1, make.size.many_steps),
+        lambda make: _scan(make, 1, make.size.many_steps, wide=False),
         dtypes=FLOAT32,
         many_steps=True,
     ),
@@ -332,7 +335,7 @@ CASES = (
         "many steps",
         RG_LRUS,
         _call_rg_lru,
-        lambda make: _rg_lru(make, 1, make.size.many_steps, gates=False),
+        lambda make: _rg_lru(make, 1, make.size.many_steps, gates=False, wide=False),
         dtypes=FLOAT32,
         many_steps=True,
     ),

@@ -10,7 +10,12 @@ from functools import partial
 import jax
 import numpy as np
 
-from recurrentgemma.benchmarks.device_suite.checks import relative_error, truth_device
+from recurrentgemma.benchmarks.device_suite.checks import (
+    error_figures,
+    relative_error,
+    truth_device,
+    worst_of,
+)
 from recurrentgemma.benchmarks.device_suite.pieces import DEFAULT, Piece, Wrong
 from recurrentgemma.benchmarks.device_suite.sizes import Size
 from recurrentgemma.benchmarks.models import random_tokens
@@ -59,8 +64,7 @@ def check_model(dtype: str, length: int) -> Row:
         name: relative_error(array.reshape(-1, 1), expected[name].reshape(-1, 1))
         for name, array in found.items()
     }
-    worst = max(errors, key=lambda name: (np.isnan(errors[name]), errors[name]))
-    row = {"error": errors[worst], "worst": worst, "errors": errors}
+    row, worst = error_figures(errors), worst_of(errors)
     if not errors[worst] <= TOLERANCES[dtype]:  # true of NaN too
         raise Wrong(f"{worst}: relative RMS error {errors[worst]:.2g}", row)
     return row

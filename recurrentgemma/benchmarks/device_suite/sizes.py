@@ -18,6 +18,8 @@ class Size:
     """Steps of a checked sequence."""
     width: int
     """Channels, where no gate has blocks."""
+    narrow_width: int
+    """Channels of sequences of many steps."""
     gate_block: int
     """Channels of a diagonal block of the gates; there are two blocks."""
     head_dim: int
@@ -51,6 +53,7 @@ SIZES = {
         rows=3,
         length=300,
         width=200,
+        narrow_width=50,
         gate_block=256,
         head_dim=256,
         window=100,
@@ -76,6 +79,7 @@ SIZES = {
         rows=3,
         length=11,
         width=6,
+        narrow_width=6,
         gate_block=128,
         head_dim=128,
         window=4,

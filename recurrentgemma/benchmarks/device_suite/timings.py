@@ -72,10 +72,13 @@ def pieces(size: Size, platform: str) -> Iterator[Piece]:
     dtype = Runtime().dtype.name
     yield Piece("time", COPY, DEFAULT, "float32", _copy)
     for timed in [*_recurrences(size, dtype), *_attentions(size, dtype)]:
-        names = [n for n in names_here(timed.op.table, platform) if n != "reference"]
-        if len(names) == 1:
-            names = []  # nothing to compare
-        for name in [DEFAULT, *names]:
+        names = [
+            name
+            for name in names_here(timed.op.table, platform, by_default=False)
+            if name != "reference" or timed.op.table[name].default_on
+        ]
+        # What has one implementation has nothing to compare.
+        for name in [DEFAULT, *(names if len(names) > 1 else ())]:
             work = partial(time_op, timed, name, size.most_calls)
             yield Piece("time", timed.name, name, dtype, work)
 
