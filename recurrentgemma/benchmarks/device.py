@@ -49,7 +49,7 @@ def name() -> str:
 
 
 def platform() -> str:
-    """ "cpu", "tpu", "cuda" or "rocm": the names of `jax.lax.platform_dependent`."""
+    """A name of `jax.lax.platform_dependent`: "cpu", "tpu", "cuda" or "rocm"."""
     backend = jax.default_backend()
     if backend != "gpu":
         return backend

@@ -17,14 +17,14 @@ from tests.benchmarks.ending_pieces import FACTS
 
 SMALL = SIZES["small"]
 WENT_WELL = {
-    ("check", "linear_scan, sequence", DEFAULT, "float32"),
-    ("check", "linear_scan, sequence", "chunked", "float32"),
-    ("check", "linear_scan, sequence", "pallas_gpu", "float32"),
-    ("check", "linear_scan, sequence", "one_step", "float32"),
-    ("check", "linear_scan, larger than 4 GiB", DEFAULT, "float32"),
+    ("check", "linear_scan: sequence", DEFAULT, "float32"),
+    ("check", "linear_scan: sequence", "chunked", "float32"),
+    ("check", "linear_scan: sequence", "pallas_gpu", "float32"),
+    ("check", "linear_scan: sequence", "one_step", "float32"),
+    ("check", "linear_scan: larger than 4 GiB", DEFAULT, "float32"),
     ("time", "copy", DEFAULT, "float32"),
-    ("time", "linear_scan, training 2x24x256", DEFAULT, "float32"),
-    ("time", "linear_scan, training 2x24x256", "chunked", "float32"),
+    ("time", "linear_scan: training 2x24x256", DEFAULT, "float32"),
+    ("time", "linear_scan: training 2x24x256", "chunked", "float32"),
 }
 count = itertools.count()
 

@@ -97,7 +97,8 @@ def run(values: dict[str, Any], folder: Path, make: Make | None = None) -> None:
     Raises:
       ValueError: the folder holds results of another device, size, version or commit;
         no piece has such a name; or the size is none for this device.
-      WorkerError: nothing can run on this device.
+      WorkerError: nothing can run on this device, or nothing more; finished pieces are
+        kept.
     """
     deadline = time.monotonic() + values["seconds"]
     worker = Worker(make or partial(everything, values["size"]), folder / "device.log")

@@ -221,7 +221,7 @@ class Case:
     @property
     def program(self) -> str:
         """Name of the op and of the case."""
-        return f"{self.op}, {self.name}"
+        return f"{self.op}: {self.name}"
 
     def arguments(self, size: Size, dtype: str) -> Arguments:
         """The inputs: host arrays, the same at every call."""

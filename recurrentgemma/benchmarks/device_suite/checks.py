@@ -3,9 +3,8 @@
 The truth is the op's `reference` in float32 on the CPU, of the inputs as they were rounded
 to the dtype. An error is the RMS of the difference over that of the truth, channel by
 channel (the last axis) of a sequence: the gradient of a slow channel is a thousandth of
-the others'.
-Compared are all results and the gradients of all floating-point arguments. Two runs have
-to give the same bits.
+the others'. Compared are all results and the gradients of all floating-point arguments.
+Two runs have to give the same bits.
 """
 
 import functools
@@ -33,8 +32,8 @@ TOLERANCES = {
     "float32": 5e-5,
     # Results are rounded to 8 and to 11 bits, and so are the logits of gates, the weights
     # of attention, and the states inside a gradient.
-    "bfloat16": 2e-2,
-    "float16": 3e-3,
+    "bfloat16": 4e-2,
+    "float16": 5e-3,
 }
 """Relative RMS error that a channel of an op may have, by dtype. `model_checks.py` has
 those of whole models."""
@@ -73,7 +72,7 @@ def pieces(size: Size, platform: str) -> Iterator[Piece]:
                     )
         for name in names_here(LINEAR_SCANS, platform, by_default):
             work = partial(check_large, name, size)
-            yield Piece("check", f"linear_scan, {LARGE}", name, "float32", work)
+            yield Piece("check", f"linear_scan: {LARGE}", name, "float32", work)
 
 
 def _names(case: Case, platform: str, by_default: bool) -> list[str]:
@@ -84,7 +83,7 @@ def _names(case: Case, platform: str, by_default: bool) -> list[str]:
 
 
 def names_here(table: Table, platform: str, by_default: bool) -> list[str]:
-    """ "default" alone, or the names of a table's entries that a platform has."""
+    """The word "default" alone, or the names of a table's entries for a platform."""
     if by_default:
         return [DEFAULT]
     here = (None, platform)
@@ -231,11 +230,11 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def check_large(name: str, size: Size) -> Row:
-    """Compares the last channels of the last row of an array that is larger than that.
+    """Compares the last channels of the last row of an array of more than 4 GiB.
 
     Args:
       name: of an implementation of `linear_scan`, or "default".
-      size: sizes; x, the decays and y are of more than `large_bytes` each.
+      size: sizes; x, the decays and y have more than `large_bytes` each.
 
     Raises:
       OutOfMemory: the device is too small for them.
@@ -257,11 +256,13 @@ def check_large(name: str, size: Size) -> Row:
         expected = jax.jit(partial(linear_scan, implementation="reference"))(
             *_large_arrays(*last)
         )
-    pairs = zip(map(np.asarray, found), map(np.asarray, expected), strict=True)
-    error = max(relative_error(*pair) for pair in pairs)
-    row = {"error": error, "worst": "the last channels", "bytes": y.nbytes}
-    if not error <= TOLERANCES["float32"]:  # true of NaN too
-        raise Wrong(f"the last channels: relative RMS error {error:.2g}", row)
+    errors = {
+        key: relative_error(np.asarray(actual), np.asarray(right))
+        for key, actual, right in zip(("y", "h_last"), found, expected, strict=True)
+    }
+    row, worst = error_figures(errors) | {"bytes": y.nbytes}, worst_of(errors)
+    if not errors[worst] <= TOLERANCES["float32"]:  # true of NaN too
+        raise Wrong(f"{worst}: relative RMS error {errors[worst]:.2g} at its end", row)
     return row
 
 

@@ -43,7 +43,7 @@ def pieces(size: Size) -> Iterator[Piece]:
     """The model in float32, and in the dtype that it has on this device."""
     for dtype in dict.fromkeys(("float32", Runtime().dtype.name)):
         work = partial(check_model, dtype, size.length)
-        yield Piece("check", f"model, {MODEL}", DEFAULT, dtype, work, LIMIT_S)
+        yield Piece("check", f"model: {MODEL}", DEFAULT, dtype, work, LIMIT_S)
 
 
 def check_model(dtype: str, length: int) -> Row:

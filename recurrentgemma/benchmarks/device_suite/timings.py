@@ -33,14 +33,6 @@ from recurrentgemma.kernels.recurrent_step import RECURRENT_STEP
 from recurrentgemma.kernels.rg_lru import FROM_GATES
 from recurrentgemma.kernels.rg_lru.gates import Inputs
 
-TIMED_OPS = (
-    "linear_scan",
-    "linear_scan gradient",
-    "rg_lru_with_gates",
-    "rg_lru_with_gates gradient",
-    "recurrent_step",
-)
-"""Names of `scan_programs.OPS`."""
 USABLE_MEMORY = 0.9
 MODEL_LIMIT_S = 300.0
 SHORTEST_PREFIX = "1"
@@ -52,7 +44,7 @@ class Timed(NamedTuple):
 
     Attributes:
       name: Name of the program.
-      check: Beginning of the names of the checks of its op.
+      check: Op of the checks, as `Case.op` names it.
       op: The op.
       function: (implementation) -> a function of the arguments.
       make: () -> the arguments, traceable.
@@ -89,7 +81,7 @@ def model_pieces(size: Size) -> Iterator[Piece]:
 
     def piece(what, preset, measure, batch, length, **values):
         work = partial(_measure, size, preset, measure, batch, length, values)
-        name = f"{preset}, {what}"
+        name = f"{preset}: {what}"
         return Piece("model", name, DEFAULT, dtype, work, MODEL_LIMIT_S)
 
     yield from (
@@ -113,11 +105,10 @@ def _copy() -> Row:
 
 def _recurrences(size: Size, dtype: str) -> Iterator[Timed]:
     for workload_name, workload in size.workloads.items():
-        for name in TIMED_OPS:
+        for name, (check, op, dispatched) in RECURRENCES.items():
             if OPS[name].fits(workload):
-                op, check, dispatched = _dispatched(name)
                 yield Timed(
-                    f"{name}, {workload_name} {'x'.join(map(str, workload))}",
+                    f"{name}: {workload_name} {'x'.join(map(str, workload))}",
                     check,
                     op,
                     partial(_recurrence, name, workload, dtype),
@@ -134,18 +125,28 @@ def _recurrence_arguments(name, workload, dtype):
     return tuple(random_arguments(name, workload, dtype, seed=1).values())
 
 
-def _dispatched(name: str) -> tuple[dispatch.Op, str, Callable[..., Any]]:
-    """The op of a name of `TIMED_OPS`, its checks, and how it gets the arguments."""
-    if name == "linear_scan":
-        return LINEAR_SCAN, name, lambda *arrays: (arrays, {"reverse": False})
-    if name == "linear_scan gradient":
-        return (
-            *(LINEAR_SCAN, "linear_scan"),
-            lambda a, h0, y, *_: ((y, a, h0), {"reverse": False}),
-        )
-    if name == "recurrent_step":
-        return RECURRENT_STEP, name, lambda *arrays: (arrays, {})
-    return FROM_GATES, "rg_lru", lambda *arrays: ((Inputs(*arrays[:6]),), {})
+def _as_gates(*arrays):
+    """The arguments of the op, of which `rg_lru` and its gradient have the first six."""
+    return (Inputs(*arrays[:6]),), {}
+
+
+RECURRENCES = {
+    "linear_scan": (
+        "linear_scan",
+        LINEAR_SCAN,
+        lambda x, a, h0: ((x, a, h0), {"reverse": False}),
+    ),
+    "linear_scan gradient": (
+        "linear_scan",
+        LINEAR_SCAN,
+        lambda a, h0, y, *_: ((y, a, h0), {"reverse": False}),
+    ),
+    "rg_lru_with_gates": ("rg_lru", FROM_GATES, _as_gates),
+    "rg_lru_with_gates gradient": ("rg_lru", FROM_GATES, _as_gates),
+    "recurrent_step": ("recurrent_step", RECURRENT_STEP, lambda *step: (step, {})),
+}
+"""Names of `scan_programs.OPS` that are timed: `Timed.check`, `Timed.op` and
+`Timed.dispatched` of each."""
 
 
 def _attentions(size: Size, dtype: str) -> Iterator[Timed]:
@@ -177,9 +178,9 @@ def _attentions(size: Size, dtype: str) -> Iterator[Timed]:
         positions = jnp.zeros((1, length), jnp.int32)
         return (Chunk(q, k, v, positions, ring.empty(k, v, 0)),), {"settings": settings}
 
-    shape = f"1x{length}x{heads}x{head_dim}, window {window}"
+    shape = f"1x{length}x{heads}x{head_dim} window {window}"
     for name, function in (("", forward), (" with gradient", gradient)):
-        title = f"local_attention{name}, {shape}"
+        title = f"local_attention{name}: {shape}"
         yield Timed(
             title, "local_attention", LOCAL_ATTENTION, function, make, dispatched
         )

@@ -55,11 +55,7 @@ class Worker:
         self._make, self._log = make, log
         self._log.write_bytes(b"")
         self._connection: Any = None
-        try:
-            self.facts, self.pieces = self._start()
-        except _Ended as error:
-            words = f"the process that uses the device {error}"
-            raise WorkerError(words) from error
+        self.facts, self.pieces = self._start()
 
     def _start(self) -> tuple[Row, list[tuple[Row, float]]]:
         """Facts of the device, and the key and the time limit of every piece."""
@@ -71,7 +67,10 @@ class Worker:
         )
         self._process.start()
         other.close()
-        return self._receive(START_LIMIT_S)
+        try:
+            return self._receive(START_LIMIT_S)
+        except _Ended as error:
+            raise WorkerError(f"the process that uses the device {error}") from error
 
     def run(self, index: int, limit_s: float) -> Row:
         """The row of a piece, without its key.
@@ -79,10 +78,13 @@ class Worker:
         Args:
           index: of the piece.
           limit_s: seconds after which the process is ended.
+
+        Raises:
+          WorkerError: the process had ended, and another one could not start.
         """
+        if self._connection is None:
+            self._start()
         try:
-            if self._connection is None:
-                self._start()
             row, healthy = self._receive(limit_s, index)
         except _Ended as error:
             return failure(error.status, f"the process {error}")
