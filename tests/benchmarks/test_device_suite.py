@@ -30,6 +30,8 @@ from recurrentgemma.benchmarks.device_suite.pieces import (
 from recurrentgemma.benchmarks.device_suite.sizes import SIZES
 from recurrentgemma.benchmarks.device_suite.verdicts import markdown, verdicts
 from recurrentgemma.benchmarks.device_suite.worker import Worker, WorkerError
+from recurrentgemma.kernels import dispatch
+from recurrentgemma.kernels.linear_scan import LINEAR_SCAN
 from tests.benchmarks import device_pieces, ending_pieces
 
 SETTINGS = {"size": "small", "seconds": 600.0, "only": [""]}
@@ -207,6 +209,18 @@ def test_other_conditions_are_refused(tmp_path, in_this_process, name, value):
         ValueError, match=f"expected results with {name} .*; name anoth"
     ):
         device_suite.run(SETTINGS, tmp_path, lambda: (facts | {name: value}, pieces))
+
+
+@pytest.mark.parametrize(
+    ("platform", "name"), [("cpu", "sequential"), ("tpu", "pallas_tpu")]
+)
+def test_the_name_of_a_default(platform, name):
+    def scan(x, h0):
+        names.append(dispatch.chosen(LINEAR_SCAN, platform, x, x, h0, reverse=False))
+
+    names, array = [], partial(jax.ShapeDtypeStruct, dtype="float32")
+    jax.eval_shape(scan, array((2, 7, 5)), array((2, 5)))
+    assert names == [name]
 
 
 def test_full_sizes_are_not_for_a_cpu(tmp_path, in_this_process):

@@ -50,9 +50,9 @@ COLUMNS = (
 
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this benchmark."""
-    what = "sizes: full is for a GPU or TPU, small rehearses the suite on a CPU"
+    what = "of everything: full for a GPU or TPU, small to rehearse the suite on a CPU"
     flags.DEFINE_enum("size", "full", list(SIZES), what, flag_values=values)
-    what = "seconds after which nothing more begins; the same command goes on"
+    what = "seconds after which the run stops; the same command goes on"
     flags.DEFINE_float("seconds", BUDGET_S, what, flag_values=values)
     what = "pieces, by the beginnings of their names, such as 'check rg_lru'"
     flags.DEFINE_list("only", [""], what, flag_values=values)
