@@ -21,7 +21,12 @@ from typing import Any
 
 from absl import flags
 
-from recurrentgemma.benchmarks.device_suite.pieces import KEY, TIME_LIMIT, Piece
+from recurrentgemma.benchmarks.device_suite.pieces import (
+    DEFAULT,
+    KEY,
+    TIME_LIMIT,
+    Piece,
+)
 from recurrentgemma.benchmarks.device_suite.sizes import SIZES
 from recurrentgemma.benchmarks.device_suite.verdicts import markdown, verdicts
 from recurrentgemma.benchmarks.device_suite.worker import Make, Worker
@@ -59,7 +64,10 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def everything(size: str) -> tuple[Row, Sequence[Piece]]:
-    """Facts of the device that is here, and all pieces of a size of `SIZES`."""
+    """Facts of the device that is here, and all pieces of a size of `SIZES`.
+
+    Last are implementations by name in dtypes that models do not have on this device.
+    """
     import jax
 
     config: Any = jax.config
@@ -69,6 +77,7 @@ def everything(size: str) -> tuple[Row, Sequence[Piece]]:
     config.update("jax_enable_compilation_cache", False)
     from recurrentgemma.benchmarks import device
     from recurrentgemma.benchmarks.device_suite import checks, model_checks, timings
+    from recurrentgemma.config import Runtime
 
     sizes, platform = SIZES[size], device.platform()
     found = [
@@ -77,13 +86,18 @@ def everything(size: str) -> tuple[Row, Sequence[Piece]]:
         *timings.pieces(sizes, platform),
         *timings.model_pieces(sizes),
     ]
+    used = ("float32", Runtime().dtype.name)
+
+    def is_seldom_used(piece: Piece) -> bool:
+        return piece.implementation != DEFAULT and piece.dtype not in used
+
     facts = provenance() | {
         "platform": platform,
         "devices": jax.device_count(),
         "memory_bytes": device.memory_bytes(),
         "truth": checks.truth_device().platform,
     }
-    return facts, found
+    return facts, sorted(found, key=is_seldom_used)
 
 
 def run(values: dict[str, Any], folder: Path, make: Make | None = None) -> None:
