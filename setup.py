@@ -30,6 +30,7 @@ setup(
     packages=[
         "recurrentgemma",
         "recurrentgemma.benchmarks",
+        "recurrentgemma.benchmarks.device_suite",
         "recurrentgemma.benchmarks.opponents",
         "recurrentgemma.benchmarks.recall",
         "recurrentgemma.blocks",

@@ -182,6 +182,19 @@ def _choose(op, implementation, arguments, options) -> Choice:
     return tuple(best.items())
 
 
+def chosen(op: Op, platform: str, *arguments: Any, **options: Any) -> str:
+    """The name that `call` without a name picks for a platform.
+
+    Args:
+      op: the op.
+      platform: "cpu", "tpu", "cuda" or "rocm".
+      *arguments, **options: as of `call`; shapes suffice.
+    """
+    by_platform = dict(_choose(op, None, arguments, options))
+    everywhere = by_platform.get(EVERYWHERE[0], next(iter(by_platform.values())))
+    return by_platform.get(platform, everywhere)
+
+
 def _reason_against(op, name, arguments, options) -> str | None:
     entry = op.table[name]
     reason = entry.supports(*arguments, **options)

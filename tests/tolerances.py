@@ -1,5 +1,7 @@
 """Every tolerance of the tests, by quantity and dtype, each with its reason.
 
+Those of a GPU or TPU are in `recurrentgemma/benchmarks/device_suite/`, for its command too.
+
 `assert_close` compares |actual - expected| with `absolute + relative * |expected|` for
 every entry; where `of_largest` or `of_channel` is given, with that share of the largest entry of
 the expected array, or of its channel (the last axis). Its message reports the largest and the relative RMS error.

@@ -7,7 +7,7 @@ ceilings that stand beside a measured figure.
 
 import math
 import os
-import platform
+import platform as machine
 import re
 import statistics
 import time
@@ -45,7 +45,16 @@ def name() -> str:
     except OSError:
         text = ""
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()
+    return found[1] if found else machine.processor() or machine.machine()
+
+
+def platform() -> str:
+    """A name of `jax.lax.platform_dependent`: "cpu", "tpu", "cuda" or "rocm"."""
+    backend = jax.default_backend()
+    if backend != "gpu":
+        return backend
+    version = jax.devices()[0].client.platform_version.lower()
+    return "rocm" if "rocm" in version else "cuda"
 
 
 def memory_bytes() -> int:

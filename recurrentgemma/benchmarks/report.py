@@ -64,6 +64,7 @@ class Report:
       columns: Columns of the table; a row's remark stands behind them.
       key: Names of the values that tell rows apart.
       rows: Rows of an earlier run, which stay until one with the same key comes.
+      origin: What `provenance` gave where another process measures; None is here.
       **facts: What the document says beside the rows.
     """
 
@@ -74,9 +75,10 @@ class Report:
         *,
         key: tuple[str, ...] = ("name",),
         rows: Sequence[Row] = (),
+        origin: Row | None = None,
         **facts: Any,
     ):
-        self.facts = provenance() | facts
+        self.facts = (provenance() if origin is None else origin) | facts
         self._path, self._columns, self._key = path, columns, key
         self._rows = {self._key_of(row): row for row in rows}
         show("  ".join(column.title.ljust(column.width) for column in columns))

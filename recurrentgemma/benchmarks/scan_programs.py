@@ -58,15 +58,12 @@ class Op(NamedTuple):
       function: Takes the arguments, and `implementation`.
       arguments: Names of its arguments, those of `shapes_by_name`, in order.
       table: Table of its implementations; "reference" is among them.
-      forward: Reference of `y`, from the arguments before it: for a gradient that is
-        given `y` but computes it again in its reference.
       one_step: Whether it is for workloads of one token, instead of longer ones.
     """
 
     function: Callable[..., Any]
     arguments: tuple[str, ...]
     table: Table
-    forward: Callable[..., Any] | None = None
     one_step: bool = False
 
     def fits(self, workload: Workload) -> bool:
@@ -110,29 +107,27 @@ _REST = ("a_param", "positions", "h0")
 _LOGITS = ("x", "recurrence_logits", "input_logits", *_REST)
 _GATES = ("x", "recurrence_gate", "input_gate", *_REST)
 _STEP = ("token", "parameters", "position", "h", "conv_state")
-_reference = partial(rg_lru, implementation="reference")
 OPS = {
     "linear_scan": Op(linear_scan, ("x", "a", "h0"), SCANS),
     "linear_scan gradient": Op(linear_scan_gradients, ("a", "h0", *_RESULTS), SCANS),
     "rg_lru": Op(rg_lru, _LOGITS, RG_LRUS),
-    "rg_lru gradient": Op(rg_lru_gradients, (*_LOGITS, *_RESULTS), RG_LRUS, _reference),
+    "rg_lru gradient": Op(rg_lru_gradients, (*_LOGITS, *_RESULTS), RG_LRUS),
     "rg_lru_with_gates": Op(rg_lru, _GATES, RG_LRUS),
-    "rg_lru_with_gates gradient": Op(
-        rg_lru_gradients, (*_GATES, *_RESULTS), RG_LRUS, _reference
-    ),
+    "rg_lru_with_gates gradient": Op(rg_lru_gradients, (*_GATES, *_RESULTS), RG_LRUS),
     "recurrent_step": Op(recurrent_step, _STEP, STEPS, one_step=True),
 }
 
 
-def _program(
-    workload: Workload, dtype: str, *, op: str, implementation: str
+def program(
+    workload: Workload, dtype: str, *, op: str, implementation: str | None
 ) -> Program:
+    """An op of `OPS` by an implementation, None the default, with its shapes."""
     shapes = tuple(OPS[op].shapes(workload, dtype).values())
     return partial(OPS[op].function, implementation=implementation), shapes
 
 
 PROGRAMS: dict[str, Callable[[Workload, str], Program]] = {
-    f"{op}: {implementation}": partial(_program, op=op, implementation=implementation)
+    f"{op}: {implementation}": partial(program, op=op, implementation=implementation)
     for op in OPS
     for implementation in dict.fromkeys(sum(IMPLEMENTATIONS.values(), ()))
     if implementation in OPS[op].table

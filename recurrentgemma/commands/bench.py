@@ -1,7 +1,7 @@
 """`recurrentgemma bench`: every measurement, a sub-command for each question.
 
-A sub-command is a module of `recurrentgemma.benchmarks` and a line in `SUB_COMMANDS`. Its
-docstring is what `--help` shows; it has
+A sub-command is a module of `recurrentgemma.benchmarks` and a line in `SUB_COMMANDS`, and
+one in `MODULES` if their names differ. Its docstring is what `--help` shows; it has
 
     define_flags(values)      defines its flags in an absl FlagValues, besides --out
     run(values, folder)       measures; writes into the folder of --out
@@ -26,7 +26,7 @@ SUB_COMMANDS = {
     "long_gradients": "exact gradients of a row of up to a million tokens",
     "start": "from the start of a process to the first token",
     "compare": "results over each other, and where one overtakes another",
-    "scan": "the recurrence's kernels on this device: right, and how fast",
+    "device": "every op and a model on this device: right, how fast, best default",
     "scan_estimates": "the recurrence's kernels as the TPU compiler sees them",
     "sampler": "finished rows replaced, and a draft model, against plain sampling",
     "versus": "beside the official package, transformers and older checkouts",
@@ -39,6 +39,7 @@ SUB_COMMANDS = {
     "post_training": "500 steps that teach a model to read beyond its rows",
     "held_out": "bits a byte on the held-out files of nano's corpus",
 }
+MODULES = {"device": "device_suite"}
 USAGE = "QUESTION [FLAGS]"
 DETAILS = (
     "Measures this device. `recurrentgemma bench QUESTION --help` says what a question "
@@ -60,7 +61,9 @@ def run(values: dict[str, Any], arguments: list[str]) -> None:
 
 def sub_command(name: str) -> SimpleNamespace:
     """The command of a name of `SUB_COMMANDS`."""
-    module = importlib.import_module(f"recurrentgemma.benchmarks.{name}")
+    module = importlib.import_module(
+        f"recurrentgemma.benchmarks.{MODULES.get(name, name)}"
+    )
 
     def define_flags(values: flags.FlagValues) -> None:
         flags.DEFINE_string(

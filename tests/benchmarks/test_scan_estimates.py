@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from recurrentgemma import cli
@@ -130,3 +131,14 @@ def test_table_from_what_the_compiler_writes(tmp_path, monkeypatch):
     sequence, state = "((8, 512, 256), 'float32')", "((8, 256), 'float32')"
     call = f"'linear_scan', False, [{sequence}, {sequence}, {state}])"  # x, a and h0
     assert sum(call in code for code in codes) == 1
+
+
+def test_random_arguments_keep_their_order_and_ranges():
+    tiny = Workload(1, 16, 128)
+    arguments = scan_programs.random_arguments("rg_lru", tiny, "bfloat16", seed=1)
+    assert list(arguments) == list(scan_programs.OPS["rg_lru"].shapes(tiny, "f4"))
+    assert -6 <= jnp.min(arguments["a_param"]) < jnp.max(arguments["a_param"]) <= -3
+    assert not jnp.array_equal(arguments["x"], arguments["input_logits"])
+    other = scan_programs.random_arguments("rg_lru", tiny, "bfloat16", seed=2)
+    assert not jnp.array_equal(arguments["x"], other["x"])
+    assert jax.tree.leaves(arguments)[0].dtype in ("float32", "bfloat16")
