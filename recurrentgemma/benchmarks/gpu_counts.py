@@ -93,22 +93,21 @@ def run(values: dict[str, Any], folder: Path) -> None:
                 "got none; pip install jax-cuda12-plugin jax-cuda12-pjrt "
                 "nvidia-cuda-nvcc-cu12"
             )
-    checkouts = {"this": None}
-    facts = {}
+    checkouts: dict[str, tuple[str | None, Row]] = {"this": (None, {})}
     if before := values["before"]:
-        checkouts = {"before": str(Path(before).absolute()), **checkouts}
-        facts["commit_before"] = _commit(before)
+        older = str(Path(before).absolute()), {"commit": _commit(before)}
+        checkouts = {"before": older, **checkouts}
     for card in values["cards"]:
         choice("cards", card, DTYPES)
-    report = Report(folder / "gpu_counts.json", COLUMNS, key=KEY, **facts)
+    report = Report(folder / "gpu_counts.json", COLUMNS, key=KEY)
     for card in values["cards"]:
-        for checkout, path in checkouts.items():
+        for checkout, (path, commit) in checkouts.items():
             with tempfile.TemporaryDirectory() as name:
                 compile_programs(card, Path(name), path)
                 for file in sorted(Path(name).glob("*.txt")):
                     dtype, _, program = file.stem.partition(" ")
                     key = dict(zip(KEY, (card, dtype, program, checkout), strict=True))
-                    report.add(key | counts(file.read_text(), dtype))
+                    report.add(key | counts(file.read_text(), dtype) | commit)
 
 
 def _commit(checkout: str) -> str:

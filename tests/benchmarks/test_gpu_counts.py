@@ -50,8 +50,9 @@ def test_the_table(tmp_path, monkeypatch):
         tuple(row[name] for name in gpu_counts.KEY): row for row in document["rows"]
     }
     assert len(rows) == 4
-    for checkout in ("before", "this"):
+    for checkout, commit in (("before", "unknown"), ("this", document["commit"])):
         row = rows["T4", "float32", "linear_scan", checkout]
+        assert row["commit"] == commit
         assert (row["turns"], row["launches"]) == (5, 6)
         # A turn and the copy move 3 and 2 halves of a float32 sequence.
         assert row["sequences"] == (5 * 3 + 2) / 2
