@@ -1,14 +1,15 @@
-"""The linear scan in groups of steps, written out without a loop: for GPUs without a
-kernel.
+"""The linear scan in groups of steps, without a loop: for GPUs without a kernel.
 
 A group of steps is affine in the state before it: from h it ends at end + product * h,
 with `end` its end from zero and `product` that of its decays. All groups are summarised
-side by side, then scanned in the same way, which gives the state before each of them,
-and then run side by side from these states. 8192 steps are 512 groups, these are 32, and
-32 steps are short enough for one after another: a handful of launches, and no loop.
+side by side; the same scan over these summaries gives the state before each group; and
+from these states all groups run side by side. 8192 steps are 512 groups, which are 32,
+and 32 steps run one after another: a handful of launches in all.
 
-x and a are read twice; the states of a group are written step by step, then put in the
-order of time. What an H100's compiler makes of it is counted by `bench gpu_programs`.
+The steps of a group are written out. x and a are read twice; the states are written for
+each step of a group, and then in the order of time (`bench gpu_counts` counts the bytes).
+A product has T / 32 decays at most: only decays that stay above 1 overflow it, as they do
+the states.
 """
 
 from functools import partial
@@ -17,9 +18,10 @@ import jax
 import jax.numpy as jnp
 
 GROUP = 16
-"""Steps of a group: as many pairs of x and a a thread has in flight."""
+"""Steps of a group. With 32, the RG-LRU's kernels spill registers on an H100; with 8,
+summaries move twice the bytes."""
 SHORTEST = 32
-"""Steps, at most, that are not cut into groups."""
+"""Number of steps, at most, that are not cut into groups."""
 
 
 @partial(jax.jit, static_argnames="reverse")
