@@ -66,7 +66,7 @@ def gradients(
 
 
 def _in_blocks(function, settings, chunk, *arrays):
-    """A function of these arguments and a number of queries a block: the platform's."""
+    """Runs a function of these arguments with the platform's number of queries a block."""
     length, front = chunk.q.shape[1], chunk.cache.positions.shape[1]
     block = block_size(length, settings.window)
     rows = chunk.q.shape[0] * chunk.q.shape[2]

@@ -53,10 +53,8 @@ def step_gates(
     multiply_add: MultiplyAdd = _multiply_add,
 ) -> Gates:
     """The gates of a step; log_decay is log a / r."""
-    over_r, over_i = (
-        inverse_gate(recurrence_logits, exp),
-        inverse_gate(input_logits, exp),
-    )
+    over_r = inverse_gate(recurrence_logits, exp)
+    over_i = inverse_gate(input_logits, exp)
     # One reciprocal serves both gates.
     inverse = reciprocal(over_r * over_i)
     r, i = inverse * over_i, inverse * over_r
