@@ -24,8 +24,8 @@ from recurrentgemma.kernels.dispatch import EVERYWHERE, Implementation, Op, call
 from recurrentgemma.kernels.linear_scan import LINEAR_SCAN, linear_scan, other_way
 from recurrentgemma.kernels.rg_lru.reference import (
     gate_values,
+    input_factor,
     scan_decay,
-    sqrt_bounded_derivative,
 )
 
 _UNITS_PER_RADIAN = 2**32 / (2 * math.pi)
@@ -84,10 +84,9 @@ def complex_rg_lru(
     radius = scan_decay(radius, position)
     phase = a_imag_param.astype(jnp.float32)[None, None] * r
     phase = jnp.where(position < 0, 0.0, phase)
-    multiplier = jnp.where(position == 0, 1.0, sqrt_bounded_derivative(u))
-    multiplier = jnp.where(position < 0, 0.0, multiplier)
+    factor = jnp.where(position < 0, 0.0, input_factor(u, position)) * i
     y, h_last = complex_linear_scan(
-        _join(multiplier * i, multiplier * i) * x.astype(jnp.float32),
+        _join(factor, factor) * x.astype(jnp.float32),
         _join(radius * jnp.cos(phase), radius * jnp.sin(phase)),
         h0,
         implementation=implementation,

@@ -20,8 +20,9 @@ from recurrentgemma.kernels.complex_rg_lru import complex_rg_lru
 from recurrentgemma.kernels.rg_lru.gates import Gate, logits
 from recurrentgemma.kernels.rg_lru.reference import (
     DECAY_SCALE,
+    input_factor,
     log_decay,
-    sqrt_bounded_derivative,
+    scan_decay,
 )
 from recurrentgemma.matrices import multiply, multiply_by_rows, take_rows
 from recurrentgemma.observed import effective_attention, replaced_states
@@ -271,11 +272,9 @@ class RGLRU(nnx.Module):
         else:
             radicand = -jnp.expm1(2 * log_a)
         scanned = input_gate * x.astype(jnp.float32)
-        starts = (chunk.positions == 0)[..., None]
-        holds = (chunk.positions < 0)[..., None]
-        scale = jnp.where(starts, 1.0, sqrt_bounded_derivative(radicand))
-        scale = jnp.where(holds, 0.0, scale)
-        decay = jnp.where(holds, 1.0, jnp.where(starts, 0.0, decay))
+        position = chunk.positions[..., None]
+        scale = jnp.where(position < 0, 0.0, input_factor(radicand, position))
+        decay = scan_decay(decay, position)
         if chunk.sees("effective_attention"):
             operator = effective_attention(scale * input_gate, decay)
             chunk.show("effective_attention", operator, over_tokens=True)

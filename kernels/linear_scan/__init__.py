@@ -32,6 +32,7 @@ from recurrentgemma.kernels.linear_scan import (
     reference,
     sequential,
 )
+from recurrentgemma.kernels.linear_scan.chunked import shifted
 
 TPU_DTYPES = takes(jnp.float32, jnp.bfloat16)
 GPU_DTYPES = takes(jnp.float32, jnp.bfloat16, jnp.float16)
@@ -128,9 +129,9 @@ def other_way(
     (_, a, h0), (y, _) = arguments, results
     y_gradient, last_gradient = upstream
     # The gradient of h_last enters after the last step, undecayed.
-    decays = _shift(a, jnp.full_like(a[:, 0], one), not reverse)
+    decays = shifted(a, jnp.full_like(a[:, 0], one), towards_start=not reverse)
     grad_x, grad_first = scan(y_gradient, decays, last_gradient, reverse=not reverse)
-    previous = _shift(y, h0.astype(y.dtype), reverse)
+    previous = shifted(y, h0.astype(y.dtype), towards_start=reverse)
     grad_a = multiply(grad_x.astype(jnp.float32), previous.astype(jnp.float32))
     first = -1 if reverse else 0
     grad_h0 = multiply(a[:, first].astype(jnp.float32), grad_first)
@@ -190,13 +191,6 @@ LINEAR_SCAN = Op(
     keep=_without_x,
     on_shards=_on_shards,
 )
-
-
-def _shift(values, edge, towards_start):
-    """Moves values one step along time; `edge` enters at the free end."""
-    if towards_start:
-        return jnp.concatenate([values[:, 1:], edge[:, None]], axis=1)
-    return jnp.concatenate([edge[:, None], values[:, :-1]], axis=1)
 
 
 def _validate(x, a, h0):

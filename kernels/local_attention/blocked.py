@@ -3,7 +3,8 @@
 The keys are laid out in time order, cache first, so that what a query sees is one
 contiguous range of them: from the start of its document, of the cached tokens or of its
 window, whichever is latest, to itself. A block of C queries then needs window + C keys,
-a slice. The query heads that share a key head are rows of one matrix product.
+a slice. The query heads that share a key head are rows of one matrix product. On GPU
+blocks are larger: the fewer the steps of the loop, the less it waits.
 
 The backward pass is FlashAttention-2's (arXiv 2307.08691): it recomputes each block's
 weights from the logarithm of their sum and adds the slice's gradients in place. One
@@ -26,6 +27,10 @@ SMALLEST_BLOCK = 64
 LARGEST_BLOCK = 256
 BLOCKS_PER_WINDOW = 16
 """Measured on CPU: of what a window of 16 blocks computes, a seventeenth is masked."""
+GPU_BLOCK = 512
+"""Queries of a block on GPU, at most: 16 steps for 8192 tokens."""
+GPU_SCORES = 1 << 26
+"""Scores of a block on GPU, at most, of all rows and heads: 256 MiB in float32."""
 
 GROWING_GROUPS = 2
 """Blocks that see all keys so far are grouped; a group's keys are its last block's."""
@@ -44,11 +49,7 @@ class _Options(NamedTuple):
 
 def attend(chunk: Chunk, *, settings: Settings) -> tuple[jax.Array, jax.Array]:
     """See `reference.attend`."""
-    first, last, options = _plan(chunk, settings)
-    rows, keys, values = _arrange(chunk, options)
-    out, log_total = _attend_rows(rows, keys, values, first, last, options)
-    out, log_total = (_from_rows(part, chunk.q.shape) for part in (out, log_total))
-    return out, log_total[..., 0]
+    return _in_blocks(_attend, settings, chunk)
 
 
 def gradients(
@@ -60,7 +61,35 @@ def gradients(
 ) -> tuple[Chunk]:
     """See `Implementation.gradient`; that of the sum of weights, unused, is zero."""
     (chunk,), (out, log_total), (out_gradient, _) = arguments, results, upstream
-    first, last, options = _plan(chunk, settings)
+    found = _in_blocks(_gradients, settings, chunk, out, log_total, out_gradient)
+    return (found,)
+
+
+def _in_blocks(function, settings, chunk, *arrays):
+    """Runs a function of these arguments with the platform's number of queries a block."""
+    length, front = chunk.q.shape[1], chunk.cache.positions.shape[1]
+    block = block_size(length, settings.window)
+    rows = chunk.q.shape[0] * chunk.q.shape[2]
+    large = gpu_block_size(length, front, settings.window, rows, least=block)
+    run = partial(function, settings, block)
+    if large == block:
+        return run(chunk, *arrays)
+    on_gpu = partial(function, settings, large)
+    return jax.lax.platform_dependent(
+        chunk, *arrays, cuda=on_gpu, rocm=on_gpu, default=run
+    )
+
+
+def _attend(settings, block, chunk):
+    first, last, options = _plan(chunk, settings, block)
+    rows, keys, values = _arrange(chunk, options)
+    out, log_total = _attend_rows(rows, keys, values, first, last, options)
+    out, log_total = (_from_rows(part, chunk.q.shape) for part in (out, log_total))
+    return out, log_total[..., 0]
+
+
+def _gradients(settings, block, chunk, out, log_total, out_gradient):
+    first, last, options = _plan(chunk, settings, block)
     arranged, pull_back = jax.vjp(partial(_arrange, options=options), chunk)
     inner = out.astype(jnp.float32) * out_gradient.astype(jnp.float32)
     log_rows, inner_rows, gradient_rows = (
@@ -74,15 +103,15 @@ def gradients(
     of_arranged = _row_gradients(
         arranged, first, last, log_rows, inner_rows, gradient_rows, options
     )
-    return differentiable(pull_back(of_arranged))
+    (found,) = differentiable(pull_back(of_arranged))
+    return found
 
 
-def _plan(chunk, settings):
+def _plan(chunk, settings, block):
     """First and last key of each row of queries, and how the blocks lie."""
     _, length, heads, _ = chunk.q.shape
     held, window = chunk.cache.positions, settings.window
     front, per_group = held.shape[1], heads // chunk.k.shape[2]
-    block = block_size(length, window)
     cached = jnp.sum(held >= 0, axis=1, dtype=jnp.int32)
     first, last = (
         jnp.repeat(jnp.pad(index, ((0, 0), (0, -length % block))), per_group, axis=1)
@@ -127,6 +156,28 @@ def block_size(length: int, window: int | None) -> int:
         block = -(-window // BLOCKS_PER_WINDOW // 8) * 8
         block = min(max(block, SMALLEST_BLOCK), LARGEST_BLOCK)
     return min(block, length)
+
+
+def gpu_block_size(
+    length: int, front: int, window: int | None, rows: int, *, least: int
+) -> int:
+    """Queries a block on GPU: as many as `GPU_BLOCK` and `GPU_SCORES` allow.
+
+    Args:
+      length: tokens of the chunk.
+      front: slots of the cache before it.
+      window: past keys that a query sees; None is all.
+      rows: rows of the batch times query heads.
+      least: queries a block elsewhere.
+    """
+    block = min(GPU_BLOCK, length)
+    keys = front + length
+    while block > least:
+        span = keys if window is None else min(window + block, keys)
+        if rows * block * span <= GPU_SCORES:
+            return block
+        block //= 2
+    return least
 
 
 def _visible_range(positions, cached, front, window):

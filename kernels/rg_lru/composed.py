@@ -12,11 +12,14 @@ import jax.numpy as jnp
 
 from recurrentgemma.kernels.dispatch import forward
 from recurrentgemma.kernels.linear_scan import LINEAR_SCAN, linear_scan_gradients
+from recurrentgemma.kernels.linear_scan.chunked import shifted
 from recurrentgemma.kernels.rg_lru.gates import Inputs, from_logits, with_products
 from recurrentgemma.kernels.rg_lru.reference import (
     SMALLEST_RADICAND,
     gate_values,
+    input_factor,
     scan_decay,
+    scan_inputs,
 )
 from recurrentgemma.kernels.rg_lru.steps import a_param_gradient
 
@@ -25,14 +28,10 @@ def recurrence(
     inputs: Inputs, *, linear_scan: str | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """See `rg_lru`."""
-    x, *logits, a_param, positions, h0 = from_logits(inputs)
-    _, i, _, a, u = gate_values(*logits, a_param)
-    position = positions[..., None]
-    multiplier = jnp.where(position == 0, 1.0, jnp.sqrt(u))
-    scan_input = jnp.where(position < 0, 0.0, multiplier * i * x.astype(jnp.float32))
-    scan = (scan_input, scan_decay(a, position), h0)
+    inputs = from_logits(inputs)
+    scan = (*scan_inputs(inputs), inputs.h0)
     y, h_last = forward(LINEAR_SCAN, linear_scan, *scan, reverse=False)
-    return y.astype(x.dtype), h_last
+    return y.astype(inputs.x.dtype), h_last
 
 
 @with_products
@@ -48,29 +47,30 @@ def gradients(
     y_gradient, last_gradient = upstream
     r, i, c, a, u = gate_values(recurrence_logits, input_logits, a_param)
     position = positions[..., None]
-    input_gradient, decay_gradient, h0_gradient = linear_scan_gradients(
+    states = results[0].astype(jnp.float32)
+    input_gradient, _, h0_gradient = linear_scan_gradients(
         scan_decay(a, position),
         h0,
-        results[0].astype(jnp.float32),
+        states,
         y_gradient.astype(jnp.float32),
         last_gradient,
         implementation=linear_scan,
     )
-    multiplier = jnp.where(position == 0, 1.0, jnp.sqrt(u))
-    multiplier = jnp.where(position < 0, 0.0, multiplier)
+    before = shifted(states, h0, towards_start=False)
     wide_x = x.astype(jnp.float32)
-
-    x_gradient = input_gradient * multiplier * i
+    factor = jnp.where(position < 0, 0.0, input_factor(u, position))
+    of_x = input_gradient * factor * i
     # d sqrt(1 - a^2) / d log a = -a^2 / sqrt(1 - a^2), bounded.
     slope = a * jax.lax.rsqrt(jnp.maximum(u, SMALLEST_RADICAND))
-    log_a_gradient = a * (decay_gradient - input_gradient * i * wide_x * slope)
+    of_log_a = a * input_gradient * (before - i * wide_x * slope)
     # Where a document starts or the state is held, the gates do not matter.
-    per_gate = jnp.where(position > 0, log_a_gradient, 0.0) * r
+    per_gate = jnp.where(position > 0, of_log_a, 0.0) * r
+    of_a_param = a_param_gradient(a_param, jnp.sum(per_gate, axis=(0, 1)))
     found = Inputs(
-        x_gradient.astype(x.dtype),
+        of_x.astype(x.dtype),
         (per_gate * c * (1.0 - r)).astype(recurrence_logits.dtype),
-        (x_gradient * wide_x * (1.0 - i)).astype(input_logits.dtype),
-        a_param_gradient(a_param, jnp.sum(per_gate, axis=(0, 1))).astype(a_param.dtype),
+        (of_x * wide_x * (1.0 - i)).astype(input_logits.dtype),
+        of_a_param.astype(a_param.dtype),
         None,
         h0_gradient,
     )

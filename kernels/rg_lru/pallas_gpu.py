@@ -23,47 +23,40 @@ from recurrentgemma.kernels.linear_scan.pallas_gpu import scan_of, summaries
 from recurrentgemma.kernels.rg_lru.gates import Inputs, from_logits, with_products
 from recurrentgemma.kernels.rg_lru.reference import log_decay, scan_decay
 from recurrentgemma.kernels.rg_lru.steps import (
-    SMALLEST_SQUARE,
     Gates,
     a_param_gradient,
+    inverse_gate,
+    scan_input,
+    step_decay,
+    step_gates,
     step_gradients,
 )
 
 UNROLL, GRADIENT_UNROLL = 32, 16
 """Steps in flight together; the gradient has more inputs for each."""
 LOG2_E = math.log2(math.e)
-SERIES_ABOVE = -1 / 12
-"""Of log2 a. Above it a - 1 is a series: an exponential would leave it few digits."""
-SERIES = tuple(math.log(2.0) ** n / math.factorial(n) for n in range(1, 5))
-"""Of (a - 1) / log2 a. The fifth term is at most 1e-7 of the first."""
-LARGEST_INVERSE_GATE = 1e18
-"""Gates below its inverse count as that. Its square is finite."""
 
 
 def _read(schedule, x, recurrence, input_, positions, a_param):
     ops = schedule.arithmetic
-    log2_decay = log_decay(a_param[...]) * LOG2_E
+    decay = log_decay(a_param[...])
 
     def scan_inputs(x_t, recurrence_t, input_t, position):
-        r = ops.reciprocal(_inverse_gate(recurrence_t, ops))
-        a, u = _decay(r, log2_decay, ops)
-        u = jnp.where(position == 0, 1.0, u)
-        # sqrt(u) i = u / sqrt(u / i^2): no reciprocal for i.
-        inverse = jnp.minimum(_inverse_gate(input_t, ops), LARGEST_INVERSE_GATE)
-        square = jnp.maximum(u * inverse * inverse, SMALLEST_SQUARE)
-        x_t = jnp.where(position < 0, 0.0, u * ops.rsqrt(square) * x_t)
-        return x_t, scan_decay(a, position)
+        found = _gates(recurrence_t, input_t, decay, ops)
+        x_t = scan_input(x_t, found, position, ops.rsqrt)
+        return x_t, scan_decay(found.a, position)
 
     return [*map(gpu.load, (x, recurrence, input_, positions))], scan_inputs
 
 
 def _read_adjoint(schedule, dy, recurrence, positions, a_param):
     ops = schedule.arithmetic
-    log2_decay = log_decay(a_param[...]) * LOG2_E
+    decay = log_decay(a_param[...])
 
     def scan_inputs(dy_t, recurrence_t, position):
-        r = ops.reciprocal(_inverse_gate(recurrence_t, ops))
-        a, _ = _decay(r, log2_decay, ops)
+        exp = _exp(ops)
+        r = ops.reciprocal(inverse_gate(recurrence_t, exp))
+        a, _ = step_decay(r, decay, exp=exp, multiply_add=ops.multiply_add)
         return dy_t, scan_decay(a, position)
 
     return [*map(gpu.load, (dy, recurrence, positions))], scan_inputs
@@ -75,19 +68,16 @@ def _gradient_kernel(
 ):  # fmt: skip
     ops = schedule.arithmetic
     decay = log_decay(a_param[...])
-    log2_decay = decay * LOG2_E
 
     def step(carry, inputs):
         c, total = carry
         dy_t, x_t, recurrence_t, input_t, position, before = inputs
-        r = ops.reciprocal(_inverse_gate(recurrence_t, ops))
-        i = ops.reciprocal(_inverse_gate(input_t, ops))
-        gates = Gates(r, i, *_decay(r, log2_decay, ops))
+        found = _gates(recurrence_t, input_t, decay, ops)
         g = dy_t + c
         *gradients, of_log_decay = step_gradients(
-            g, before, x_t, gates, decay, position, ops.rsqrt
+            g, before, x_t, found, decay, position, ops.rsqrt
         )
-        c = scan_decay(gates.a, position) * g
+        c = scan_decay(found.a, position) * g
         return (c, total + of_log_decay), tuple(gradients)
 
     loads = [*map(gpu.load, (dy, x, recurrence, input_, positions))]
@@ -99,19 +89,17 @@ def _gradient_kernel(
     gpu.store_last(dh, c, schedule)
 
 
-def _inverse_gate(logits, ops):
-    return ops.exp2(logits * -LOG2_E) + 1.0
+def _gates(recurrence_logits, input_logits, log_decay, ops) -> Gates:
+    return step_gates(
+        *(recurrence_logits, input_logits, log_decay),
+        exp=_exp(ops),
+        reciprocal=ops.reciprocal,
+        multiply_add=ops.multiply_add,
+    )
 
 
-def _decay(r, log2_decay, ops):
-    """a_t and 1 - a_t^2."""
-    log2_a = log2_decay * r
-    series = SERIES[-1]
-    for coefficient in reversed(SERIES[:-1]):
-        series = ops.multiply_add(series, log2_a, coefficient)
-    less = jnp.where(log2_a > SERIES_ABOVE, log2_a * series, ops.exp2(log2_a) - 1.0)
-    # An absolute value is part of the operation that takes it; a negation is not.
-    return less + 1.0, jnp.abs(less * (less + 2.0))
+def _exp(ops):
+    return lambda value: ops.exp2(value * LOG2_E)
 
 
 @partial(jax.jit, static_argnames="interpret")

@@ -29,16 +29,9 @@ from recurrentgemma.kernels.rg_lru.steps import (
     Gates,
     a_param_gradient,
     scan_input,
+    step_gates,
     step_gradients,
 )
-
-SERIES_BELOW = 1 / 16
-"""Where -log a is smaller, 1 - a is a series. An exponential is off by some units in the
-last place of 1 on TPU: of 1 - a = 1e-6 that is a tenth, and so of the memory."""
-SERIES = (1.0, -1 / 2, 1 / 6, -1 / 24)
-"""Coefficients of (1 - exp(-v)) / v. The next term, v^4 / 120, is at most 1.3e-7."""
-MOST_NEGATIVE_LOGIT = -40.0
-"""Logits below it count as it: a gate of 4e-18. Products of exponentials stay finite."""
 
 
 def _kernel(
@@ -134,23 +127,16 @@ def signs_of(positions, first, blocks: Blocks) -> jax.Array:
 
 def gates(recurrence_logits, input_logits, log_decay) -> Gates:
     """The gates in float32; log_decay is log a_t / r_t."""
-    one_over_r, one_over_i = (
-        1.0 + jnp.exp(-jnp.maximum(logits.astype(jnp.float32), MOST_NEGATIVE_LOGIT))
-        for logits in (recurrence_logits, input_logits)
-    )
-    # One reciprocal, refined by hand, serves both gates; a division has 13 operations.
-    product = one_over_r * one_over_i
-    inverse = pl.reciprocal(product, approx=True)
+    logits = recurrence_logits, input_logits
+    return step_gates(*logits, log_decay, exp=jnp.exp, reciprocal=_reciprocal)
+
+
+def _reciprocal(value):
+    """Refined by hand: a division has 13 operations."""
+    inverse = pl.reciprocal(value, approx=True)
     for _ in range(2):
-        inverse = inverse * (2.0 - product * inverse)
-    r, i = inverse * one_over_i, inverse * one_over_r
-    v = -log_decay * r
-    series = jnp.full_like(v, SERIES[-1])
-    for coefficient in reversed(SERIES[:-1]):
-        series = series * v + coefficient
-    near, forgotten, a = v < SERIES_BELOW, v * series, jnp.exp(-v)
-    a = jnp.where(near, 1.0 - forgotten, a)
-    return Gates(r, i, a, jnp.where(near, forgotten * (2.0 - forgotten), 1.0 - a * a))
+        inverse = inverse * (2.0 - value * inverse)
+    return inverse
 
 
 def _blocks(*arrays: jax.Array, reverse: bool) -> Blocks:

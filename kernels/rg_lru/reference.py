@@ -54,6 +54,11 @@ def gate_values(
     return r, i, c, jnp.exp(log_a), -jnp.expm1(2.0 * log_a)
 
 
+def input_factor(u: jax.Array, position: jax.Array) -> jax.Array:
+    """The factor of i_t x_t, from 1 - a_t^2: 1 where a document starts."""
+    return jnp.where(position == 0, 1.0, sqrt_bounded_derivative(u))
+
+
 def scan_decay(a: jax.Array, position: jax.Array) -> jax.Array:
     """The decay of the scan: 0 where a document starts, 1 where the state is held."""
     return jnp.where(position == 0, 0.0, jnp.where(position < 0, 1.0, a))
@@ -79,6 +84,5 @@ def scan_inputs(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     logits = product(x, recurrence_gate), product(x, input_gate)
     _, i, _, a, u = gate_values(*logits, a_param)
     position = positions[..., None]
-    multiplier = jnp.where(position == 0, 1.0, sqrt_bounded_derivative(u))
-    scan_input = multiplier * (i * x.astype(jnp.float32))
+    scan_input = input_factor(u, position) * (i * x.astype(jnp.float32))
     return jnp.where(position < 0, 0.0, scan_input), scan_decay(a, position)

@@ -95,8 +95,9 @@ class Report:
         return self._key_of(row) in self._rows
 
     def add(self, row: Row) -> None:
-        """Prints a row and writes the document."""
-        self._rows[self._key_of(row)] = row | {"commit": self.facts["commit"]}
+        """Prints a row and writes the document; a row may name another commit."""
+        commit = row.get("commit", self.facts["commit"])
+        self._rows[self._key_of(row)] = row | {"commit": commit}
         self._print(row)
         self.write()
 

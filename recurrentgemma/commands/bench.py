@@ -28,6 +28,7 @@ SUB_COMMANDS = {
     "compare": "results over each other, and where one overtakes another",
     "device": "every op and a model on this device: right, how fast, best default",
     "scan_estimates": "the recurrence's kernels as the TPU compiler sees them",
+    "gpu_counts": "launches and bytes of a layer without a kernel, as a GPU runs it",
     "sampler": "finished rows replaced, and a draft model, against plain sampling",
     "versus": "beside the official package, transformers and older checkouts",
     "recall": "what a fixed-size state costs: small models trained on recall tasks",

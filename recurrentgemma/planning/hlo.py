@@ -61,12 +61,17 @@ class Costs(NamedTuple):
       memory_bytes: Bytes read from and written to memory.
       exchanges: What is exchanged, by collective.
       unknown_loops: Number of loops of unknown length, which count once.
+      launches: Number of instructions that read or write memory: on a GPU each is a
+        launch of a kernel, or of a few.
+      turns: Number of turns of all loops, which depend on each other.
     """
 
     flops: int
     memory_bytes: int
     exchanges: dict[str, Exchange]
     unknown_loops: int
+    launches: int
+    turns: int
 
 
 def costs_of(text: str) -> Costs:
@@ -86,10 +91,12 @@ def costs_of(text: str) -> Costs:
                 exchanges[kind][1] += times * _sent_bytes(one, table)
             if in_memory:
                 totals["bytes"] += times * _moved_bytes(one, table, computations)
+                totals["launches"] += times * (not _is_free(one))
             turns = 1
             if one.opcode == "while":
                 found = _turns(one, computations)
                 turns = 1 if found is None else found
+                totals["turns"] += times * turns
                 if found is None:
                     unknown.add(one.name)
             is_control = one.opcode in ("while", "conditional", "call")
@@ -100,7 +107,14 @@ def costs_of(text: str) -> Costs:
 
     visit(entry, 1, True)
     found = {kind: Exchange(*pair) for kind, pair in sorted(exchanges.items())}
-    return Costs(totals["flops"], totals["bytes"], found, len(unknown))
+    return Costs(
+        totals["flops"],
+        totals["bytes"],
+        found,
+        len(unknown),
+        totals["launches"],
+        totals["turns"],
+    )
 
 
 def _parse(text):
@@ -275,8 +289,12 @@ def _sent_bytes(one, table):
     return max(sent, sum(received))
 
 
+def _is_free(one):
+    return one.opcode in _FREE or one.opcode.endswith("-done")
+
+
 def _moved_bytes(one, table, computations):
-    if one.opcode in _FREE or one.opcode.endswith("-done"):
+    if _is_free(one):
         return 0
     shapes = [table[name].shape if name in table else "" for name in one.operands]
     if one.opcode in ("dynamic-slice", "slice", "gather"):

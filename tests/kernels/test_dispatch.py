@@ -20,9 +20,10 @@ def lowered(function, *arrays, platform):
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_scan_default_follows_the_platform(platform):
     array = jnp.ones((1, 100, 3))
-    loops = {"cpu": 1, "cuda": 3, "tpu": 0}
     text = lowered(linear_scan, array, array, platform=platform)
-    assert text.count("stablehlo.while") == loops[platform]
+    assert text.count("stablehlo.while") == (platform == "cpu")
+    # What keeps the summaries of groups apart is in the form for GPU alone.
+    assert ("stablehlo.optimization_barrier" in text) == (platform == "cuda")
     assert ("tpu_custom_call" in text) == (platform == "tpu")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from recurrentgemma.kernels import linear_scan
-from recurrentgemma.kernels.linear_scan import IMPLEMENTATIONS
+from recurrentgemma.kernels.linear_scan import IMPLEMENTATIONS, chunked
 from recurrentgemma.kernels.linear_scan.workloads import WORKLOADS
 from tests.kernels import definitions
 from tests.tolerances import assert_close
@@ -17,6 +17,13 @@ from tests.tolerances import assert_close
 GOLDEN = Path(__file__).parents[1] / "golden" / "layers"
 ANY_LENGTH = [name for name in IMPLEMENTATIONS if name != "one_step"]
 B, D = 2, 13
+
+
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch):
+    """Several levels of groups in short scans, in code that compiles quickly."""
+    monkeypatch.setattr(chunked, "GROUP", 8)
+    monkeypatch.setattr(chunked, "SHORTEST", 8)
 
 
 def random_inputs(length, seed=0):

@@ -78,7 +78,8 @@ def test_loops_count_as_often_as_they_turn(noted):
     turn = 12 + matrix + matrix // 2 + (rows + matrix + rows)
     exchanges = {"all-gather": Exchange(5, 5 * matrix), "all-reduce": Exchange(1, rows)}
     text = TEXT.replace("{NOTED}", noted)
-    assert costs_of(text) == Costs(7 + 5 * product, once + 5 * turn, exchanges, 0)
+    flops, moved, launches = 7 + 5 * product, once + 5 * turn, 6 + 5 * 3
+    assert costs_of(text) == Costs(flops, moved, exchanges, 0, launches, turns=5)
 
 
 HEADS = (

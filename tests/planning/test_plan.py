@@ -43,7 +43,7 @@ def test_a_search_ends_at_the_limit_after_few_programs(needs, limit, start):
 def test_bounds():
     chip = topologies.Chip(100.0, 10.0, 5.0, 4, "here")
     costs = Costs(
-        200, 30, {"all-gather": Exchange(2, 5), "all-reduce": Exchange(1, 5)}, 0
+        200, 30, {"all-gather": Exchange(2, 5), "all-reduce": Exchange(1, 5)}, 0, 0, 0
     )
     found = plan.bounds(costs, chip)
     assert found == {"products": 2.0, "memory": 3.0, "links": 3.0}
