@@ -169,12 +169,19 @@ IMPLEMENTATIONS = {
         "one_step", one_step, default_on=EVERYWHERE, supports=takes_one_step
     ),
     "pallas_tpu": _kernel(PALLAS_TPU, "tpu", TPU_DTYPES, default_on=("tpu",)),
+    "pallas_gpu": _kernel(PALLAS_GPU, "cuda", GPU_DTYPES, default_on=("cuda",)),
     "sequential": _plain("sequential", sequential.scan, default_on=("cpu",)),
     "associative": _plain("associative", associative.scan, default_on=("tpu",)),
     "chunked": _plain("chunked", chunked.scan, default_on=EVERYWHERE),
-    "pallas_gpu": _kernel(PALLAS_GPU, "cuda", GPU_DTYPES),
     "reference": Implementation(reference.scan),
 }
+
+
+def _sample(dtype):
+    """Two chunks, of which the second ends in a part of a group."""
+    wave = jnp.sin(jnp.arange(2 * 300 * 40, dtype=jnp.float32)).reshape(2, 300, 40)
+    x, a, h0 = wave.astype(dtype), 0.9 + 0.1 * wave[:, ::-1], wave[:, 0]
+    return (x, a, h0), {"reverse": False}
 
 
 def _on_shards(scan, axis, x, a, h0, *, reverse):
@@ -188,6 +195,7 @@ LINEAR_SCAN = Op(
     "btc,btc,bc->btc,bc",
     IMPLEMENTATIONS,
     keep=_without_x,
+    sample=_sample,
     on_shards=_on_shards,
 )
 

@@ -1,9 +1,10 @@
 """How Pallas kernels for GPU go through sequences, by Triton.
 
 A program takes neighbouring channels of one row, one or two for each thread of a warp,
-through time: some steps are loaded at once, so that their latencies overlap, then
-computed and stored. Where rows and channels are too few to fill the chip, time is cut
-into chunks that run side by side.
+through time in groups of steps: the loads of a group are issued together, before the
+arithmetic of the group ahead of it, so that their latencies overlap with each other and
+with that. Where rows and channels are too few to fill the chip, time is cut into chunks
+that run side by side. `gpu_blocks.py` says how many of each.
 
 All that is particular to the Triton back end, which wants compute capability 8.0, is
 `Arithmetic` and `call`.
@@ -17,20 +18,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-CHANNELS = (64, 32)
-"""Of a program: two or one for each thread of a warp."""
-ROW_BYTES = 128
-"""What a program loads of a sequence at a step, at most: 4 bytes a thread."""
-PROGRAMS = 512
-"""Enough to fill a chip: four warps, and 32 KB in flight, for each of 128 processors."""
-SHORTEST_CHUNK = 128
-"""Steps below which a chunk is not worth its summary."""
-INTERPRETED_UNROLL, INTERPRETED_PROGRAMS = 2, 8
-"""Interpreted, long code takes long to compile, and a state that it computes twice may
-be rounded in two ways; programs run one after another."""
+from recurrentgemma.kernels.linear_scan.gpu_blocks import GpuBlocks
 
-Load = Callable[[Any], jax.Array]
-"""Of a row of the chunk: a step's values."""
+
+class Load(NamedTuple):
+    """How a kernel reads an array at a step.
+
+    Attributes:
+      fetch: function of the row of the chunk; the values as they lie in memory, for
+        which nothing waits yet.
+      finish: function of the row and of these values; those that the step takes.
+    """
+
+    fetch: Callable[[Any], jax.Array]
+    finish: Callable[[Any, jax.Array], jax.Array]
 
 
 class Arithmetic(NamedTuple):
@@ -123,46 +124,40 @@ Array = jax.Array | Before | PerStep | PerChunk
 
 
 def choose_schedule(
-    arrays: Sequence[jax.Array], unroll: int, reverse: bool, interpret: bool
+    arrays: Sequence[jax.Array], blocks: GpuBlocks, reverse: bool, interpret: bool
 ) -> Schedule:
     """How to go through these sequences [B, T, D]."""
     batch, length, width = arrays[0].shape
-    programs = PROGRAMS
-    if interpret:
-        unroll, programs = INTERPRETED_UNROLL, INTERPRETED_PROGRAMS
 
     def in_one_pass(channels):
         return batch * pl.cdiv(width, channels)
 
-    itemsize = max(array.dtype.itemsize for array in arrays)
-    possible = [channels for channels in CHANNELS if channels * itemsize <= ROW_BYTES]
     # Narrow programs where they spare the second pass.
+    possible, programs, unroll = blocks.channels, blocks.programs, blocks.unroll
     enough = [channels for channels in possible if in_one_pass(channels) >= programs]
     channels = (enough or possible)[0]
     chunks = pl.cdiv(programs, in_one_pass(channels))
-    chunks = min(chunks, max(length // SHORTEST_CHUNK, 1))
+    chunks = min(chunks, max(length // blocks.shortest_chunk, 1))
     chunk = min(pl.cdiv(length, chunks * unroll) * unroll, length)
     chunks = pl.cdiv(length, chunk)
     return Schedule(length, chunk, chunks, channels, unroll, reverse, interpret)
 
 
 def load(ref) -> Load:
-    """Of a sequence's ref, in float32, or of a `PerStep`'s, as it is."""
+    """A step of a sequence's ref in float32, or of a `PerStep`'s as it is."""
     if ref.ndim == 1:
-        return lambda row: ref[row]
-    return lambda row: ref[row, :].astype(jnp.float32)
+        return Load(lambda row: ref[row], lambda _, value: value)
+    return Load(lambda row: ref[row, :], lambda _, value: value.astype(jnp.float32))
 
 
 def load_before(y, y_before, h0) -> Load:
-    """Of the state before a step, from refs of the states, of `Before` them and of h0."""
+    """The state before a step, from refs of the states, of `Before` them and of h0."""
     starts = pl.program_id(2) == 0
     edge = jnp.where(starts, h0[...], y_before[...].astype(jnp.float32))
-
-    def load_row(row):
-        earlier = y[jnp.maximum(row - 1, 0), :].astype(jnp.float32)
-        return jnp.where(row == 0, edge, earlier)
-
-    return load_row
+    return Load(
+        lambda row: y[jnp.maximum(row - 1, 0), :],
+        lambda row, earlier: jnp.where(row == 0, edge, earlier.astype(jnp.float32)),
+    )
 
 
 def for_each_step(
@@ -174,29 +169,49 @@ def for_each_step(
 ) -> Any:
     """Runs `step(carry, inputs_t) -> carry, outputs_t` over the chunk of this program.
 
-    Some steps at a time, and what is left at the end of the chunk one by one.
+    Steps go in groups of `unroll`. While a group is computed, the inputs of the next one
+    are under way: they are fetched before, and carried to it. The steps after the last
+    whole group go one by one.
     """
     unroll = schedule.unroll
     left = schedule.length - pl.program_id(2) * schedule.chunk
     count = jnp.minimum(schedule.chunk, left)
+    groups = count // unroll
 
-    def run(start, steps, carry):
+    def rows_from(start, steps):
         """The steps from the `start`-th on, in the order of time's direction."""
         rows = [start + i for i in range(steps)]
-        rows = [count - 1 - row if schedule.reverse else row for row in rows]
-        loaded = [tuple(load(row) for load in loads) for row in rows]
-        for row, values in zip(rows, loaded, strict=True):
-            carry, results = step(carry, values)
+        return [count - 1 - row if schedule.reverse else row for row in rows]
+
+    def fetch(start, steps):
+        return [tuple(load.fetch(row) for load in loads) for row in rows_from(start, steps)]
+
+    def compute(start, fetched, carry):
+        rows = rows_from(start, len(fetched))
+        for row, values in zip(rows, fetched, strict=True):
+            inputs = [
+                load.finish(row, value)
+                for load, value in zip(loads, values, strict=True)
+            ]
+            carry, results = step(carry, tuple(inputs))
             for ref, result in zip(outputs, results, strict=True):
                 ref[row, :] = result.astype(ref.dtype)
         return carry
 
-    groups = count // unroll
-    carry = jax.lax.fori_loop(
-        0, groups, lambda i, carry: run(i * unroll, unroll, carry), carry
-    )
+    def run_group(i, state):
+        carry, fetched = state
+        # The last group fetches itself again, from the nearest cache, for nobody.
+        following = fetch(jnp.minimum(i + 1, groups - 1) * unroll, unroll)
+        return compute(i * unroll, fetched, carry), following
+
+    def run_groups(carry):
+        state = carry, fetch(0, unroll)
+        return jax.lax.fori_loop(0, groups, run_group, state)[0]
+
+    # A chunk shorter than a group must not be read as one.
+    carry = jax.lax.cond(groups > 0, run_groups, lambda carry: carry, carry)
     return jax.lax.fori_loop(
-        groups * unroll, count, lambda i, carry: run(i, 1, carry), carry
+        groups * unroll, count, lambda i, carry: compute(i, fetch(i, 1), carry), carry
     )
 
 

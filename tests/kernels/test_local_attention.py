@@ -1,5 +1,6 @@
 """The contract of `local_attention`, for every implementation."""
 
+import importlib.util
 from functools import partial
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from recurrentgemma.kernels import KVCache, local_attention
 from recurrentgemma.kernels.local_attention import (
     IMPLEMENTATIONS,
+    cudnn,
     one_query,
     ring,
     splash,
@@ -18,8 +20,13 @@ from recurrentgemma.kernels.local_attention import (
 from tests.kernels import definitions
 from tests.tolerances import assert_close
 
-ANY_LENGTH = [name for name in IMPLEMENTATIONS if name not in ("one_query", "streamed")]
-"""Implementations that take any chunk, with any window."""
+ANY_LENGTH = [
+    name
+    for name in IMPLEMENTATIONS
+    if name not in ("one_query", "streamed", "cudnn")
+    and (name != "tokamax" or importlib.util.find_spec("tokamax"))
+]
+"""Implementations that take any chunk, with any window; tokamax where it is installed."""
 B, N, K, H = 3, 4, 2, 5
 SCALE, SOFT_CAP = 0.7, 2.0
 NAMES = ("q", "k", "v")
@@ -144,6 +151,72 @@ def test_values_and_gradients(implementation, length, window, soft_cap):
     )
     assert_all_close(actual, expected, positions)
     assert_ring_holds(cache, *qkv[1:], positions, window or length)
+
+
+@pytest.fixture
+def emulated_cudnn(monkeypatch):
+    """XLA's form of the same function, with the same arguments, in float32."""
+    monkeypatch.setattr(cudnn, "IMPLEMENTATION", cudnn.EMULATION)
+    monkeypatch.setattr(cudnn, "capability", lambda: (8, 0))
+    monkeypatch.setattr(cudnn, "DTYPES", (jnp.float32,))
+    monkeypatch.setattr(cudnn, "HEAD_MULTIPLE", 1)
+
+
+@pytest.mark.parametrize("window", [20, None])
+def test_cudnn(window, emulated_cudnn):
+    """Rows of one document, padded, and rows of several, in one program."""
+    length = 50
+    *qkv, several, cotangent = random_inputs(length)
+    one = np.arange(length)[None] + np.array([[0], [7], [1000]])
+    one = np.where(np.arange(length) < [[50], [41], [1]], one, -1).astype(np.int32)
+    assert (bool(cudnn.restarts(one)), bool(cudnn.restarts(several))) == (False, True)
+
+    @jax.jit
+    def run(q, k, v, positions, cotangent):
+        def attend(*qkv):
+            return call(*qkv, positions, None, window, "cudnn", None)
+
+        return evaluate(attend, q, k, v, cotangent)
+
+    for positions in (one, several):
+        weights = cotangent * (positions >= 0)[:, :, None, None]
+        actual, cache = run(*qkv, positions, weights)
+        expected = definitions.attention(
+            *qkv, positions, window, SCALE, None, weights
+        )
+        assert_all_close(actual, expected, positions)
+        assert_ring_holds(cache, *qkv[1:], positions, window or length)
+
+
+def test_what_cudnn_does_not_take(emulated_cudnn, monkeypatch):
+    q, k, v, positions, _ = random_inputs(7)
+    cache = empty_cache(20)
+    for soft_cap, cache, reason in [
+        (SOFT_CAP, None, "it has no soft cap"),
+        (None, cache, "it takes no cache"),
+    ]:
+        with pytest.raises(NotImplementedError, match=reason):
+            call(q, k, v, positions, cache, 20, "cudnn", soft_cap)
+    wide = [np.zeros((*array.shape[:3], 256), np.float32) for array in (q, k, v)]
+    run = partial(call, *wide, positions, None, 20, "cudnn", None)
+    with pytest.raises(NotImplementedError, match="at most 128 on this GPU, not 256"):
+        run()
+    monkeypatch.setattr(cudnn, "capability", lambda: (9, 0))
+    jax.eval_shape(run)
+    monkeypatch.setattr(cudnn, "capability", lambda: None)
+    with pytest.raises(NotImplementedError, match="there is none here"):
+        run()
+    monkeypatch.undo()
+    with pytest.raises(NotImplementedError, match="bfloat16 or float16, the same"):
+        run()
+
+
+def test_tokamax_is_no_requirement(monkeypatch):
+    """Nor does anything import it before it is used."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    q, k, v, positions, _ = random_inputs(7)
+    with pytest.raises(NotImplementedError, match="tokamax is not installed"):
+        call(q, k, v, positions, None, 20, "tokamax")
 
 
 def split_rows(arrays, widths, positions):
