@@ -19,6 +19,9 @@ import jax.numpy as jnp
 PLATFORM = "cuda"
 LEAST_CAPABILITY = (8, 0)
 """What Triton compiles for: Ampere and later, not V100 and T4."""
+LEAST_CAPABILITY_OF_MOSAIC, LEAST_JAX_OF_MOSAIC = (9, 0), (0, 10)
+"""What jax 0.10.2 compiles Mosaic GPU for; for older cards its compiler ends the process.
+jax 0.7.2 lowers less."""
 TOLERANCES = {4: 1e-3, 2: 5e-2}
 """Largest difference from the plain form by bytes of an element, as a part of the
 largest value. A kernel that is wrong is further away than one that rounds."""
@@ -48,6 +51,19 @@ def capability() -> tuple[int, int] | None:
 def _version(text: str) -> tuple[int, int]:
     major, minor = text.split(".")[:2]
     return int(major), int(minor)
+
+
+def against_mosaic() -> str | None:
+    """Why the Mosaic GPU back end cannot be used here, or None."""
+    if jax.__version_info__ < LEAST_JAX_OF_MOSAIC:
+        least = ".".join(map(str, LEAST_JAX_OF_MOSAIC))
+        return f"Mosaic GPU wants jax {least}, not {jax.__version__}"
+    version, least = capability(), LEAST_CAPABILITY_OF_MOSAIC
+    if version is not None and version < least:
+        return "Mosaic GPU wants compute capability {}.{}, not {}.{}".format(
+            *least, *version
+        )
+    return None
 
 
 def runs(call: Any, op: Any, name: str, arguments: Any) -> bool:
@@ -101,7 +117,9 @@ def _difference(call, op, name, dtype) -> str | None:
         return results, pull_back(results)
 
     found, expected = (
-        jax.tree.leaves(jax.jit(results_and_gradients, static_argnums=0)(key, *arguments))
+        jax.tree.leaves(
+            jax.jit(results_and_gradients, static_argnums=0)(key, *arguments)
+        )
         for key in (name, plain)
     )
     for array, right in zip(found, expected, strict=True):

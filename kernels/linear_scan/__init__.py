@@ -15,7 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels import sharded
+from recurrentgemma.kernels import gpu, sharded
 from recurrentgemma.kernels.checks import check_arrays, check_sequence, check_switch
 from recurrentgemma.kernels.dispatch import (
     EVERYWHERE,
@@ -36,6 +36,7 @@ from recurrentgemma.kernels.linear_scan import (
 TPU_DTYPES = takes(jnp.float32, jnp.bfloat16)
 GPU_DTYPES = takes(jnp.float32, jnp.bfloat16, jnp.float16)
 PALLAS_TPU, PALLAS_GPU = f"{__name__}.pallas_tpu", f"{__name__}.pallas_gpu"
+MOSAIC_GPU = f"{__name__}.mosaic_gpu"
 
 
 def linear_scan(
@@ -146,6 +147,10 @@ def _kernel_gradient(module, arguments, results, upstream, *, reverse, **interpr
     return kernel(*states, results[0], *upstream, **interpret)
 
 
+def _supports_mosaic(*arguments, **options):
+    return GPU_DTYPES(*arguments, **options) or gpu.against_mosaic()
+
+
 def _plain(name, scan, **fields):
     """An entry whose gradient is the same scan, differentiable again."""
     again = partial(linear_scan, implementation=name)
@@ -173,6 +178,7 @@ IMPLEMENTATIONS = {
     "sequential": _plain("sequential", sequential.scan, default_on=("cpu",)),
     "associative": _plain("associative", associative.scan, default_on=("tpu",)),
     "chunked": _plain("chunked", chunked.scan, default_on=EVERYWHERE),
+    "mosaic_gpu": _kernel(MOSAIC_GPU, "cuda", _supports_mosaic),
     "reference": Implementation(reference.scan),
 }
 

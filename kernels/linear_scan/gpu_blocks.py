@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 
 from recurrentgemma.kernels import gpu
 
@@ -43,7 +42,7 @@ INTERPRETED = {"unroll": 2, "programs": 8}
 be rounded in two ways; programs run one after another."""
 
 
-def find(kernel: str, arrays: Sequence[jax.Array], interpret: bool) -> GpuBlocks:
+def find(kernel: str, arrays: Sequence[Any], interpret: bool) -> GpuBlocks:
     """The blocks of a kernel of `KERNELS` for these sequences on the GPU that is here."""
     itemsize = max(array.dtype.itemsize for array in arrays)
     rows = _rows()
@@ -63,3 +62,13 @@ def from_row(row: dict[str, Any]) -> tuple[tuple[Any, ...], GpuBlocks]:
     blocks = GpuBlocks(**{name: row[name] for name in GpuBlocks._fields})
     blocks = blocks._replace(channels=tuple(blocks.channels))
     return (row["kernel"], capability, row["itemsize"]), blocks
+
+
+def to_text(found: dict[tuple[str, tuple[int, int], int], GpuBlocks]) -> str:
+    """The file with these blocks, by kernel, capability and itemsize, beside its own."""
+    rows = [
+        {"kernel": kernel, "capability": capability, "itemsize": itemsize}
+        | blocks._asdict()
+        for (kernel, capability, itemsize), blocks in (_rows() | found).items()
+    ]
+    return "[\n" + ",\n".join(f" {json.dumps(row)}" for row in rows) + "\n]\n"

@@ -1,4 +1,4 @@
-"""The linear scan as Pallas kernels for GPU, through Triton.
+"""The linear scan as Pallas kernels for GPU, through Triton or Mosaic.
 
 Where rows and channels fill the chip, one pass over the inputs does. Else time is cut
 into chunks that run side by side, in two passes:
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from recurrentgemma.kernels.linear_scan import gpu_blocks
-from recurrentgemma.kernels.linear_scan import triton_programs as gpu
+from recurrentgemma.kernels.linear_scan import gpu_programs as gpu
 from recurrentgemma.kernels.linear_scan.gpu_blocks import GpuBlocks
 
 Read = Callable[..., tuple[list[gpu.Load], Callable[..., tuple[jax.Array, jax.Array]]]]
@@ -43,8 +43,9 @@ def _summary_kernel(*refs, read, schedule, adjoint):
             return (a_t * decay, a_t * (x_t + h)), ()
         return (a_t * decay, multiply_add(a_t, h, x_t)), ()
 
-    zeros = jnp.zeros([schedule.channels], jnp.float32)
-    carry = gpu.for_each_step(step, (zeros + 1, zeros), loads, [], schedule)
+    zeros = schedule.module.full(schedule.channels, 0.0)
+    ones = schedule.module.full(schedule.channels, 1.0)
+    carry = gpu.for_each_step(step, (ones, zeros), loads, [], schedule)
     product[...], end[...] = carry
 
 
@@ -76,7 +77,7 @@ def _gradient_kernel(
     gpu.store_last(dh, c, schedule)
 
 
-@partial(jax.jit, static_argnames=("reverse", "interpret", "blocks"))
+@partial(jax.jit, static_argnames=("reverse", "interpret", "blocks", "backend"))
 def scan(
     x: jax.Array,
     a: jax.Array,
@@ -84,14 +85,15 @@ def scan(
     reverse: bool,
     interpret: bool = False,
     blocks: GpuBlocks | None = None,
+    backend: str = gpu.TRITON,
 ) -> tuple[jax.Array, jax.Array]:
     """See `linear_scan`; h0 is float32 [B, D] here and T is at least 1."""
     blocks = blocks or gpu_blocks.find("linear_scan", (x, a), interpret)
-    schedule = gpu.choose_schedule((x, a), blocks, reverse, interpret)
+    schedule = gpu.choose_schedule((x, a), blocks, reverse, interpret, backend)
     return scan_of("linear_scan", _read, (x, a), h0, schedule)
 
 
-@partial(jax.jit, static_argnames=("interpret", "blocks"))
+@partial(jax.jit, static_argnames=("interpret", "blocks", "backend"))
 def gradients(
     a: jax.Array,
     h0: jax.Array,
@@ -100,10 +102,11 @@ def gradients(
     last_gradient: jax.Array,
     interpret: bool = False,
     blocks: GpuBlocks | None = None,
+    backend: str = gpu.TRITON,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of x, a and h0, from the result y and the gradients of y and h_last."""
     blocks = blocks or gpu_blocks.find("linear_scan_gradient", (y, a), interpret)
-    schedule = gpu.choose_schedule((y, a), blocks, True, interpret)
+    schedule = gpu.choose_schedule((y, a), blocks, True, interpret, backend)
     arrays = (y_gradient, a)
     dx, da, dh = gpu.call(
         partial(_gradient_kernel, schedule=schedule),

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from recurrentgemma.kernels.dispatch import differentiable
+from recurrentgemma.kernels.gpu import LEAST_CAPABILITY, capability
 from recurrentgemma.kernels.local_attention import blocked
 from recurrentgemma.kernels.local_attention.chunk import Chunk, Settings, keys_in_time
 from recurrentgemma.kernels.precision import kernel_precision_of
@@ -21,7 +22,7 @@ from recurrentgemma.kernels.precision import kernel_precision_of
 PACKAGE = "tokamax"
 ATTENTION = f"{PACKAGE}._src.ops.attention"
 """The public function takes neither a range of keys for each query nor gives the sum of
-weights; the objects behind it do. They are as they were in tokamax 0.2."""
+weights; the objects behind it do. They are as they were in tokamax 0.0.12."""
 KERNELS, EMULATION = ("mosaic_gpu", "triton"), "xla"
 """Names of tokamax's implementations: on a GPU, the first that takes the arguments; and
 where that is interpreted."""
@@ -39,6 +40,9 @@ def supports(chunk: Chunk, *, settings: Settings) -> str | None:
         )
     if importlib.util.find_spec(PACKAGE) is None:
         return f"the package {PACKAGE} is not installed"
+    if (capability() or (0, 0)) < LEAST_CAPABILITY:
+        least = ".".join(map(str, LEAST_CAPABILITY))
+        return f"it asks for a GPU of compute capability {least}, and none is here"
     return None
 
 
@@ -65,7 +69,8 @@ def gradients(
         return attend(chunk, settings=settings, interpret=interpret)[0]
 
     _, pull_back = jax.vjp(out, chunk)
-    return differentiable(pull_back(upstream[0]))
+    with jax.numpy_rank_promotion("allow"):
+        return differentiable(pull_back(upstream[0]))
 
 
 def _attend(q, k, v, chunk, settings, interpret) -> tuple[jax.Array, jax.Array]:
@@ -92,10 +97,16 @@ def _attend(q, k, v, chunk, settings, interpret) -> tuple[jax.Array, jax.Array]:
 def _call(names: tuple[str, ...], *arrays: jax.Array, **options: Any) -> Any:
     """The first of tokamax's implementations that takes the arguments."""
     table = importlib.import_module(f"{ATTENTION}.api").IMPLEMENTATIONS
+    # Its settings are absl's flags, which it would read from sys.argv itself: that fails
+    # in notebooks and in programs with arguments of another kind.
+    flags = importlib.import_module("absl.flags").FLAGS
+    if not flags.is_parsed():
+        flags.mark_as_parsed()
     reasons = []
     for name in names:
         try:
-            return table[name](*arrays, **options)
+            with jax.numpy_rank_promotion("allow"):
+                return table[name](*arrays, **options)
         except (KeyError, NotImplementedError) as error:
             reasons.append(f"{name}: {error}")
     raise NotImplementedError(f"local_attention: {'; '.join(reasons)}")

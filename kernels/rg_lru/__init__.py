@@ -183,7 +183,9 @@ def _sample(dtype, *, gates):
     position = jnp.broadcast_to(jnp.where(step < 290, position, -1), (2, 300))
     pair = 3 * x[:, ::-1], -x
     if gates:
-        pair = [Gate(x[0, :40].reshape(2, 20, 40)[..., i::2], x[:, i, :20]) for i in (0, 1)]
+        pair = [
+            Gate(x[0, :40].reshape(2, 20, 40)[..., i::2], x[:, i, :20]) for i in (0, 1)
+        ]
     return (Inputs(x, *pair, jnp.linspace(-6.0, 1.0, 40), position, wave[:, 0]),), {}
 
 

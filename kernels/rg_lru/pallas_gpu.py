@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from recurrentgemma.kernels.linear_scan import gpu_blocks
-from recurrentgemma.kernels.linear_scan import triton_programs as gpu
+from recurrentgemma.kernels.linear_scan import gpu_programs as gpu
 from recurrentgemma.kernels.linear_scan.gpu_blocks import GpuBlocks
 from recurrentgemma.kernels.linear_scan.pallas_gpu import scan_of, summaries
 from recurrentgemma.kernels.rg_lru.gates import Inputs, from_logits, with_products
@@ -114,20 +114,24 @@ def _decay(r, log2_decay, ops):
     return less + 1.0, jnp.abs(less * (less + 2.0))
 
 
-@partial(jax.jit, static_argnames=("interpret", "blocks"))
+@partial(jax.jit, static_argnames=("interpret", "blocks", "backend"))
 def recurrence(
-    inputs: Inputs, *, interpret: bool = False, blocks: GpuBlocks | None = None
+    inputs: Inputs,
+    *,
+    interpret: bool = False,
+    blocks: GpuBlocks | None = None,
+    backend: str = gpu.TRITON,
 ) -> tuple[jax.Array, jax.Array]:
     """See `rg_lru`."""
     *sequences, a_param, positions, h0 = from_logits(inputs)
     blocks = blocks or gpu_blocks.find("rg_lru", sequences, interpret)
-    schedule = gpu.choose_schedule(sequences, blocks, False, interpret)
+    schedule = gpu.choose_schedule(sequences, blocks, False, interpret, backend)
     arrays = (*sequences, gpu.PerStep(positions), a_param)
     return scan_of("rg_lru", _read, arrays, h0, schedule)
 
 
 @with_products
-@partial(jax.jit, static_argnames=("interpret", "blocks"))
+@partial(jax.jit, static_argnames=("interpret", "blocks", "backend"))
 def gradients(
     arguments: tuple[Inputs],
     results: tuple[jax.Array, Any],
@@ -135,13 +139,14 @@ def gradients(
     *,
     interpret: bool = False,
     blocks: GpuBlocks | None = None,
+    backend: str = gpu.TRITON,
 ) -> tuple[Inputs]:
     """See `Implementation.gradient`."""
     [(*sequences, a_param, positions, h0)] = arguments
     y, _ = results
     y_gradient, last_gradient = upstream
     blocks = blocks or gpu_blocks.find("rg_lru_gradient", sequences, interpret)
-    schedule = gpu.choose_schedule(sequences, blocks, True, interpret)
+    schedule = gpu.choose_schedule(sequences, blocks, True, interpret, backend)
     position = gpu.PerStep(positions)
     adjoint = (y_gradient, sequences[1], position, a_param)
     batch, _, width = y.shape

@@ -27,6 +27,7 @@ SUB_COMMANDS = {
     "start": "from the start of a process to the first token",
     "compare": "results over each other, and where one overtakes another",
     "scan": "the recurrence's kernels on this device: right, and how fast",
+    "gpu_blocks": "block choices of the recurrence's kernels for this GPU, swept",
     "scan_estimates": "the recurrence's kernels as the TPU compiler sees them",
     "sampler": "finished rows replaced, and a draft model, against plain sampling",
     "versus": "beside the official package, transformers and older checkouts",

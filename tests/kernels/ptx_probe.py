@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import nvidia.cuda_nvcc
@@ -18,6 +19,8 @@ CARD, DUMP = sys.argv[1], Path(sys.argv[2])
 CUDA = Path(nvidia.cuda_nvcc.__path__[0])
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"--xla_dump_to={DUMP} --xla_gpu_cuda_data_dir={CUDA}"
+os.environ["MOSAIC_GPU_DUMP_TO"] = str(DUMP)
+os.environ |= {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
 os.environ["PATH"] += f":{CUDA / 'bin'}"
 
 import jax
@@ -26,6 +29,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from recurrentgemma.kernels.linear_scan import mosaic_gpu
 from recurrentgemma.kernels.linear_scan import pallas_gpu as linear_scan
 from recurrentgemma.kernels.rg_lru import pallas_gpu as rg_lru
 from recurrentgemma.kernels.rg_lru.gates import Inputs
@@ -108,6 +112,20 @@ def waits(ptx: str) -> int:
     return used
 
 
+def assemble(file: Path) -> str:
+    """What ptxas says of the code in a file; Mosaic has asked it itself."""
+    said = file.with_suffix(".ptxas")
+    if said.exists():
+        return said.read_text()
+    architecture = CARDS[CARD]["architecture"]
+    return subprocess.run(
+        [CUDA / "bin" / "ptxas", "-v", f"-arch={architecture}", file, "-o", os.devnull],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+
+
 def main() -> None:
     topology = topologies.get_topology_desc(
         CARD, platform="cuda", target_config=target(), topology="1x1x1"
@@ -121,8 +139,12 @@ def main() -> None:
 
     for shape, dtype, decay_dtype in CASES:
         x, a, h = like(shape, dtype), like(shape, decay_dtype), like(shape[::2])
-        jax.jit(linear_scan.scan, static_argnums=3).lower(x, a, h, False).compile()
-        jax.jit(linear_scan.gradients).lower(a, h, x, x, h).compile()
+        for module in (linear_scan, mosaic_gpu):
+            if module is mosaic_gpu and CARD != "H100":
+                continue
+            scan = partial(module.scan, reverse=False)
+            jax.jit(scan).lower(x, a, h).compile()
+            jax.jit(module.gradients).lower(a, h, x, x, h).compile()
         positions, a_param = like(shape[:2], jnp.int32), like(shape[2:])
         inputs = Inputs(x, x, x, a_param, positions, h)
         jax.jit(rg_lru.recurrence).lower(inputs).compile()
@@ -134,12 +156,7 @@ def main() -> None:
         found = re.search(r"\.entry ((?:linear_scan|rg_lru)\w*)", ptx)
         if not found:
             continue
-        said = subprocess.run(
-            [CUDA / "bin" / "ptxas", "-v", f"-arch={CARDS[CARD]['architecture']}", file, "-o", os.devnull],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stderr
+        said = assemble(file)
         report = kernels.setdefault(
             found[1], {"registers": 0, "spill_bytes": 0, "waits": 0}
         )

@@ -16,6 +16,7 @@ from recurrentgemma.kernels.local_attention import (
     ring,
     splash,
     streamed,
+    tokamax,
 )
 from tests.kernels import definitions
 from tests.tolerances import assert_close
@@ -37,6 +38,8 @@ def narrow_heads_and_small_blocks(monkeypatch):
     """Interpreted, splash attention takes any head; here, several blocks too."""
     monkeypatch.setattr(splash, "HEAD_MULTIPLE", 1)
     monkeypatch.setattr(splash, "LARGEST_BLOCK", 128)
+    monkeypatch.setattr(tokamax, "KERNELS", (tokamax.EMULATION,))
+    monkeypatch.setattr(tokamax, "capability", lambda: (8, 0))
     monkeypatch.setattr(streamed, "LEAST_SLOTS", 1)
     monkeypatch.setattr(streamed, "SMALLEST_BLOCK", 24)
     monkeypatch.setattr(streamed, "LARGEST_BLOCK", 48)
@@ -181,19 +184,16 @@ def test_cudnn(window, emulated_cudnn):
     for positions in (one, several):
         weights = cotangent * (positions >= 0)[:, :, None, None]
         actual, cache = run(*qkv, positions, weights)
-        expected = definitions.attention(
-            *qkv, positions, window, SCALE, None, weights
-        )
+        expected = definitions.attention(*qkv, positions, window, SCALE, None, weights)
         assert_all_close(actual, expected, positions)
         assert_ring_holds(cache, *qkv[1:], positions, window or length)
 
 
 def test_what_cudnn_does_not_take(emulated_cudnn, monkeypatch):
     q, k, v, positions, _ = random_inputs(7)
-    cache = empty_cache(20)
     for soft_cap, cache, reason in [
         (SOFT_CAP, None, "it has no soft cap"),
-        (None, cache, "it takes no cache"),
+        (None, empty_cache(20), "it takes no cache"),
     ]:
         with pytest.raises(NotImplementedError, match=reason):
             call(q, k, v, positions, cache, 20, "cudnn", soft_cap)
@@ -217,6 +217,10 @@ def test_tokamax_is_no_requirement(monkeypatch):
     q, k, v, positions, _ = random_inputs(7)
     with pytest.raises(NotImplementedError, match="tokamax is not installed"):
         call(q, k, v, positions, None, 20, "tokamax")
+    monkeypatch.undo()
+    if "tokamax" in ANY_LENGTH:
+        with pytest.raises(NotImplementedError, match="8.0, and none is here"):
+            call(q, k, v, positions, None, 20, "tokamax")
 
 
 def split_rows(arrays, widths, positions):
@@ -469,7 +473,9 @@ def test_transformations_and_determinism(implementation):
     def run(q, k, v):
         return evaluate(lambda *qkv: jax.vmap(row)(*qkv, positions), q, k, v, cotangent)
 
-    first, second = run(*qkv), run(*qkv)
+    # Under vmap tokamax traces itself again, and promotes ranks.
+    with jax.numpy_rank_promotion("allow" if implementation == "tokamax" else "raise"):
+        first, second = run(*qkv), run(*qkv)
     jax.tree.map(np.testing.assert_array_equal, first, second)
     expected = definitions.attention(
         *qkv, positions, window, SCALE, SOFT_CAP, cotangent
