@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-
 from recurrentgemma.kernels import gpu
 
 FILE = Path(__file__).with_name("gpu_blocks.json")
