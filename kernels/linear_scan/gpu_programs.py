@@ -1,9 +1,10 @@
 """How Pallas kernels for GPU go through sequences, whatever compiles them.
 
-A program takes neighbouring channels of one row, one or two for each thread, through time in groups of steps: the loads of a group are issued together, before the
-arithmetic of the group ahead of it, so that their latencies overlap with each other and
-with that. Where rows and channels are too few to fill the chip, time is cut into chunks
-that run side by side. `gpu_blocks.py` says how many of each.
+A program takes neighbouring channels of one row, one or two for each thread, through
+time in groups of steps: the loads of a group are issued together, before the arithmetic
+of the group ahead of it, so that their latencies overlap with each other and with that.
+Where rows and channels are too few to fill the chip, time is cut into chunks that run
+side by side. `gpu_blocks.py` says how many of each.
 
 A back end is a module with `call`, which runs a kernel, and `ARITHMETIC`, which kernels
 compute with: `triton_programs.py` and `mosaic_programs.py`.
@@ -59,10 +60,10 @@ class Schedule(NamedTuple):
 
     Attributes:
       length: T.
-      chunk: steps of a chunk; the last one may have fewer.
-      chunks: how many there are.
-      channels: of a program.
-      unroll: steps handled together.
+      chunk: number of steps of a chunk; the last one may have fewer.
+      chunks: number of chunks.
+      channels: number of channels of a program.
+      unroll: number of steps of a group.
       reverse: whether from the last step to the first.
       interpret: whether the kernels are interpreted.
       backend: `TRITON` or `MOSAIC`.
@@ -86,6 +87,12 @@ class Schedule(NamedTuple):
     def arithmetic(self) -> Arithmetic:
         """What kernels compute with."""
         return PLAIN if self.interpret else self.module.ARITHMETIC
+
+    def full(self, value: float) -> jax.Array:
+        """The channels of a program, float32, all of this value."""
+        if self.interpret:
+            return jnp.full([self.channels], value, jnp.float32)
+        return self.module.full(self.channels, value)
 
 
 class Before(NamedTuple):

@@ -40,7 +40,7 @@ def widen(blocks: GpuBlocks) -> GpuBlocks:
 
 
 def full(channels: int, value: float) -> jax.Array:
-    """A program's channels, float32, all of this value, laid out like what is loaded."""
+    """See `Schedule.full`; laid out like what is loaded."""
     layout = mosaic_gpu.Layout.WG_STRIDED((channels,), vec_size=1)
     return mosaic_gpu.layout_cast(jnp.full([channels], value, jnp.float32), layout)
 

@@ -43,9 +43,8 @@ def _summary_kernel(*refs, read, schedule, adjoint):
             return (a_t * decay, a_t * (x_t + h)), ()
         return (a_t * decay, multiply_add(a_t, h, x_t)), ()
 
-    zeros = schedule.module.full(schedule.channels, 0.0)
-    ones = schedule.module.full(schedule.channels, 1.0)
-    carry = gpu.for_each_step(step, (ones, zeros), loads, [], schedule)
+    carry = schedule.full(1.0), schedule.full(0.0)
+    carry = gpu.for_each_step(step, carry, loads, [], schedule)
     product[...], end[...] = carry
 
 

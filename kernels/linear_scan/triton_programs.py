@@ -53,7 +53,7 @@ def widen(blocks: GpuBlocks) -> GpuBlocks:
 
 
 def full(channels: int, value: float) -> jax.Array:
-    """A program's channels, float32, all of this value."""
+    """See `Schedule.full`."""
     return jnp.full([channels], value, jnp.float32)
 
 
