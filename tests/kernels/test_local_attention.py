@@ -163,6 +163,14 @@ def emulated_cudnn(monkeypatch):
     monkeypatch.setattr(cudnn, "capability", lambda: (8, 0))
     monkeypatch.setattr(cudnn, "DTYPES", (jnp.float32,))
     monkeypatch.setattr(cudnn, "HEAD_MULTIPLE", 1)
+    plain = jax.nn.dot_product_attention
+
+    def emulated(*arrays, is_causal, **options):
+        # XLA hides what comes later for the window's sake; cuDNN would show it.
+        assert is_causal
+        return plain(*arrays, is_causal=is_causal, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", emulated)
 
 
 @pytest.mark.parametrize("window", [20, None])
@@ -540,7 +548,7 @@ def test_errors():
         with pytest.raises(ValueError, match=message):
             local_attention(*arrays, **{**good, **changes})
     with pytest.raises(
-        NotImplementedError, match="expected one of blocked, one_query, ref"
+        NotImplementedError, match="expected one of blocked, cudnn, one_query, ref"
     ):
         local_attention(q, k, v, **good, implementation="fastest")
     with pytest.raises(NotImplementedError, match="takes no window, not one of 8"):
