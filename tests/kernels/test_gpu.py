@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.backend import backends
 
 from recurrentgemma.kernels import dispatch, gpu
 from recurrentgemma.kernels.dispatch import EVERYWHERE, Implementation, Op
@@ -138,6 +139,10 @@ def test_a_kernel_shows_itself_once_for_each_dtype(monkeypatch):
     assert len(shown) == 2, calls
 
 
-def test_capability_is_of_devices_that_exist():
+def test_no_back_end_is_made_for_a_gpu():
+    """Not by asking, and not by lowering for one, where jax has been given CPUs."""
     assert gpu.devices() == ()
     assert gpu.capability() is None
+    for platform in ("cuda", "tpu", "cpu"):
+        program(doubling_op(by_two), platform)
+    assert set(backends()) == {"cpu"}
