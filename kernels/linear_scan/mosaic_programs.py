@@ -24,7 +24,6 @@ from recurrentgemma.kernels.linear_scan.gpu_programs import (
     Array,
     Before,
     PerChunk,
-    PerStep,
     Schedule,
     plain,
 )
@@ -85,7 +84,7 @@ def call(
     results: Sequence[Array],
     schedule: Schedule,
 ) -> list[jax.Array]:
-    """See `gpu_programs.call`; channels are whole blocks."""
+    """See `gpu_programs.call`, for what the linear scan has; channels are whole blocks."""
     batch, _, width = plain(arrays[0]).shape
     kinds = [*arrays, *results]
     in_memory = pl.BlockSpec(memory_space=mosaic_gpu.GMEM)
@@ -119,15 +118,10 @@ def _view(kind: Array, ref: Any, schedule: Schedule, *, output: bool) -> View:
         case Before():
             before = jnp.maximum(start - 1, 0)
             return View(ref, lambda row: (batch, before, channels), 1)
-        case PerStep():
-            return View(ref, lambda row: (batch, start + row), 1)
         case PerChunk():
             if output:
                 return View(ref, lambda row: (batch, chunk, channels), 1)
             return View(ref, lambda row: (batch, row, channels), 2)
-    match len(ref.shape):
-        case 1:
-            return View(ref, lambda row: (channels,), 1)
-        case 2:
-            return View(ref, lambda row: (batch, channels), 1)
+    if len(ref.shape) == 2:
+        return View(ref, lambda row: (batch, channels), 1)
     return View(ref, lambda row: (batch, start + row, channels), 2)

@@ -114,24 +114,23 @@ def _decay(r, log2_decay, ops):
     return less + 1.0, jnp.abs(less * (less + 2.0))
 
 
-@partial(jax.jit, static_argnames=("interpret", "blocks", "backend"))
+@partial(jax.jit, static_argnames=("interpret", "blocks"))
 def recurrence(
     inputs: Inputs,
     *,
     interpret: bool = False,
     blocks: GpuBlocks | None = None,
-    backend: str = gpu.TRITON,
 ) -> tuple[jax.Array, jax.Array]:
     """See `rg_lru`."""
     *sequences, a_param, positions, h0 = from_logits(inputs)
     blocks = blocks or gpu_blocks.find("rg_lru", sequences, interpret)
-    schedule = gpu.choose_schedule(sequences, blocks, False, interpret, backend)
+    schedule = gpu.choose_schedule(sequences, blocks, False, interpret)
     arrays = (*sequences, gpu.PerStep(positions), a_param)
     return scan_of("rg_lru", _read, arrays, h0, schedule)
 
 
 @with_products
-@partial(jax.jit, static_argnames=("interpret", "blocks", "backend"))
+@partial(jax.jit, static_argnames=("interpret", "blocks"))
 def gradients(
     arguments: tuple[Inputs],
     results: tuple[jax.Array, Any],
@@ -139,14 +138,13 @@ def gradients(
     *,
     interpret: bool = False,
     blocks: GpuBlocks | None = None,
-    backend: str = gpu.TRITON,
 ) -> tuple[Inputs]:
     """See `Implementation.gradient`."""
     [(*sequences, a_param, positions, h0)] = arguments
     y, _ = results
     y_gradient, last_gradient = upstream
     blocks = blocks or gpu_blocks.find("rg_lru_gradient", sequences, interpret)
-    schedule = gpu.choose_schedule(sequences, blocks, True, interpret, backend)
+    schedule = gpu.choose_schedule(sequences, blocks, True, interpret)
     position = gpu.PerStep(positions)
     adjoint = (y_gradient, sequences[1], position, a_param)
     batch, _, width = y.shape
