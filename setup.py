@@ -51,7 +51,10 @@ setup(
             for name in KERNEL_PACKAGES
         },
     },
-    package_data={"recurrentgemma": ["py.typed", "assets/**/*"]},
+    package_data={
+        "recurrentgemma": ["py.typed", "assets/**/*"],
+        "recurrentgemma.kernels.linear_scan": ["*.json"],
+    },
     entry_points={"console_scripts": ["recurrentgemma = recurrentgemma.cli:main"]},
     install_requires=[
         "jax>=0.7.2",

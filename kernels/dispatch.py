@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.dtypes import float0
 
-from recurrentgemma.kernels import meshes, precision
+from recurrentgemma.kernels import gpu, meshes, precision
 from recurrentgemma.kernels.checks import check_implementation
 
 EVERYWHERE = ("default",)
@@ -47,7 +47,8 @@ class Implementation:
         None for those that have none. None is automatic differentiation.
       kernel_for: platform that a kernel is written for, such as "tpu"; None is plain
         JAX, which runs everywhere.
-      default_on: platforms on which the entry may be chosen without a name.
+      default_on: platforms on which the entry may be chosen without a name; a kernel for
+        GPU only where it has shown that it runs (`gpu.py`).
       supports: function of the arguments and options; the reason why the entry cannot
         run, or None.
     """
@@ -78,6 +79,8 @@ class Op:
         everywhere and takes anything.
       keep: function of the arguments and results, which replaces by None what no
         gradient needs.
+      sample: function of a dtype; small arguments and options, on which kernels show
+        that they run.
       on_shards: how the op runs on a sequence that the mesh cuts along time: function of
         the op itself, of the name of the mesh axis, and of the arguments on a device;
         its results there. None leaves such a sequence to the compiler.
@@ -87,6 +90,7 @@ class Op:
     dims: str
     table: Table
     keep: Callable[[Any, Any], tuple[Any, Any]] = _keep_all
+    sample: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]] | None = None
     on_shards: Callable[..., Any] | None = None
 
     @property
@@ -174,12 +178,20 @@ def _choose(op, implementation, arguments, options) -> Choice:
             name
             for name in able
             if {platform, *EVERYWHERE} & set(op.table[name].default_on)
+            and _runs_here(op, name, arguments)
         )
         for platform in sorted(platforms)
     }
-    if len(set(best.values())) == 1:
-        return tuple(best.items())[:1]
-    return tuple(best.items())
+    everywhere = best[EVERYWHERE[0]]
+    others = {platform: name for platform, name in best.items() if name != everywhere}
+    return (*others.items(), (EVERYWHERE[0], everywhere))
+
+
+def _runs_here(op, name, arguments) -> bool:
+    """Whether the kernel runs on the GPUs that are here; others need not show it."""
+    if op.table[name].kernel_for != gpu.PLATFORM:
+        return True
+    return gpu.runs(call, op, name, arguments)
 
 
 def chosen(op: Op, platform: str, *arguments: Any, **options: Any) -> str:

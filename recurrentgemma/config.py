@@ -218,7 +218,9 @@ class Runtime:
     """Dtype of matrix products and activations; None is the device's best: float32 on
     CPU, bfloat16 on TPU and on GPUs that have it, float16 on older GPUs."""
     linear_scan: str | None = None
-    """Implementation of `recurrentgemma.kernels.linear_scan`; None is the best."""
+    """Implementation of `recurrentgemma.kernels.linear_scan`; None is the best. On GPU
+    that depends on the one that is here (`kernels/gpu.py`): to compile ahead of time for
+    another, name the implementation, here and for `rg_lru`."""
     rg_lru: str | None = None
     """Implementation of `recurrentgemma.kernels.rg_lru`; None is the best."""
     recurrent_step: str | None = None

@@ -71,6 +71,7 @@ SLOW_CASES = [
     r"test_rg_lru.*::test_values_and_gradients\[(pallas\w+-[17]\b|pallas_tpu_from_l)",
     r"test_local_attention.py::test_split_invariance\[(splash-24|reference)",
     r"test_local_attention.py::test_(decode|dtypes|transformations.*)\[splash",
+    r"test_linear_scan.py::(?!test_values_and_gradients\[mosaic_gpu-128).*mosaic_gpu",
     r"test_linear_scan.py::test_golden\[linear_scan_real_long-pallas",
     r"test_linear_scan.py::test_split_invariance\[pallas\w+-False",
     r"test_rg_lru.py::test_(golden|dtypes).*pallas_tpu_from_logits",

@@ -15,7 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels import sharded
+from recurrentgemma.kernels import gpu, sharded
 from recurrentgemma.kernels.checks import check_arrays, check_sequence, check_switch
 from recurrentgemma.kernels.dispatch import (
     EVERYWHERE,
@@ -37,6 +37,7 @@ from recurrentgemma.kernels.linear_scan.chunked import shifted
 TPU_DTYPES = takes(jnp.float32, jnp.bfloat16)
 GPU_DTYPES = takes(jnp.float32, jnp.bfloat16, jnp.float16)
 PALLAS_TPU, PALLAS_GPU = f"{__name__}.pallas_tpu", f"{__name__}.pallas_gpu"
+MOSAIC_GPU = f"{__name__}.mosaic_gpu"
 
 
 def linear_scan(
@@ -147,6 +148,10 @@ def _kernel_gradient(module, arguments, results, upstream, *, reverse, **interpr
     return kernel(*states, results[0], *upstream, **interpret)
 
 
+def _supports_mosaic(*arguments, **options):
+    return GPU_DTYPES(*arguments, **options) or gpu.against_mosaic()
+
+
 def _plain(name, scan, **fields):
     """An entry whose gradient is the same scan, differentiable again."""
     again = partial(linear_scan, implementation=name)
@@ -170,12 +175,20 @@ IMPLEMENTATIONS = {
         "one_step", one_step, default_on=EVERYWHERE, supports=takes_one_step
     ),
     "pallas_tpu": _kernel(PALLAS_TPU, "tpu", TPU_DTYPES, default_on=("tpu",)),
+    "pallas_gpu": _kernel(PALLAS_GPU, "cuda", GPU_DTYPES, default_on=("cuda",)),
     "sequential": _plain("sequential", sequential.scan, default_on=("cpu",)),
     "associative": _plain("associative", associative.scan, default_on=("tpu",)),
     "chunked": _plain("chunked", chunked.scan, default_on=EVERYWHERE),
-    "pallas_gpu": _kernel(PALLAS_GPU, "cuda", GPU_DTYPES),
+    "mosaic_gpu": _kernel(MOSAIC_GPU, "cuda", _supports_mosaic),
     "reference": Implementation(reference.scan),
 }
+
+
+def _sample(dtype):
+    """Two chunks, of which the second ends in a part of a group."""
+    wave = jnp.sin(jnp.arange(2 * 300 * 40, dtype=jnp.float32)).reshape(2, 300, 40)
+    x, a, h0 = wave.astype(dtype), 0.9 + 0.1 * wave[:, ::-1], wave[:, 0]
+    return (x, a, h0), {"reverse": False}
 
 
 def _on_shards(scan, axis, x, a, h0, *, reverse):
@@ -189,6 +202,7 @@ LINEAR_SCAN = Op(
     "btc,btc,bc->btc,bc",
     IMPLEMENTATIONS,
     keep=_without_x,
+    sample=_sample,
     on_shards=_on_shards,
 )
 

@@ -1,4 +1,4 @@
-"""The linear scan as Pallas kernels for GPU, through Triton.
+"""The linear scan as Pallas kernels for GPU, through Triton or Mosaic.
 
 Where rows and channels fill the chip, one pass over the inputs does. Else time is cut
 into chunks that run side by side, in two passes:
@@ -19,10 +19,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels.linear_scan import triton_programs as gpu
+from recurrentgemma.kernels.linear_scan import gpu_blocks
+from recurrentgemma.kernels.linear_scan import gpu_programs as gpu
+from recurrentgemma.kernels.linear_scan.gpu_blocks import GpuBlocks
 
-UNROLL = 32
-"""Steps whose inputs are in flight together."""
 Read = Callable[..., tuple[list[gpu.Load], Callable[..., tuple[jax.Array, jax.Array]]]]
 """Of a schedule and refs: what to load at a step, and what makes x_t and a_t of that."""
 
@@ -43,8 +43,8 @@ def _summary_kernel(*refs, read, schedule, adjoint):
             return (a_t * decay, a_t * (x_t + h)), ()
         return (a_t * decay, multiply_add(a_t, h, x_t)), ()
 
-    zeros = jnp.zeros([schedule.channels], jnp.float32)
-    carry = gpu.for_each_step(step, (zeros + 1, zeros), loads, [], schedule)
+    carry = schedule.full(1.0), schedule.full(0.0)
+    carry = gpu.for_each_step(step, carry, loads, [], schedule)
     product[...], end[...] = carry
 
 
@@ -76,20 +76,23 @@ def _gradient_kernel(
     gpu.store_last(dh, c, schedule)
 
 
-@partial(jax.jit, static_argnames=("reverse", "interpret"))
+@partial(jax.jit, static_argnames=("reverse", "interpret", "blocks", "backend"))
 def scan(
     x: jax.Array,
     a: jax.Array,
     h0: jax.Array,
     reverse: bool,
     interpret: bool = False,
+    blocks: GpuBlocks | None = None,
+    backend: str = gpu.TRITON,
 ) -> tuple[jax.Array, jax.Array]:
     """See `linear_scan`; h0 is float32 [B, D] here and T is at least 1."""
-    schedule = gpu.choose_schedule((x, a), UNROLL, reverse, interpret)
+    blocks = blocks or gpu_blocks.find("linear_scan", (x, a), interpret)
+    schedule = gpu.choose_schedule((x, a), blocks, reverse, interpret, backend)
     return scan_of("linear_scan", _read, (x, a), h0, schedule)
 
 
-@partial(jax.jit, static_argnames="interpret")
+@partial(jax.jit, static_argnames=("interpret", "blocks", "backend"))
 def gradients(
     a: jax.Array,
     h0: jax.Array,
@@ -97,9 +100,12 @@ def gradients(
     y_gradient: jax.Array,
     last_gradient: jax.Array,
     interpret: bool = False,
+    blocks: GpuBlocks | None = None,
+    backend: str = gpu.TRITON,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of x, a and h0, from the result y and the gradients of y and h_last."""
-    schedule = gpu.choose_schedule((y, a), UNROLL, True, interpret)
+    blocks = blocks or gpu_blocks.find("linear_scan_gradient", (y, a), interpret)
+    schedule = gpu.choose_schedule((y, a), blocks, True, interpret, backend)
     arrays = (y_gradient, a)
     dx, da, dh = gpu.call(
         partial(_gradient_kernel, schedule=schedule),

@@ -1,45 +1,25 @@
-"""How Pallas kernels for GPU go through sequences, by Triton.
+"""The Triton back end of the kernels for GPU; it wants compute capability 8.0.
 
-A program takes neighbouring channels of one row, one or two for each thread of a warp,
-through time: some steps are loaded at once, so that their latencies overlap, then
-computed and stored. Where rows and channels are too few to fill the chip, time is cut
-into chunks that run side by side.
-
-All that is particular to the Triton back end, which wants compute capability 8.0, is
-`Arithmetic` and `call`.
+All that is particular to it is here. A program is one warp.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-CHANNELS = (64, 32)
-"""Of a program: two or one for each thread of a warp."""
-ROW_BYTES = 128
-"""What a program loads of a sequence at a step, at most: 4 bytes a thread."""
-PROGRAMS = 512
-"""Enough to fill a chip: four warps, and 32 KB in flight, for each of 128 processors."""
-SHORTEST_CHUNK = 128
-"""Steps below which a chunk is not worth its summary."""
-INTERPRETED_UNROLL, INTERPRETED_PROGRAMS = 2, 8
-"""Interpreted, long code takes long to compile, and a state that it computes twice may
-be rounded in two ways; programs run one after another."""
-
-Load = Callable[[Any], jax.Array]
-"""Of a row of the chunk: a step's values."""
-
-
-class Arithmetic(NamedTuple):
-    """Operations on float32 arrays, each one instruction."""
-
-    multiply_add: Callable[[Any, Any, Any], jax.Array]
-    exp2: Callable[[jax.Array], jax.Array]
-    reciprocal: Callable[[jax.Array], jax.Array]
-    rsqrt: Callable[[jax.Array], jax.Array]
+from recurrentgemma.kernels.linear_scan.gpu_blocks import GpuBlocks
+from recurrentgemma.kernels.linear_scan.gpu_programs import (
+    Arithmetic,
+    Array,
+    Before,
+    PerChunk,
+    PerStep,
+    Schedule,
+    plain,
+)
 
 
 def _instruction(name):
@@ -57,7 +37,7 @@ def _instruction(name):
     return run
 
 
-INSTRUCTIONS = Arithmetic(
+ARITHMETIC = Arithmetic(
     multiply_add=_instruction("fma.rn.f32"),
     exp2=_instruction("ex2.approx.ftz.f32"),
     reciprocal=_instruction("rcp.approx.ftz.f32"),
@@ -65,168 +45,16 @@ INSTRUCTIONS = Arithmetic(
 )
 """Triton itself fuses no product with a sum and takes nine for an exponential, which
 doubles the recurrent unit's. They err by two units in the last place at most."""
-PLAIN = Arithmetic(
-    multiply_add=lambda a, b, c: a * b + c,
-    exp2=jnp.exp2,
-    reciprocal=lambda a: 1.0 / a,
-    rsqrt=jax.lax.rsqrt,
-)
 
 
-class Schedule(NamedTuple):
-    """How programs go through time.
-
-    Attributes:
-      length: T.
-      chunk: steps of a chunk; the last one may have fewer.
-      chunks: how many there are.
-      channels: of a program.
-      unroll: steps handled together.
-      reverse: whether from the last step to the first.
-      interpret: whether the kernels are interpreted.
-    """
-
-    length: int
-    chunk: int
-    chunks: int
-    channels: int
-    unroll: int
-    reverse: bool
-    interpret: bool
-
-    @property
-    def arithmetic(self) -> Arithmetic:
-        """What kernels compute with."""
-        return PLAIN if self.interpret else INSTRUCTIONS
+def widen(blocks: GpuBlocks) -> GpuBlocks:
+    """The blocks themselves, which are made for programs of one warp."""
+    return blocks
 
 
-class Before(NamedTuple):
-    """An array [B, T, D] of which a program sees the step before its chunk."""
-
-    array: jax.Array
-
-
-class PerStep(NamedTuple):
-    """An array [B, T], the same in all channels."""
-
-    array: jax.Array
-
-
-class PerChunk(NamedTuple):
-    """An array [B, chunks, D]."""
-
-    array: Any
-
-
-Array = jax.Array | Before | PerStep | PerChunk
-"""What a kernel reads: `call` says what it sees of it."""
-
-
-def choose_schedule(
-    arrays: Sequence[jax.Array], unroll: int, reverse: bool, interpret: bool
-) -> Schedule:
-    """How to go through these sequences [B, T, D]."""
-    batch, length, width = arrays[0].shape
-    programs = PROGRAMS
-    if interpret:
-        unroll, programs = INTERPRETED_UNROLL, INTERPRETED_PROGRAMS
-
-    def in_one_pass(channels):
-        return batch * pl.cdiv(width, channels)
-
-    itemsize = max(array.dtype.itemsize for array in arrays)
-    possible = [channels for channels in CHANNELS if channels * itemsize <= ROW_BYTES]
-    # Narrow programs where they spare the second pass.
-    enough = [channels for channels in possible if in_one_pass(channels) >= programs]
-    channels = (enough or possible)[0]
-    chunks = pl.cdiv(programs, in_one_pass(channels))
-    chunks = min(chunks, max(length // SHORTEST_CHUNK, 1))
-    chunk = min(pl.cdiv(length, chunks * unroll) * unroll, length)
-    chunks = pl.cdiv(length, chunk)
-    return Schedule(length, chunk, chunks, channels, unroll, reverse, interpret)
-
-
-def load(ref) -> Load:
-    """Of a sequence's ref, in float32, or of a `PerStep`'s, as it is."""
-    if ref.ndim == 1:
-        return lambda row: ref[row]
-    return lambda row: ref[row, :].astype(jnp.float32)
-
-
-def load_before(y, y_before, h0) -> Load:
-    """Of the state before a step, from refs of the states, of `Before` them and of h0."""
-    starts = pl.program_id(2) == 0
-    edge = jnp.where(starts, h0[...], y_before[...].astype(jnp.float32))
-
-    def load_row(row):
-        earlier = y[jnp.maximum(row - 1, 0), :].astype(jnp.float32)
-        return jnp.where(row == 0, edge, earlier)
-
-    return load_row
-
-
-def for_each_step(
-    step: Callable[[Any, tuple], tuple[Any, tuple]],
-    carry: Any,
-    loads: Sequence[Load],
-    outputs: Sequence,
-    schedule: Schedule,
-) -> Any:
-    """Runs `step(carry, inputs_t) -> carry, outputs_t` over the chunk of this program.
-
-    Some steps at a time, and what is left at the end of the chunk one by one.
-    """
-    unroll = schedule.unroll
-    left = schedule.length - pl.program_id(2) * schedule.chunk
-    count = jnp.minimum(schedule.chunk, left)
-
-    def run(start, steps, carry):
-        """The steps from the `start`-th on, in the order of time's direction."""
-        rows = [start + i for i in range(steps)]
-        rows = [count - 1 - row if schedule.reverse else row for row in rows]
-        loaded = [tuple(load(row) for load in loads) for row in rows]
-        for row, values in zip(rows, loaded, strict=True):
-            carry, results = step(carry, values)
-            for ref, result in zip(outputs, results, strict=True):
-                ref[row, :] = result.astype(ref.dtype)
-        return carry
-
-    groups = count // unroll
-    carry = jax.lax.fori_loop(
-        0, groups, lambda i, carry: run(i * unroll, unroll, carry), carry
-    )
-    return jax.lax.fori_loop(
-        groups * unroll, count, lambda i, carry: run(i, 1, carry), carry
-    )
-
-
-def first_state(h0, products, ends, schedule: Schedule) -> jax.Array:
-    """The state before this program's chunk, from refs."""
-    last = schedule.chunks - 1
-    if last == 0:
-        return h0[...]
-    chunk = pl.program_id(2)
-    earlier = last - chunk if schedule.reverse else chunk
-    # Loads of some chunks are in flight together, whether these are earlier or not.
-    together = min(schedule.unroll, last)
-
-    def carry_over(group, h):
-        for i in range(together):
-            number = jnp.minimum(group * together + i, last)
-            index = last - number if schedule.reverse else number
-            after = products[index, :] * h + ends[index, :]
-            h = jnp.where(number < earlier, after, h)
-        return h
-
-    return jax.lax.fori_loop(0, pl.cdiv(earlier, together), carry_over, h0[...])
-
-
-def store_last(ref, state: jax.Array, schedule: Schedule) -> None:
-    """Stores the state after all steps, if this program has taken the last one."""
-
-    @pl.when(pl.program_id(2) == (0 if schedule.reverse else schedule.chunks - 1))
-    def _():
-        ref[...] = state
+def full(channels: int, value: float) -> jax.Array:
+    """See `Schedule.full`."""
+    return jnp.full([channels], value, jnp.float32)
 
 
 def call(
@@ -236,22 +64,9 @@ def call(
     results: Sequence[Array],
     schedule: Schedule,
 ) -> list[jax.Array]:
-    """Runs a kernel for every block of channels, row and chunk.
-
-    It gets refs [chunk, channels] of sequences [B, T, D], [channels] of states [B, D],
-    of what is the same in all rows [D] and of what is `Before`, and [chunk] of what is `PerStep`. Of what is `PerChunk` it
-    reads all, [chunks, channels], and writes its own, [channels].
-
-    Args:
-      kernel: takes the refs.
-      name: of the kernel.
-      arrays: what it reads; the first is a sequence.
-      results: what its results look like.
-      schedule: how time is taken.
-    """
+    """See `gpu_programs.call`; channels are whole blocks."""
     batch, _, width = plain(arrays[0]).shape
     chunk, chunks, channels = schedule.chunk, schedule.chunks, schedule.channels
-    more = -width % channels
 
     def of_sequence(rows, index):
         return pl.BlockSpec((None, rows, channels), lambda d, b, c: (b, index(c), d))
@@ -266,34 +81,20 @@ def call(
                 if output:
                     return of_sequence(None, lambda c: c)
                 return of_sequence(chunks, lambda c: 0)
-        if len(array.shape) < 3:
-            return pl.BlockSpec((None, channels), lambda d, b, c: (b, d))
+        match len(array.shape):
+            case 1:
+                return pl.BlockSpec((channels,), lambda d, b, c: (d,))
+            case 2:
+                return pl.BlockSpec((None, channels), lambda d, b, c: (b, d))
         return of_sequence(chunk, lambda c: c)
 
-    def pad(array):
-        if isinstance(array, PerStep):
-            return array.array
-        array = plain(array)
-        if array.ndim == 1:
-            array = jnp.broadcast_to(array[None], (batch, width))
-        return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, more)])
-
-    padded = pl.pallas_call(
+    return pl.pallas_call(
         kernel,
         name=name,
-        grid=((width + more) // channels, batch, chunks),
+        grid=(width // channels, batch, chunks),
         in_specs=[spec(array, False) for array in arrays],
         out_specs=[spec(result, True) for result in results],
-        out_shape=[
-            jax.ShapeDtypeStruct((*result.shape[:-1], width + more), result.dtype)
-            for result in map(plain, results)
-        ],
+        out_shape=list(map(plain, results)),
         compiler_params=triton.CompilerParams(num_warps=1),
         interpret=schedule.interpret,
-    )(*map(pad, arrays))
-    return [array[..., :width] for array in padded]
-
-
-def plain(array: Array) -> jax.Array:
-    """The array itself."""
-    return array.array if isinstance(array, (Before, PerStep, PerChunk)) else array
+    )(*map(plain, arrays))

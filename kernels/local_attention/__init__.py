@@ -21,12 +21,14 @@ from recurrentgemma.kernels.checks import (
 from recurrentgemma.kernels.dispatch import EVERYWHERE, Implementation, Op, call
 from recurrentgemma.kernels.local_attention import (
     blocked,
+    cudnn,
     one_query,
     reference,
     ring,
     shards,
     splash,
     streamed,
+    tokamax,
 )
 from recurrentgemma.kernels.local_attention.chunk import Chunk, Settings
 from recurrentgemma.kernels.local_attention.ring import KVCache
@@ -130,9 +132,19 @@ IMPLEMENTATIONS = {
         supports=streamed.supports,
     ),
     "blocked": Implementation(blocked.attend, blocked.gradients, default_on=EVERYWHERE),
+    "tokamax": Implementation(
+        tokamax.attend,
+        tokamax.gradients,
+        kernel_for="cuda",
+        supports=tokamax.supports,
+    ),
+    "cudnn": Implementation(
+        cudnn.attend, cudnn.gradients, kernel_for="cuda", supports=cudnn.supports
+    ),
     "reference": Implementation(reference.attend),
 }
-"""Give the output, and the logarithm of the sum of weights, float32 [B, T, N]."""
+"""Give the output, and the logarithm of the sum of weights, float32 [B, T, N], which only
+the entry's own gradient reads."""
 LOCAL_ATTENTION = Op("local_attention", f"{ARGUMENTS}->btnh,btn", IMPLEMENTATIONS)
 
 

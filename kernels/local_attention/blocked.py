@@ -115,7 +115,7 @@ def _plan(chunk, settings, block):
     cached = jnp.sum(held >= 0, axis=1, dtype=jnp.int32)
     first, last = (
         jnp.repeat(jnp.pad(index, ((0, 0), (0, -length % block))), per_group, axis=1)
-        for index in _visible_range(chunk.positions, cached, front, window)
+        for index in visible_range(chunk.positions, cached, front, window)
     )
     groups = _group_blocks(-(-length // block), block, front, window)
     return first, last, _Options(block * per_group, groups, front, block, settings)
@@ -180,7 +180,7 @@ def gpu_block_size(
     return least
 
 
-def _visible_range(positions, cached, front, window):
+def visible_range(positions, cached, front, window):
     """Indices of the first and the last key that each query sees, int32 [B, T].
 
     Keys are [front cached ones, of which the last `cached` are filled; chunk]. Padding

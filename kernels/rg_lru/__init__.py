@@ -6,6 +6,7 @@ nothing but the arguments and the result is kept for it.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -155,10 +156,10 @@ IMPLEMENTATIONS = {
     "pallas_tpu_from_logits": _kernel(
         "pallas_tpu", "tpu", TPU_DTYPES, default_on=("tpu",)
     ),
+    "pallas_gpu": _kernel("pallas_gpu", "cuda", GPU_DTYPES, default_on=("cuda",)),
     "composed": Implementation(
         composed.recurrence, composed.gradients, default_on=EVERYWHERE
     ),
-    "pallas_gpu": _kernel("pallas_gpu", "cuda", GPU_DTYPES),
     "reference": Implementation(reference.recurrence),
 }
 """The kernel "pallas_tpu" has the products inside, where the gates come as parameters;
@@ -173,10 +174,33 @@ def _on_shards(recurrence, axis, inputs, **options):
     return y, sharded.last_state(h, axis)
 
 
+def _sample(dtype, *, gates):
+    """Two chunks, a start of a document in the second, and padding at the end."""
+    wave = jnp.sin(jnp.arange(2 * 300 * 40, dtype=jnp.float32)).reshape(2, 300, 40)
+    x = wave.astype(dtype)
+    step = jnp.arange(300, dtype=jnp.int32)
+    position = jnp.where(step < 200, step + 1, step - 200)
+    position = jnp.broadcast_to(jnp.where(step < 290, position, -1), (2, 300))
+    pair = 3 * x[:, ::-1], -x
+    if gates:
+        pair = [
+            Gate(x[0, :40].reshape(2, 20, 40)[..., i::2], x[:, i, :20]) for i in (0, 1)
+        ]
+    return (Inputs(x, *pair, jnp.linspace(-6.0, 1.0, 40), position, wave[:, 0]),), {}
+
+
 FROM_LOGITS = Op(
-    "rg_lru", "btc,btc,btc,c,bt,bc->btc,bc", IMPLEMENTATIONS, on_shards=_on_shards
+    "rg_lru",
+    "btc,btc,btc,c,bt,bc->btc,bc",
+    IMPLEMENTATIONS,
+    sample=partial(_sample, gates=False),
+    on_shards=_on_shards,
 )
-FROM_GATES = dataclasses.replace(FROM_LOGITS, dims="btc,gio,go,gio,go,c,bt,bc->btc,bc")
+FROM_GATES = dataclasses.replace(
+    FROM_LOGITS,
+    dims="btc,gio,go,gio,go,c,bt,bc->btc,bc",
+    sample=partial(_sample, gates=True),
+)
 
 
 def _op(gate):

@@ -18,7 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from recurrentgemma.kernels.linear_scan import triton_programs as gpu
+from recurrentgemma.kernels.linear_scan import gpu_blocks
+from recurrentgemma.kernels.linear_scan import gpu_programs as gpu
+from recurrentgemma.kernels.linear_scan.gpu_blocks import GpuBlocks
 from recurrentgemma.kernels.linear_scan.pallas_gpu import scan_of, summaries
 from recurrentgemma.kernels.rg_lru.gates import Inputs, from_logits, with_products
 from recurrentgemma.kernels.rg_lru.reference import log_decay, scan_decay
@@ -32,8 +34,6 @@ from recurrentgemma.kernels.rg_lru.steps import (
     step_gradients,
 )
 
-UNROLL, GRADIENT_UNROLL = 32, 16
-"""Steps in flight together; the gradient has more inputs for each."""
 LOG2_E = math.log2(math.e)
 
 
@@ -102,31 +102,37 @@ def _exp(ops):
     return lambda value: ops.exp2(value * LOG2_E)
 
 
-@partial(jax.jit, static_argnames="interpret")
+@partial(jax.jit, static_argnames=("interpret", "blocks"))
 def recurrence(
-    inputs: Inputs, *, interpret: bool = False
+    inputs: Inputs,
+    *,
+    interpret: bool = False,
+    blocks: GpuBlocks | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `rg_lru`."""
     *sequences, a_param, positions, h0 = from_logits(inputs)
-    schedule = gpu.choose_schedule(sequences, UNROLL, False, interpret)
+    blocks = blocks or gpu_blocks.find("rg_lru", sequences, interpret)
+    schedule = gpu.choose_schedule(sequences, blocks, False, interpret)
     arrays = (*sequences, gpu.PerStep(positions), a_param)
     return scan_of("rg_lru", _read, arrays, h0, schedule)
 
 
 @with_products
-@partial(jax.jit, static_argnames="interpret")
+@partial(jax.jit, static_argnames=("interpret", "blocks"))
 def gradients(
     arguments: tuple[Inputs],
     results: tuple[jax.Array, Any],
     upstream: tuple[jax.Array, jax.Array],
     *,
     interpret: bool = False,
+    blocks: GpuBlocks | None = None,
 ) -> tuple[Inputs]:
     """See `Implementation.gradient`."""
     [(*sequences, a_param, positions, h0)] = arguments
     y, _ = results
     y_gradient, last_gradient = upstream
-    schedule = gpu.choose_schedule(sequences, GRADIENT_UNROLL, True, interpret)
+    blocks = blocks or gpu_blocks.find("rg_lru_gradient", sequences, interpret)
+    schedule = gpu.choose_schedule(sequences, blocks, True, interpret)
     position = gpu.PerStep(positions)
     adjoint = (y_gradient, sequences[1], position, a_param)
     batch, _, width = y.shape

@@ -27,6 +27,7 @@ SUB_COMMANDS = {
     "start": "from the start of a process to the first token",
     "compare": "results over each other, and where one overtakes another",
     "device": "every op and a model on this device: right, how fast, best default",
+    "gpu_blocks": "block choices of the recurrence's kernels for this GPU, swept",
     "scan_estimates": "the recurrence's kernels as the TPU compiler sees them",
     "gpu_counts": "launches and bytes of a layer without a kernel, as a GPU runs it",
     "sampler": "finished rows replaced, and a draft model, against plain sampling",

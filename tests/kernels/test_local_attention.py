@@ -1,5 +1,6 @@
 """The contract of `local_attention`, for every implementation."""
 
+import importlib.util
 from functools import partial
 
 import jax
@@ -10,16 +11,23 @@ import pytest
 from recurrentgemma.kernels import KVCache, local_attention
 from recurrentgemma.kernels.local_attention import (
     IMPLEMENTATIONS,
+    cudnn,
     one_query,
     ring,
     splash,
     streamed,
+    tokamax,
 )
 from tests.kernels import definitions
 from tests.tolerances import assert_close
 
-ANY_LENGTH = [name for name in IMPLEMENTATIONS if name not in ("one_query", "streamed")]
-"""Implementations that take any chunk, with any window."""
+ANY_LENGTH = [
+    name
+    for name in IMPLEMENTATIONS
+    if name not in ("one_query", "streamed", "cudnn")
+    and (name != "tokamax" or importlib.util.find_spec("tokamax"))
+]
+"""Implementations that take any chunk, with any window; tokamax where it is installed."""
 B, N, K, H = 3, 4, 2, 5
 SCALE, SOFT_CAP = 0.7, 2.0
 NAMES = ("q", "k", "v")
@@ -30,6 +38,8 @@ def narrow_heads_and_small_blocks(monkeypatch):
     """Interpreted, splash attention takes any head; here, several blocks too."""
     monkeypatch.setattr(splash, "HEAD_MULTIPLE", 1)
     monkeypatch.setattr(splash, "LARGEST_BLOCK", 128)
+    monkeypatch.setattr(tokamax, "KERNELS", (tokamax.EMULATION,))
+    monkeypatch.setattr(tokamax, "capability", lambda: (8, 0))
     monkeypatch.setattr(streamed, "LEAST_SLOTS", 1)
     monkeypatch.setattr(streamed, "SMALLEST_BLOCK", 24)
     monkeypatch.setattr(streamed, "LARGEST_BLOCK", 48)
@@ -144,6 +154,81 @@ def test_values_and_gradients(implementation, length, window, soft_cap):
     )
     assert_all_close(actual, expected, positions)
     assert_ring_holds(cache, *qkv[1:], positions, window or length)
+
+
+@pytest.fixture
+def emulated_cudnn(monkeypatch):
+    """XLA's form of the same function, with the same arguments, in float32."""
+    monkeypatch.setattr(cudnn, "IMPLEMENTATION", cudnn.EMULATION)
+    monkeypatch.setattr(cudnn, "capability", lambda: (8, 0))
+    monkeypatch.setattr(cudnn, "DTYPES", (jnp.float32,))
+    monkeypatch.setattr(cudnn, "HEAD_MULTIPLE", 1)
+    plain = jax.nn.dot_product_attention
+
+    def emulated(*arrays, is_causal, **options):
+        # XLA hides what comes later for the window's sake; cuDNN would show it.
+        assert is_causal
+        return plain(*arrays, is_causal=is_causal, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", emulated)
+
+
+@pytest.mark.parametrize("window", [20, None])
+def test_cudnn(window, emulated_cudnn):
+    """Rows of one document, padded, and rows of several, in one program."""
+    length = 50
+    *qkv, several, cotangent = random_inputs(length)
+    one = np.arange(length)[None] + np.array([[0], [7], [1000]])
+    one = np.where(np.arange(length) < [[50], [41], [1]], one, -1).astype(np.int32)
+    assert (bool(cudnn.restarts(one)), bool(cudnn.restarts(several))) == (False, True)
+
+    @jax.jit
+    def run(q, k, v, positions, cotangent):
+        def attend(*qkv):
+            return call(*qkv, positions, None, window, "cudnn", None)
+
+        return evaluate(attend, q, k, v, cotangent)
+
+    for positions in (one, several):
+        weights = cotangent * (positions >= 0)[:, :, None, None]
+        actual, cache = run(*qkv, positions, weights)
+        expected = definitions.attention(*qkv, positions, window, SCALE, None, weights)
+        assert_all_close(actual, expected, positions)
+        assert_ring_holds(cache, *qkv[1:], positions, window or length)
+
+
+def test_what_cudnn_does_not_take(emulated_cudnn, monkeypatch):
+    q, k, v, positions, _ = random_inputs(7)
+    for soft_cap, cache, reason in [
+        (SOFT_CAP, None, "it has no soft cap"),
+        (None, empty_cache(20), "it takes no cache"),
+    ]:
+        with pytest.raises(NotImplementedError, match=reason):
+            call(q, k, v, positions, cache, 20, "cudnn", soft_cap)
+    wide = [np.zeros((*array.shape[:3], 256), np.float32) for array in (q, k, v)]
+    run = partial(call, *wide, positions, None, 20, "cudnn", None)
+    with pytest.raises(NotImplementedError, match="at most 128 on this GPU, not 256"):
+        run()
+    monkeypatch.setattr(cudnn, "capability", lambda: (9, 0))
+    jax.eval_shape(run)
+    monkeypatch.setattr(cudnn, "capability", lambda: None)
+    with pytest.raises(NotImplementedError, match="there is none here"):
+        run()
+    monkeypatch.undo()
+    with pytest.raises(NotImplementedError, match="bfloat16 or float16, the same"):
+        run()
+
+
+def test_tokamax_is_no_requirement(monkeypatch):
+    """Nor does anything import it before it is used."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    q, k, v, positions, _ = random_inputs(7)
+    with pytest.raises(NotImplementedError, match="tokamax is not installed"):
+        call(q, k, v, positions, None, 20, "tokamax")
+    monkeypatch.undo()
+    if "tokamax" in ANY_LENGTH:
+        with pytest.raises(NotImplementedError, match="8.0, and none is here"):
+            call(q, k, v, positions, None, 20, "tokamax")
 
 
 def split_rows(arrays, widths, positions):
@@ -396,7 +481,9 @@ def test_transformations_and_determinism(implementation):
     def run(q, k, v):
         return evaluate(lambda *qkv: jax.vmap(row)(*qkv, positions), q, k, v, cotangent)
 
-    first, second = run(*qkv), run(*qkv)
+    # Under vmap tokamax traces itself again, and promotes ranks.
+    with jax.numpy_rank_promotion("allow" if implementation == "tokamax" else "raise"):
+        first, second = run(*qkv), run(*qkv)
     jax.tree.map(np.testing.assert_array_equal, first, second)
     expected = definitions.attention(
         *qkv, positions, window, SCALE, SOFT_CAP, cotangent
@@ -461,7 +548,7 @@ def test_errors():
         with pytest.raises(ValueError, match=message):
             local_attention(*arrays, **{**good, **changes})
     with pytest.raises(
-        NotImplementedError, match="expected one of blocked, one_query, ref"
+        NotImplementedError, match="expected one of blocked, cudnn, one_query, ref"
     ):
         local_attention(q, k, v, **good, implementation="fastest")
     with pytest.raises(NotImplementedError, match="takes no window, not one of 8"):
