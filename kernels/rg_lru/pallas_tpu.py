@@ -31,6 +31,7 @@ from recurrentgemma.kernels.rg_lru.steps import (
     scan_input,
     step_gradients,
 )
+from recurrentgemma.kernels.tpu_chips import chip_of
 
 SERIES_BELOW = 1 / 16
 """Where -log a is smaller, 1 - a is a series. An exponential is off by some units in the
@@ -156,7 +157,8 @@ def gates(recurrence_logits, input_logits, log_decay) -> Gates:
 def _blocks(*arrays: jax.Array, reverse: bool) -> Blocks:
     """Those of the scan, with blocks of time that fall into one tile of positions."""
     itemsizes = [array.dtype.itemsize for array in arrays]
-    blocks = block_sizes(arrays[0].shape, itemsizes, reverse=reverse)
+    x, chip = arrays[0], chip_of(*arrays)
+    blocks = block_sizes(x.shape, itemsizes, reverse=reverse, chip=chip)
     return blocks._replace(steps=min(blocks.steps, LANES))
 
 
