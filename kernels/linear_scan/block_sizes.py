@@ -53,7 +53,7 @@ def block_sizes(
     """Blocks of some arrays [B, T, D] of one shape.
 
     Where the cores of the chip would get unequal shares, blocks have half the rows, and
-    of a single row half the channels. (A core alone would take 4 to 30 % more cycles for
+    of a single row half the channels. (A core alone would take up to 31 % more cycles for
     narrower blocks, by the compiler's estimates, two take 13 to 43 % fewer.)
 
     Args:
