@@ -12,6 +12,7 @@ already hides it; the hidden states are put back at the exit.
 """
 
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -261,6 +262,8 @@ class Griffin(nnx.Module):
             run = jax.checkpoint(run)
         stacked = self.config.num_layers - len(self.blocks)
         period = len(self.groups)
+        narrow = operator.methodcaller("with_narrow_matrices", self.runtime.dtype)
+        groups, blocks = (list(map(narrow, m)) for m in (self.groups, self.blocks))
         new_states = [None] * stacked
         if stacked:
             if self.observer is not None:
@@ -272,11 +275,11 @@ class Griffin(nnx.Module):
             x, by_place = jax.lax.scan(
                 lambda x, group: run(group[0], x, group[1], chunk),
                 x,
-                (list(self.groups), by_place),
+                (groups, by_place),
             )
             for p, place in enumerate(by_place):
                 new_states[p::period] = _unstack(place, stacked // period)
-        layers = zip(self.blocks, states[stacked:], strict=True)
+        layers = zip(blocks, states[stacked:], strict=True)
         for index, (block, state) in enumerate(layers, stacked):
             layer_chunk = chunk.within(f"blocks.{index}")
             x, [state] = run([block], x, [state], layer_chunk)

@@ -24,7 +24,13 @@ from recurrentgemma.kernels.rg_lru.reference import (
     log_decay,
     scan_decay,
 )
-from recurrentgemma.matrices import multiply, multiply_by_rows, take_rows
+from recurrentgemma.matrices import (
+    einsum,
+    is_matrix,
+    multiply,
+    multiply_by_rows,
+    take_rows,
+)
 from recurrentgemma.observed import effective_attention, replaced_states
 
 NORM_EPSILON = 1e-6
@@ -149,10 +155,47 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, in] -> [B, T, out] in x's dtype."""
-        y = multiply(x, value_of(self.kernel))
+        return self._with_bias(multiply(x, value_of(self.kernel)), x.dtype)
+
+    def to_heads(self, x: jax.Array, head_dim: int) -> jax.Array:
+        """[B, T, in] -> [B, T, heads, head_dim] in x's dtype: the outputs by head.
+
+        As a product with an axis for heads, XLA for TPU writes the result head by head,
+        as a kernel of attention reads it. It would copy a reshaped result twice. XLA for
+        CPU would transpose the matrix of such a product.
+        """
+
+        def reshaped(x, kernel):
+            y = multiply(x, kernel)
+            return y.reshape(*y.shape[:2], -1, head_dim)
+
+        def by_head(x, kernel):
+            kernel = kernel.reshape(x.shape[2], -1, head_dim)
+            return einsum("bti,inh->btnh", x, kernel)
+
+        return self._with_bias(self._by_platform(x, by_head, reshaped), x.dtype)
+
+    def from_heads(self, x: jax.Array) -> jax.Array:
+        """[B, T, heads, head_dim] -> [B, T, out] in x's dtype; see `to_heads`."""
+
+        def reshaped(x, kernel):
+            return multiply(x.reshape(*x.shape[:2], -1), kernel)
+
+        def by_head(x, kernel):
+            return einsum("btnh,nho->bto", x, kernel.reshape(*x.shape[2:], -1))
+
+        return self._with_bias(self._by_platform(x, by_head, reshaped), x.dtype)
+
+    def _by_platform(self, x, on_tpu, elsewhere):
+        kernel = value_of(self.kernel)
+        if is_matrix(kernel):
+            return elsewhere(x, kernel)
+        return jax.lax.platform_dependent(x, kernel, tpu=on_tpu, default=elsewhere)
+
+    def _with_bias(self, y, dtype):
         if self.bias is not None:
-            y = _add_bias(y, self.bias[...])
-        return y.astype(x.dtype)
+            y = _add_bias(y, self.bias[...].reshape(y.shape[2:]))
+        return y.astype(dtype)
 
 
 class BlockDiagonalLinear(nnx.Module):

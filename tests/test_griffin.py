@@ -20,6 +20,7 @@ from recurrentgemma.checkpoints.parameters import describe
 from recurrentgemma.griffin import stack_layers, unstack_layers
 from recurrentgemma.kernels.local_attention import KVCache
 from tests.golden_models import named_leaves
+from tests.jaxprs import equations
 from tests.models import (
     TINY_PRESETS,
     WINDOW,
@@ -338,6 +339,24 @@ def test_stacked_layers_give_the_same_numbers(remat):
     stacked_gradient = unstack_layers(_plain_gradient(stacked, tokens, None, weights))
     for key, value in named_leaves(gradient).items():
         assert_close(named_leaves(stacked_gradient)[key], value, "gradient")
+
+
+def test_stacked_matrices_are_cast_once():
+    """Before the loops over layers, which see no float32 matrix of a `Linear` layer."""
+    config = tiny_config(num_layers=2, block_pattern=("recurrent",))
+    runtime = Runtime(compute_dtype="bfloat16", remat=True)
+    model = jax.eval_shape(stack_layers, describe(config, runtime))
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    jaxpr = jax.make_jaxpr(_plain_gradient)(model, tokens, None, tokens)
+    shape = config.num_layers, config.mlp_width, config.width
+    loops = [
+        {v.aval.dtype.name for v in (*e.invars, *e.outvars) if v.aval.shape == shape}
+        for e in equations(jaxpr.jaxpr)
+        if e.primitive.name == "scan"
+    ]
+    # Forward, and backward with the gradients.
+    assert [dtypes for dtypes in loops if dtypes] == [{"bfloat16"}] * 2
+    assert {leaf.dtype.name for leaf in jaxpr.out_avals} == {"float32"}
 
 
 @parametrize_config

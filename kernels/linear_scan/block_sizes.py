@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from recurrentgemma.kernels.tpu_chips import UNKNOWN, Chip
+
 LANES = 128
 """Channels of a tile."""
 TILE = 8
@@ -14,11 +16,14 @@ ROW_CHANNELS = 4096
 """Channels advanced at once, over the rows of a block: enough independent chains of
 dependent steps to hide their latency, few enough to stay in registers."""
 VMEM_BUDGET_BYTES = 10 * 2**20
-"""For the double buffers of all blocked arrays. All kernels keep to 16 MiB, which is what
-TPU v4 has: nothing tells a kernel for which generation it is compiled."""
+"""For the double buffers of all blocked arrays. All kernels keep to 16 MiB, the on-chip
+memory of TPU v2 to v4."""
 GATES_BUDGET_BYTES = 14 * 2**20
-"""For all arrays of a kernel with gate products; spilled registers take the rest. On TPU v2
-and v3, which spill several MiB, the gradient's kernel does not fit at the 2B model's size."""
+"""For all arrays of a kernel with gate products; spilled registers take the rest."""
+SMALL_GATES_BUDGET_BYTES = 8 * 2**20
+"""The same for a `Chip` that `spills_much`."""
+FEW_PROGRAMS = 8
+"""Number of programs up to which an odd one on two cores costs more than a finer cut."""
 FORWARD_ARRAYS, GRADIENT_ARRAYS = (2, 2), (4, 6)
 """Sequences that these kernels read or write, and float32 arrays as large as a block."""
 MAX_STEPS = 512
@@ -39,23 +44,39 @@ class Blocks(NamedTuple):
 
 
 def block_sizes(
-    shape: tuple[int, ...], itemsizes: Sequence[int], *, reverse: bool = False
+    shape: tuple[int, ...],
+    itemsizes: Sequence[int],
+    *,
+    reverse: bool = False,
+    chip: Chip = UNKNOWN,
 ) -> Blocks:
     """Blocks of some arrays [B, T, D] of one shape.
+
+    Where the cores of the chip would get unequal shares, blocks have half the rows, and
+    of a single row half the channels. (A core alone would take up to 31 % more cycles for
+    narrower blocks, by the compiler's estimates, two take 13 to 43 % fewer.)
 
     Args:
       shape: B, T and D.
       itemsizes: bytes an element of each array that is read or written in blocks.
       reverse: whether time runs from the last step to the first.
+      chip: what runs the kernel.
     """
-    batch, length, width = shape
+    batch, length, channels = shape
     group = min(length, 32 // min(itemsizes))
-    parts = math.ceil(width / MAX_WIDTH)
-    if parts > 1:
-        width = math.ceil(width / parts / LANES) * LANES
+    width, parts = _equal_parts(channels, math.ceil(channels / MAX_WIDTH))
     rows = math.gcd(batch, 8)
     while rows > 1 and rows * width > ROW_CHANNELS:
         rows //= 2
+
+    def share(rows, parts):
+        return largest_share(parts * (batch // rows), chip.cores)
+
+    if rows > 1 and share(rows // 2, parts) < share(rows, parts):
+        rows //= 2
+    halved, more = _equal_parts(channels, chip.cores * parts)
+    if share(rows, more) < share(rows, parts):
+        width = halved
     per_step = 2 * rows * math.ceil(width / LANES) * LANES * sum(itemsizes)
     fitting = max(VMEM_BUDGET_BYTES // per_step, group)
     steps = min(2 ** int(math.log2(fitting)), MAX_STEPS)
@@ -69,20 +90,24 @@ def gate_block_sizes(
     itemsize: int,
     *,
     gradient: bool,
+    chip: Chip = UNKNOWN,
 ) -> Blocks | None:
     """Blocks for a kernel with the RG-LRU's gate products; None if none fit.
 
     A block has whole gate blocks. Fewer rows, then fewer channels, then fewer steps are
     taken until a block fits: products of fewer than 128 steps fill the matrix units less.
     (At (8, 2048, 2560) in bfloat16 half the channels cost the gradient 6 % more cycles on
-    v5e by the compiler's estimate, half the steps 30 %.)
+    v5e by the compiler's estimate, half the steps 30 %.) Of the blocks that fit, the
+    first is taken that leaves no core of the chip with a larger share than need be.
 
     Args:
       shape: B, T and E.
       gate_width: channels of a gate block, a divisor of E.
       itemsize: bytes of an element of the sequences and of the gates' matrices.
       gradient: whether it is the kernel of the gradient.
+      chip: what runs the kernel.
     """
+    budget = SMALL_GATES_BUDGET_BYTES if chip.spills_much else GATES_BUDGET_BYTES
     sequences, wide = GRADIENT_ARRAYS if gradient else FORWARD_ARRAYS
     first = block_sizes(shape, (itemsize,) * sequences, reverse=gradient)
 
@@ -90,7 +115,11 @@ def gate_block_sizes(
         per_step = blocks.rows * (2 * sequences * itemsize + 4 * wide)
         matrices = 2 * gate_width * (itemsize + 4 * blocks.rows * gradient)
         size = blocks.width * (blocks.steps * per_step + matrices)
-        return size <= GATES_BUDGET_BYTES
+        return size <= budget
+
+    def share(blocks: Blocks) -> float:
+        programs = (shape[0] // blocks.rows) * (shape[2] // blocks.width)
+        return largest_share(programs, chip.cores)
 
     groups = shape[2] // gate_width
     whole_length = math.ceil(shape[1] / first.group) * first.group
@@ -101,7 +130,22 @@ def gate_block_sizes(
         if groups % count == 0
         for rows in _halvings(first.rows, 1)
     )
-    return next(filter(fits, candidates), None)
+    return min(filter(fits, candidates), key=share, default=None)
+
+
+def largest_share(programs: int, cores: int) -> float:
+    """Share of the work of the core that gets most of the programs of a grid."""
+    if programs > FEW_PROGRAMS:
+        return 1 / cores
+    return math.ceil(programs / cores) / programs
+
+
+def _equal_parts(channels: int, parts: int) -> tuple[int, int]:
+    """Width of a block of channels, whole tiles of lanes, and the number of blocks."""
+    if parts == 1:
+        return channels, 1
+    width = math.ceil(channels / parts / LANES) * LANES
+    return width, math.ceil(channels / width)
 
 
 def _halvings(size: int, smallest: int) -> list[int]:

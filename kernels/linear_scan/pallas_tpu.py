@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 
 from recurrentgemma.kernels.linear_scan import tpu_programs as tpu
 from recurrentgemma.kernels.linear_scan.block_sizes import TILE, block_sizes
+from recurrentgemma.kernels.tpu_chips import chip_of
 
 
 def _scan_kernel(x, a, h0, y, h, wide_x, wide_a, wide_y, *, blocks):
@@ -63,7 +64,7 @@ def scan(
 ) -> tuple[jax.Array, jax.Array]:
     """See `linear_scan`; h0 is float32 [B, D] here and T is at least 1."""
     itemsizes = [array.dtype.itemsize for array in (x, a, x)]
-    blocks = block_sizes(x.shape, itemsizes, reverse=reverse)
+    blocks = block_sizes(x.shape, itemsizes, reverse=reverse, chip=chip_of(x))
     y, h_last = tpu.call(
         _scan_kernel,
         "linear_scan",
@@ -88,7 +89,7 @@ def gradients(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of x, a and h0, from the result y and the gradients of y and h_last."""
     itemsizes = [array.dtype.itemsize for array in (a, a, y, y, y)]
-    blocks = block_sizes(y.shape, itemsizes, reverse=True)
+    blocks = block_sizes(y.shape, itemsizes, reverse=True, chip=chip_of(y))
     group = blocks.group
     dx, da, dh = tpu.call(
         _gradient_kernel,

@@ -40,6 +40,7 @@ from recurrentgemma.kernels.rg_lru.gates import (
     expected_gates,
     from_logits,
 )
+from recurrentgemma.kernels.tpu_chips import chip_of
 
 
 def rg_lru(
@@ -133,7 +134,8 @@ def _supports_kernels_for_tpu(inputs):
     if width % LANES:
         return f"blocks of the gates must be multiples of {LANES} wide, not {width}"
     x = inputs.x
-    if gate_block_sizes(x.shape, width, x.dtype.itemsize, gradient=True) is None:
+    sizes = (x.shape, width, x.dtype.itemsize)
+    if gate_block_sizes(*sizes, gradient=True, chip=chip_of(x)) is None:
         return f"a gate block of {width} channels does not fit in on-chip memory"
     return TPU_DTYPES(x)
 

@@ -32,6 +32,7 @@ from recurrentgemma.kernels.rg_lru.steps import (
     step_gates,
     step_gradients,
 )
+from recurrentgemma.kernels.tpu_chips import chip_of
 
 
 def _kernel(
@@ -142,7 +143,8 @@ def _reciprocal(value):
 def _blocks(*arrays: jax.Array, reverse: bool) -> Blocks:
     """Those of the scan, with blocks of time that fall into one tile of positions."""
     itemsizes = [array.dtype.itemsize for array in arrays]
-    blocks = block_sizes(arrays[0].shape, itemsizes, reverse=reverse)
+    x, chip = arrays[0], chip_of(*arrays)
+    blocks = block_sizes(x.shape, itemsizes, reverse=reverse, chip=chip)
     return blocks._replace(steps=min(blocks.steps, LANES))
 
 

@@ -44,6 +44,7 @@ from recurrentgemma.kernels.rg_lru.steps import (
     scan_input,
     step_gradients,
 )
+from recurrentgemma.kernels.tpu_chips import chip_of
 
 
 def _kernel(
@@ -187,7 +188,8 @@ def _plan(inputs: Inputs, *, gradient: bool) -> tuple[Blocks, list[tpu.Blocked],
     """Blocks, the parameters of the gates, and the scratch of both kernels."""
     x, gates = inputs.x, (inputs.recurrence_gate, inputs.input_gate)
     width = gates[0].kernel.shape[1]
-    blocks = gate_block_sizes(x.shape, width, x.dtype.itemsize, gradient=gradient)
+    sizes = (x.shape, width, x.dtype.itemsize)
+    blocks = gate_block_sizes(*sizes, gradient=gradient, chip=chip_of(x))
     assert blocks is not None, f"{gates[0].kernel.shape} fits no block: see `supports`"
     groups = blocks.width // width
     # Read once for each block of channels: one buffer does.

@@ -12,7 +12,6 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
 
 from recurrentgemma._validation import refuse
@@ -94,9 +93,7 @@ class LocalAttentionBlock(Mixer):
         config = self.config
         with jax.named_scope("attention_block"):
             q, k, v = (
-                chunk.observe(
-                    name, rearrange(proj(x), "b t (n h) -> b t n h", h=config.head_dim)
-                )
+                chunk.observe(name, proj.to_heads(x, config.head_dim))
                 for name, proj in (
                     ("queries", self.proj_q),
                     ("keys", self.proj_k),
@@ -124,7 +121,7 @@ class LocalAttentionBlock(Mixer):
                 seen = _observed_heads(q, k, v, before, chunk, options)
                 y = seen if chunk.replaces("probabilities") else y
             y = chunk.observe("heads", y)
-            return self.proj_out(rearrange(y, "b t n h -> b t (n h)")), state
+            return self.proj_out.from_heads(y), state
 
     def init_state(self, batch_size: int, capacity: int | None = None) -> KVCache:
         """An empty ring; only in a model with global attention is capacity used."""

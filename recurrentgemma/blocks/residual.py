@@ -3,13 +3,16 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from recurrentgemma._compat import value_of
 from recurrentgemma.blocks import TEMPORAL_MIXERS
 from recurrentgemma.blocks.mlp import GatedMLP
 from recurrentgemma.chunk import Chunk
 from recurrentgemma.config import GriffinConfig, Runtime
-from recurrentgemma.layers import RMSNorm
+from recurrentgemma.layers import Linear, RMSNorm
+from recurrentgemma.matrices import is_matrix
 
 
 class ResidualBlock(nnx.Module):
@@ -54,3 +57,31 @@ class ResidualBlock(nnx.Module):
             if self.channel_post_norm is not None:
                 y = self.channel_post_norm(y)
             return chunk.observe("residual", x + y), state
+
+    def with_narrow_matrices(self, dtype: jnp.dtype) -> "ResidualBlock":
+        """The same block with the matrices of its `Linear` layers in a narrower dtype.
+
+        A layer casts its matrix where it multiplies by it: in the forward pass, again
+        where that is recomputed, and for the gradient. Cast beforehand, a matrix is read
+        in fewer bytes each time. Numbers stay the same. Matrices that the mixer
+        multiplies in float32, adapted and quantised ones stay as they are.
+        """
+
+        def is_multiplied(path):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            place, _, inner = name.partition(".")
+            return place != "mixer" or self.mixer.is_multiplied(f"{inner}.kernel")
+
+        def narrow(path, layer):
+            if type(layer) is not Linear or is_matrix(value_of(layer.kernel)):
+                return layer
+            is_wide = layer.kernel[...].dtype.itemsize > dtype.itemsize
+            if not is_wide or not is_multiplied(path):
+                return layer
+            layer = jax.tree.map(lambda leaf: leaf, layer)
+            layer.kernel = jax.tree.map(lambda leaf: leaf.astype(dtype), layer.kernel)
+            return layer
+
+        return jax.tree_util.tree_map_with_path(
+            narrow, self, is_leaf=lambda node: isinstance(node, Linear)
+        )

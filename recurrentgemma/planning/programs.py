@@ -110,7 +110,10 @@ def _decode(config, workload, mesh):
         hidden, cache = model(tokens, cache=cache)
         return jnp.argmax(model.logits(hidden), axis=-1), cache
 
-    return jax.jit(step, donate_argnums=1).lower(model, cache, tokens)
+    # Left to choose, the compiler lays out the new cache in another way than the old one.
+    kept = jax.tree.map(lambda leaf: leaf.sharding, cache)
+    jitted = jax.jit(step, donate_argnums=1, out_shardings=(None, kept))
+    return jitted.lower(model, cache, tokens)
 
 
 PROGRAMS: dict[str, Callable[[GriffinConfig, Workload, Mesh], Any]] = {

@@ -16,6 +16,7 @@ from recurrentgemma.kernels.linear_scan import block_sizes, workloads
 from recurrentgemma.kernels.linear_scan import pallas_tpu as scan_kernels
 from recurrentgemma.kernels.rg_lru import pallas_tpu as rg_lru_kernels
 from recurrentgemma.kernels.rg_lru.gates import Inputs
+from recurrentgemma.kernels.tpu_chips import Chip
 from tests.kernels import definitions
 from tests.kernels.watched import watched
 from tests.tolerances import assert_close
@@ -166,6 +167,29 @@ def test_block_sizes_fit():
             assert sizes.group == length or sizes.group % (32 // min(itemsizes)) == 0
             block = sizes.rows * sizes.steps * sizes.width * sum(itemsizes)
             assert 2 * block <= block_sizes.VMEM_BUDGET_BYTES
+
+
+def test_two_cores_get_equal_shares():
+    """Where channels can be cut into as many tiles; one core keeps the larger blocks."""
+    two = Chip(cores=2)
+    shapes = [*workloads.WORKLOADS.values(), (3, 40, 512), (2, 9, 256), (1, 9, 9000)]
+    for batch, length, width in shapes:
+        shape = batch, length, width
+        found = [block_sizes.block_sizes(shape, (2, 4, 2), chip=two)]
+        if width % 256 == 0:
+            for gradient in (False, True):
+                found.append(
+                    block_sizes.gate_block_sizes(
+                        shape, 128, 2, gradient=gradient, chip=two
+                    )
+                )
+        for blocks in found:
+            programs = batch // blocks.rows * -(-width // blocks.width)
+            assert programs % 2 == 0 or programs > block_sizes.FEW_PROGRAMS
+    document = workloads.WORKLOADS["document_2b"]
+    assert block_sizes.block_sizes(document, (2, 2, 2)).width == document.width
+    # No tile to spare.
+    assert block_sizes.block_sizes((1, 9, 128), (2, 2, 2), chip=two).width == 128
 
 
 def test_gate_block_sizes_fit():

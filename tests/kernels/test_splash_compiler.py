@@ -3,8 +3,10 @@
 Needs the extra `tpu-plan` (libtpu); no TPU.
 """
 
+import dataclasses
 import importlib.util
 import itertools
+import math
 import os
 import re
 
@@ -13,6 +15,8 @@ import jax.numpy as jnp
 import pytest
 
 from recurrentgemma.benchmarks import ahead_of_time
+from recurrentgemma.checkpoints.parameters import describe
+from recurrentgemma.config import PRESETS, Runtime
 from recurrentgemma.kernels import KVCache, local_attention
 
 if importlib.util.find_spec("libtpu") is None:
@@ -95,3 +99,24 @@ def test_it_compiles(case, generation):
         if length > 1024:
             temporaries = compiled.memory_analysis().temp_size_in_bytes
             assert temporaries < scores_bytes / 2
+
+
+def test_an_attention_block_copies_no_queries():
+    """Its projections write and read them in the order of the kernel."""
+    config = dataclasses.replace(
+        PRESETS["nano"],
+        num_heads=4,
+        head_dim=128,
+        num_layers=1,
+        block_pattern=("local_attention",),
+    )
+    model = describe(config, Runtime(compute_dtype="bfloat16"))
+    tokens = jax.ShapeDtypeStruct((2, 512), jnp.int32)
+    compiled = ahead_of_time.compile_for(
+        "v5e", lambda model, tokens: model(tokens)[0], model, tokens
+    )
+    text = compiled.as_text()
+    assert "splash_mqa_fwd" in text
+    copied = re.findall(r" = \w+\[([\d,]+)\]\S* (?:copy|transpose)\(", text)
+    sizes = {math.prod(map(int, shape.split(","))) for shape in copied}
+    assert math.prod(tokens.shape) * config.num_heads * config.head_dim not in sizes

@@ -1,16 +1,21 @@
 """Plans: the search, the errors, and programs that the real compiler takes."""
 
+import dataclasses
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+from jax.sharding import AxisType
 
 from recurrentgemma import cli
-from recurrentgemma.planning import plan, topologies
+from recurrentgemma.config import PRESETS
+from recurrentgemma.planning import plan, programs, topologies
 from recurrentgemma.planning.hlo import Costs, Exchange
 
 ROOT = Path(__file__).parents[2]
@@ -89,6 +94,26 @@ def test_without_libtpu(capsys, monkeypatch):
     error = capsys.readouterr().err
     assert "pip install 'recurrentgemma[tpu-plan]'" in error
     assert error.count("\n") == 1
+
+
+def test_a_decode_step_writes_its_cache_in_place():
+    """Every array of the new cache lies in the memory of the old one."""
+    pattern = ("recurrent", "local_attention")
+    config = dataclasses.replace(
+        PRESETS["nano"], num_layers=2, block_pattern=pattern, vocab_size=64
+    )
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    lowered = programs.lower(config, programs.Workload("decode", 4, 8), mesh)
+    compiled = lowered.compile()
+    (_, cache, _), _ = lowered.args_info
+    (_, shardings, _), _ = compiled.input_shardings
+    of_leaves = list(zip(*map(jax.tree.leaves, (cache, shardings)), strict=True))
+    assert jax.tree.leaves(compiled.output_shardings[1]) == [s for _, s in of_leaves]
+    cache_bytes = sum(
+        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, sharding in of_leaves
+    )
+    assert compiled.memory_analysis().alias_size_in_bytes == cache_bytes
 
 
 @needs_libtpu
