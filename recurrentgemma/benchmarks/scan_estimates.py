@@ -30,8 +30,8 @@ from recurrentgemma.benchmarks.scan_programs import (
     PROGRAMS,
     block_bytes,
     check_workloads,
+    estimated_programs,
     least_bytes,
-    programs,
 )
 from recurrentgemma.kernels.linear_scan.workloads import WORKLOADS
 
@@ -150,7 +150,7 @@ def run(values: dict[str, Any], folder: Path) -> None:
             os.symlink(package, Path(path) / "recurrentgemma")
         for point in points:
             workload, dtype, generation = point
-            for name in programs("tpu", WORKLOADS[workload]):
+            for name in estimated_programs(WORKLOADS[workload]):
                 key = dict(zip(KEY, (name, *point), strict=True))
                 report.add(key | estimate(generation, name, workload, dtype))
             for op in OFFICIAL_OPS if official else ():

@@ -27,12 +27,8 @@ from recurrentgemma.kernels.rg_lru import rg_lru, rg_lru_gradients
 from recurrentgemma.kernels.rg_lru.gates import Gate
 
 DTYPES = ("float32", "bfloat16")
-IMPLEMENTATIONS = {
-    "tpu": ("pallas_tpu", "associative", "composed"),
-    "gpu": ("pallas_gpu", "chunked", "associative", "composed"),
-    "cpu": ("sequential", "chunked", "associative", "composed"),
-}
-"""Implementations that are worth a row where an op has them, by platform."""
+ESTIMATED = ("pallas_tpu", "associative", "composed")
+"""Implementations that are worth a row of the estimates for TPU, where an op has them."""
 RANGES = {"a": (0.8, 0.999), "a_param": (-6.0, -3.0), "kernel": (-0.1, 0.1)}
 """Ranges of random inputs, by argument: decays near those of trained models."""
 OTHER_RANGE = (-2.0, 2.0)
@@ -129,7 +125,7 @@ def program(
 PROGRAMS: dict[str, Callable[[Workload, str], Program]] = {
     f"{op}: {implementation}": partial(program, op=op, implementation=implementation)
     for op in OPS
-    for implementation in dict.fromkeys(sum(IMPLEMENTATIONS.values(), ()))
+    for implementation in ESTIMATED
     if implementation in OPS[op].table
 }
 """Makers of programs by name: (workload, dtype) -> function, shapes of its arguments."""
@@ -148,14 +144,9 @@ def split_name(program: str) -> tuple[str, str]:
     return op, implementation
 
 
-def programs(platform: str, workload: Workload) -> list[str]:
-    """Names of `PROGRAMS` that a workload is for, on a platform of `IMPLEMENTATIONS`."""
-    return [
-        name
-        for name in PROGRAMS
-        for op, implementation in [split_name(name)]
-        if implementation in IMPLEMENTATIONS[platform] and OPS[op].fits(workload)
-    ]
+def estimated_programs(workload: Workload) -> list[str]:
+    """Names of `PROGRAMS` that a workload is for."""
+    return [name for name in PROGRAMS if OPS[split_name(name)[0]].fits(workload)]
 
 
 def least_bytes(program: Program) -> int:
