@@ -1,36 +1,16 @@
 """Strict settings for every test: set before jax starts, no exceptions hidden."""
 
-import importlib.util
-import mmap
 import os
 import re
-from pathlib import Path
 
+from tests import flags
 
-def known_flags(flags: list[str]) -> str:
-    """Those that this jaxlib knows: it ends the process at another one."""
-    spec = importlib.util.find_spec("jaxlib")
-    folders = map(Path, (spec and spec.submodule_search_locations) or ())
-    known = []
-    for library in (path for folder in folders for path in folder.glob("*jax_common*")):
-        with library.open("rb") as file:
-            text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            names = {flag: flag.split("=")[0].removeprefix("--") for flag in flags}
-            known += [f for f, name in names.items() if text.find(name.encode()) >= 0]
-    return " ".join(known)
-
-
-FAST_COMPILATION = [
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",
-    "--xla_cpu_parallel_codegen_split_count=1",
-]
-"""Tests compile much and compute little: a quarter of the time of a compilation."""
 # Read when the libraries are first imported, so they come before any other import.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 ON_CPU = os.environ["JAX_PLATFORMS"] == "cpu"  # `tests/device/conftest.py` says how not
-if ON_CPU:
-    os.environ.setdefault("XLA_FLAGS", known_flags(FAST_COMPILATION))
+CHOOSES_FLAGS = ON_CPU and "XLA_FLAGS" not in os.environ
+if CHOOSES_FLAGS:
+    os.environ["XLA_FLAGS"] = flags.quick()
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
@@ -101,6 +81,9 @@ of the same tests, of the same code, stay. `-m slow` runs them; `-m repeated` th
 
 jax.config.update("jax_num_cpu_devices", VIRTUAL_DEVICES)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+if CHOOSES_FLAGS:
+    jax.devices()  # jaxlib reads its flags
+    os.environ["XLA_FLAGS"] = flags.COMMON
 
 LOCAL_HOSTS = {"127.0.0.1", "::1", "localhost"}
 

@@ -32,6 +32,7 @@ from recurrentgemma.training.optimizer import OptimizerConfig
 from recurrentgemma.training.rows import RowsConfig
 from recurrentgemma.training.start import BUNDLED_TOKENIZER
 from recurrentgemma.training.state import Checkpoints, TrainState
+from tests import flags
 from tests.checkpoints.test_round_trips import TOKENIZER
 from tests.models import random_model
 from tests.tolerances import assert_close
@@ -154,6 +155,7 @@ def test_interrupted_and_killed_runs_end_like_an_uninterrupted_one(
 
     environment = {
         **os.environ,
+        "XLA_FLAGS": flags.quick(),  # numbers depend on them
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "JAX_NUM_CPU_DEVICES": str(jax.device_count()),
         "JAX_COMPILATION_CACHE_DIR": compiled_programs,
