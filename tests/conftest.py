@@ -8,7 +8,8 @@ from tests import flags
 # Read when the libraries are first imported, so they come before any other import.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 ON_CPU = os.environ["JAX_PLATFORMS"] == "cpu"  # `tests/device/conftest.py` says how not
-CHOOSES_FLAGS = ON_CPU and "XLA_FLAGS" not in os.environ
+# Workers inherit what is left at the end of this.
+CHOOSES_FLAGS = ON_CPU and os.environ.get("XLA_FLAGS", flags.COMMON) == flags.COMMON
 if CHOOSES_FLAGS:
     os.environ["XLA_FLAGS"] = flags.quick()
 os.environ["HF_HUB_OFFLINE"] = "1"
