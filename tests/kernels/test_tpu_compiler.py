@@ -18,7 +18,11 @@ from jax.sharding import PartitionSpec as P
 
 from recurrentgemma.benchmarks import ahead_of_time
 from recurrentgemma.benchmarks.report import package_version
-from recurrentgemma.benchmarks.scan_programs import GATE_BLOCK, PROGRAMS, programs
+from recurrentgemma.benchmarks.scan_programs import (
+    GATE_BLOCK,
+    PROGRAMS,
+    estimated_programs,
+)
 from recurrentgemma.checkpoints.parameters import (
     describe,
     named_parameters,
@@ -40,7 +44,7 @@ for name, value in ahead_of_time.ENVIRONMENT.items():
 
 OURS = [
     name
-    for name in programs("tpu", WORKLOADS["train_2b"])
+    for name in estimated_programs(WORKLOADS["train_2b"])
     if name.endswith("pallas_tpu")
 ]
 DTYPES = ["float32", "bfloat16"]
