@@ -75,6 +75,9 @@ SLOW_CASES = [
     r"test_adapters.py::test_the_merged_model_is_saved.*\[official",
     r"test_scorer.py::.*\[global",
     r"test_evaluation_benchmarks.py::test_needle_rows_are_kept",
+    r"test_device_suite.py::test_the_whole_suite",
+    r"test_gpu_blocks.py::test_the_fastest.*\[(?!linear_scan\])",
+    r"benchmarks/test_adapters.py::test_every_way_is_a_row",
     r"test_meshes.py::test_(sampler\[(auto|sequence)|model_and_gradient\[(auto|explicit ))",
 ]
 """Heavy cases that the default run leaves out, as patterns of their names: other cases

@@ -3,14 +3,12 @@
 import json
 
 import numpy as np
-import pytest
 
 from recurrentgemma import load
 from recurrentgemma.benchmarks import adapters
 from tests.models import random_model, tiny_config
 
 
-@pytest.mark.slow
 def test_every_way_is_a_row(tmp_path, monkeypatch):
     _, tokenizer = load("nano")
     config = tiny_config(

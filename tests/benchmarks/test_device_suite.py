@@ -349,7 +349,6 @@ def test_a_device_that_does_not_start(tmp_path):
         Worker(ending_pieces.no_device, tmp_path / "log")
 
 
-@pytest.mark.slow
 def test_the_whole_suite(tmp_path, capsys):
     """The command itself: every piece in the small size."""
     command = ["bench", "device", "--size=small", f"--out={tmp_path}"]

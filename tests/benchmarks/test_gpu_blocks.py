@@ -35,13 +35,7 @@ def swept(tmp_path, *arguments):
     return samples, dict(map(table.from_row, written))
 
 
-@pytest.mark.parametrize(
-    "kernel",
-    [
-        table.KERNELS[0],
-        *(pytest.param(name, marks=pytest.mark.slow) for name in table.KERNELS[1:]),
-    ],
-)
+@pytest.mark.parametrize("kernel", table.KERNELS)
 def test_the_fastest_choice_is_written(kernel, tmp_path, tiny, monkeypatch):
     """The kernel runs with every candidate; the clock is ours."""
     seconds = {2: 1.0, 3: 3.0, PRESENT: 2.0}
