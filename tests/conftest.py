@@ -78,6 +78,7 @@ SLOW_CASES = [
     r"test_device_suite.py::test_the_whole_suite",
     r"test_gpu_blocks.py::test_the_fastest.*\[(?!linear_scan\])",
     r"benchmarks/test_adapters.py::test_every_way_is_a_row",
+    r"test_memory.py::test_a_checkpoint_of.*\[\w+-(float32-columns|bfloat16-replicated)",
     r"test_meshes.py::test_(sampler\[(auto|sequence)|model_and_gradient\[(auto|explicit ))",
 ]
 """Heavy cases that the default run leaves out, as patterns of their names: other cases
