@@ -24,17 +24,22 @@ HEADS, KEY_HEADS, HEAD_DIM, WINDOW = 10, 1, 256, 2048
 """A layer of recurrentgemma-2b reads 8192 tokens."""
 CARDS = {
     "T4": {
-        "capability": (7, 5), "memory": 15835660288, "bandwidth": 320000000000,
-        "cores": 40, "fpus": 64, "clock": 1.59, "cache": 4194304, "threads": 1024,
-        "shared": 65536, "optin": 65536,
+        "capability": (7, 5), "architecture": "sm_75", "memory": 15835660288,
+        "bandwidth": 320000000000, "cores": 40, "fpus": 64, "clock": 1.59,
+        "cache": 4194304, "threads": 1024, "shared": 65536, "optin": 65536,
     },
     "A100": {
-        "capability": (8, 0), "memory": 42405855232, "bandwidth": 1555000000000,
-        "cores": 108, "fpus": 64, "clock": 1.41, "cache": 41943040, "threads": 2048,
-        "shared": 167936, "optin": 166912,
+        "capability": (8, 0), "architecture": "sm_80", "memory": 42405855232,
+        "bandwidth": 1555000000000, "cores": 108, "fpus": 64, "clock": 1.41,
+        "cache": 41943040, "threads": 2048, "shared": 167936, "optin": 166912,
+    },
+    "H100": {
+        "capability": (9, 0), "architecture": "sm_90a", "memory": 84942979072,
+        "bandwidth": 3350000000000, "cores": 132, "fpus": 128, "clock": 1.98,
+        "cache": 52428800, "threads": 2048, "shared": 233472, "optin": 232448,
     },
 }  # fmt: skip
-"""What NVIDIA publishes of a T4 and of an A100 of 40 GB."""
+"""What NVIDIA publishes of a T4, an A100 of 40 GB and an H100 SXM."""
 DESCRIPTION = """
 gpu_device_info {{
   name: "{name}" device_memory_size: {memory} memory_bandwidth: {bandwidth}
@@ -45,7 +50,7 @@ gpu_device_info {{
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  cuda_compute_capability {{ major: {major} minor: {minor} {extension} }}
   driver_version: "13.0.0" runtime_version: "12.9.0"
   compile_time_toolkit_version: "12.9.0" dnn_version: "9.10.0"
 }}
@@ -99,6 +104,10 @@ def device_of(card):
     """A device of a card of `CARDS` that is not here."""
     known = dict(CARDS[card])
     major, minor = known.pop("capability")
+    accelerated = known.pop("architecture").endswith("a")
+    known["extension"] = (
+        "feature_extension: ACCELERATED_FEATURES" if accelerated else ""
+    )
     topology = topologies.get_topology_desc(
         card,
         platform="cuda",

@@ -148,7 +148,7 @@ class Checkpoints:
             raise OSError(f"{needed:,} bytes are needed, {free:,} are free on the disk")
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
-        """A saved state.
+        """A saved state, once one that is being saved is on disk.
 
         Args:
             like: a state of the same shapes; its values do not matter.
@@ -157,7 +157,9 @@ class Checkpoints:
         Raises:
             ValueError: there is none of this step, it cannot be read, or it has other
                 shapes.
+            OSError: the state that was being saved could not be written.
         """
+        self.finish()
         steps = self.steps
         if step is None:
             step = self.latest_step

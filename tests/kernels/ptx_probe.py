@@ -26,66 +26,20 @@ os.environ["PATH"] += f":{CUDA / 'bin'}"
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from recurrentgemma.benchmarks.gpu_programs import CARDS, device_of
 from recurrentgemma.kernels.linear_scan import mosaic_gpu
 from recurrentgemma.kernels.linear_scan import pallas_gpu as linear_scan
 from recurrentgemma.kernels.rg_lru import pallas_gpu as rg_lru
 from recurrentgemma.kernels.rg_lru.gates import Inputs
 
-CARDS = {
-    "T4": {
-        "capability": (7, 5), "architecture": "sm_75", "memory": 15835660288,
-        "bandwidth": 320000000000, "cores": 40, "fpus": 64, "clock": 1.59,
-        "cache": 4194304, "threads": 1024, "shared": 65536, "optin": 65536,
-    },
-    "A100": {
-        "capability": (8, 0), "architecture": "sm_80", "memory": 42405855232,
-        "bandwidth": 1555000000000, "cores": 108, "fpus": 64, "clock": 1.41,
-        "cache": 41943040, "threads": 2048, "shared": 167936, "optin": 166912,
-    },
-    "H100": {
-        "capability": (9, 0), "architecture": "sm_90a", "memory": 84942979072,
-        "bandwidth": 3350000000000, "cores": 132, "fpus": 128, "clock": 1.98,
-        "cache": 52428800, "threads": 2048, "shared": 233472, "optin": 232448,
-    },
-}  # fmt: skip
-"""What NVIDIA publishes of a T4, an A100 of 40 GB and an H100 SXM."""
-DESCRIPTION = """
-gpu_device_info {{
-  name: "{name}" device_memory_size: {memory} memory_bandwidth: {bandwidth}
-  core_count: {cores} fpus_per_core: {fpus} clock_rate_ghz: {clock}
-  l2_cache_size: {cache} threads_per_block_limit: 1024 threads_per_warp: 32
-  threads_per_core_limit: {threads} shared_memory_per_block: 49152
-  shared_memory_per_core: {shared} shared_memory_per_block_optin: {optin}
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  cuda_compute_capability {{ major: {major} minor: {minor} {extension} }}
-  driver_version: "13.0.0" runtime_version: "12.9.0"
-  compile_time_toolkit_version: "12.9.0" dnn_version: "9.10.0"
-}}
-platform_name: "CUDA" device_description_str: "{name}"
-"""
 CASES = [
     ((8, 8192, 2560), jnp.float32, jnp.float32),
     ((8, 8192, 2560), jnp.float16, jnp.float32),
     ((1, 8192, 2560), jnp.bfloat16, jnp.bfloat16),
 ]
 """Dtypes of x and of decays: one pass, one channel a thread; two passes, two of them."""
-
-
-def target() -> str:
-    """The description of the card that XLA reads."""
-    card = dict(CARDS[CARD])
-    major, minor = card.pop("capability")
-    architecture = card.pop("architecture")
-    accelerated = architecture.endswith("a")
-    extension = "feature_extension: ACCELERATED_FEATURES" if accelerated else ""
-    return DESCRIPTION.format(
-        name=CARD, major=major, minor=minor, extension=extension, **card
-    )
 
 
 def waits(ptx: str) -> int:
@@ -127,12 +81,8 @@ def assemble(file: Path) -> str:
 
 
 def main() -> None:
-    topology = topologies.get_topology_desc(
-        CARD, platform="cuda", target_config=target(), topology="1x1x1"
-    )
-    sharding = NamedSharding(
-        Mesh(np.array(topology.devices[:1]), ("x",)), PartitionSpec()
-    )
+    mesh = Mesh(np.array([device_of(CARD)]), ("x",))
+    sharding = NamedSharding(mesh, PartitionSpec())
 
     def like(shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

@@ -62,6 +62,24 @@ def test_chunks_fill_the_chip_and_cover_time(name, dtype):
     assert schedule.channels * array.dtype.itemsize == 128 or enough
 
 
+NAMES = ("x", "recurrence_logits", "input_logits", "a_param", "h0")
+
+
+def rg_lru_and_gradients(arrays, positions, upstream):
+    """Results, and gradients of the arrays that are called `NAMES`, by the kernel."""
+
+    @jax.jit
+    def run(*arrays):
+        def op(*arrays):
+            *others, h0 = arrays
+            return rg_lru(*others, positions, h0, implementation="pallas_gpu")
+
+        results, pull_back = jax.vjp(op, *arrays)
+        return results, pull_back(upstream)
+
+    return run(*arrays)
+
+
 def test_rg_lru_with_mixed_dtypes_and_several_blocks_of_channels():
     rng = np.random.default_rng(0)
     shape = batch, length, width = 2, 300, 70
@@ -71,22 +89,13 @@ def test_rg_lru_with_mixed_dtypes_and_several_blocks_of_channels():
     a_param = np.linspace(-9, 1, width, dtype=np.float32)
     positions = rng.integers(-1, 20, (batch, length), np.int32)
 
-    @jax.jit
-    def run(*arrays):
-        def op(x, recurrence, input_, a_param, h0):
-            arguments = (x, recurrence, input_, a_param, positions, h0)
-            return rg_lru(*arguments, implementation="pallas_gpu")
-
-        results, pull_back = jax.vjp(op, *arrays)
-        return results, pull_back((y_gradient, last_gradient))
-
     arrays = (x, recurrence, input_, a_param, h0)
-    (y, h_last), gradients = run(*arrays)
-    expected = definitions.rg_lru(*arrays[:4], positions, h0, y_gradient, last_gradient)
+    upstream = y_gradient, last_gradient
+    (y, h_last), gradients = rg_lru_and_gradients(arrays, positions, upstream)
+    expected = definitions.rg_lru(*arrays[:4], positions, h0, *upstream)
     assert_close(h_last, expected["h_last"], "scan")
     assert_close(y, expected["y"], "scan", "float16")
-    names = ("x", "recurrence_logits", "input_logits", "a_param", "h0")
-    for name, array, gradient in zip(names, arrays, gradients, strict=True):
+    for name, array, gradient in zip(NAMES, arrays, gradients, strict=True):
         assert gradient.dtype == array.dtype, name
         precision = "bfloat16" if name == "input_logits" else "float16"
         assert_close(gradient, expected[f"grad_{name}"], "gradient", precision)
@@ -254,22 +263,13 @@ def test_rg_lru_by_the_instructions_of_a_gpu(with_instructions):
     a_param = np.linspace(-9, 1, width, dtype=np.float32)
     positions = rng.integers(-1, 20, (batch, length), np.int32)
 
-    @jax.jit
-    def run(*arrays):
-        def op(x, recurrence, input_, a_param, h0):
-            arguments = (x, recurrence, input_, a_param, positions, h0)
-            return rg_lru(*arguments, implementation="pallas_gpu")
-
-        results, pull_back = jax.vjp(op, *arrays)
-        return results, pull_back((y_gradient, last_gradient))
-
     arrays = (x, recurrence, input_, a_param, h0)
-    (y, h_last), gradients = run(*arrays)
-    expected = definitions.rg_lru(*arrays[:4], positions, h0, y_gradient, last_gradient)
+    upstream = y_gradient, last_gradient
+    (y, h_last), gradients = rg_lru_and_gradients(arrays, positions, upstream)
+    expected = definitions.rg_lru(*arrays[:4], positions, h0, *upstream)
     assert_close(y, expected["y"], "scan")
     assert_close(h_last, expected["h_last"], "scan")
-    names = ("x", "recurrence_logits", "input_logits", "a_param", "h0")
-    for name, gradient in zip(names, gradients, strict=True):
+    for name, gradient in zip(NAMES, gradients, strict=True):
         assert_close(gradient, expected[f"grad_{name}"], "gradient")
 
 
