@@ -175,7 +175,7 @@ def losses(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     """The losses of a training run by step, and the last held-out one by position.
 
     Args:
-        rows: the rows of its `metrics.jsonl`.
+      rows: the rows of its `metrics.jsonl`.
     """
     figure = _figure(2.6 * _PANEL_INCHES, _PANEL_INCHES)
     left, right = figure.subplots(1, 2)

@@ -73,9 +73,9 @@ def assert_close(actual, expected, quantity: str, dtype: str = "float32") -> Non
     """Raises AssertionError unless `actual` is within the table's tolerance.
 
     Args:
-        actual, expected: arrays of one shape, any dtype that casts to float64.
-        quantity: the row of `TOLERANCES`, such as "logits".
-        dtype: the precision that `actual` was computed in.
+      actual, expected: arrays of one shape, any dtype that casts to float64.
+      quantity: the row of `TOLERANCES`, such as "logits".
+      dtype: the precision that `actual` was computed in.
     """
     actual = np.asarray(actual).astype(np.float64)
     expected = np.asarray(expected).astype(np.float64)

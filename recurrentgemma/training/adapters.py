@@ -31,7 +31,7 @@ class AdapterConfig:
     """Adapters of low rank, which are trained in the place of the parameters.
 
     Raises:
-        ValueError: a value is outside its range.
+      ValueError: a value is outside its range.
     """
 
     adapter_rank: int = option(

@@ -34,9 +34,9 @@ def split_rows(batch: Batch, chunk_tokens: int, multiple: int = 1) -> Batch:
     """[B, T] -> [n, B, chunk_tokens], padded at the end of rows.
 
     Args:
-        batch: any.
-        chunk_tokens: tokens of a chunk.
-        multiple: n is a multiple of it.
+      batch: any.
+      chunk_tokens: tokens of a chunk.
+      multiple: n is a multiple of it.
     """
     length = batch.tokens.shape[1]
     missing = -length % (chunk_tokens * multiple)
@@ -59,13 +59,13 @@ def in_chunks(sums_of: SumsOf, chunk_tokens: int, keep_every: int = 1) -> SumsOf
     """The same sums and the same gradients, with the memory of one chunk.
 
     Args:
-        sums_of: sums over a batch, such as `step.batch_sums`: what they are sums of must
-            be tokens, each of which belongs to one chunk.
-        chunk_tokens: tokens of a chunk; shorter rows are read whole.
-        keep_every: distance in chunks between the boundary caches that are held.
+      sums_of: sums over a batch, such as `step.batch_sums`: what they are sums of must
+          be tokens, each of which belongs to one chunk.
+      chunk_tokens: tokens of a chunk; shorter rows are read whole.
+      keep_every: distance in chunks between the boundary caches that are held.
 
     Raises:
-        ValueError: a number is less than 1.
+      ValueError: a number is less than 1.
     """
     check.positive_integer("chunk_tokens", chunk_tokens)
     check.positive_integer("keep_every", keep_every)

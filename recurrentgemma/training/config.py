@@ -50,7 +50,7 @@ class TrainConfig:
     """A whole training run.
 
     Raises:
-        ValueError: a value is outside its range.
+      ValueError: a value is outside its range.
     """
 
     output: str = option("directory of the run", may_change=True)
@@ -160,7 +160,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
     in it.
 
     Raises:
-        ValueError: the file cannot be read, or is no such record.
+      ValueError: the file cannot be read, or is no such record.
     """
     try:
         stored = lift_record(dict(json.loads(Path(path).read_text(encoding="utf-8"))))

@@ -54,15 +54,15 @@ def parse_sources(
     included.
 
     Args:
-        data: names and paths, separated by commas; either none or all with a weight.
-        names: what else is a source.
+      data: names and paths, separated by commas; either none or all with a weight.
+      names: what else is a source.
 
     Returns:
-        Names and weights; None for the weight where there are none.
+      Names and weights; None for the weight where there are none.
 
     Raises:
-        ValueError: a source is missing, or there twice; a weight is not positive, or
-            some sources have one and others have none.
+      ValueError: a source is missing, or there twice; a weight is not positive, or
+          some sources have one and others have none.
     """
 
     def is_source(text: str) -> bool:
@@ -87,12 +87,12 @@ def find_files(source: str | Path, ignored: Collection[str] = ()) -> list[Source
     """The files of a source, in the order of their names; nothing is read.
 
     Args:
-        source: see the module's docstring. Of a directory, files that are empty or not
-            UTF-8 are left out later.
-        ignored: names of fields of records that are not used.
+      source: see the module's docstring. Of a directory, files that are empty or not
+          UTF-8 are left out later.
+      ignored: names of fields of records that are not used.
 
     Raises:
-        ValueError: the source does not exist, or is a dataset with several splits.
+      ValueError: the source does not exist, or is a dataset with several splits.
     """
     if source == PYTHON_STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
@@ -125,12 +125,12 @@ def documents_of(
     """Reads the documents of a source one by one, with the file that each is from.
 
     Args:
-        source: the source's name, for messages.
-        files: from `find_files`. Those that are not UTF-8 are left out, with a line in
-            the log, unless there is just one file.
+      source: the source's name, for messages.
+      files: from `find_files`. Those that are not UTF-8 are left out, with a line in
+          the log, unless there is just one file.
 
     Raises:
-        ValueError: there is no document; or see `SourceFile.documents`.
+      ValueError: there is no document; or see `SourceFile.documents`.
     """
     left_out: list[str] = []
     found = False

@@ -60,7 +60,7 @@ class DataConfig:
     """What a run reads, and how it is cut into batches.
 
     Raises:
-        ValueError: a value is outside its range.
+      ValueError: a value is outside its range.
     """
 
     data: str = option(
@@ -131,19 +131,19 @@ def open_data(
         >>> assert batch.tokens.shape == batch.mask.shape == (2, 16)
 
     Args:
-        config: what is read.
-        tokenizer: encodes the texts.
-        seed: seed of the order of rows and of the places of cuts.
-        collections: records in Python, such as a `datasets.Dataset` or a source of
-            grain, by the names under which `config.data` has them.
+      config: what is read.
+      tokenizer: encodes the texts.
+      seed: seed of the order of rows and of the places of cuts.
+      collections: records in Python, such as a `datasets.Dataset` or a source of
+          grain, by the names under which `config.data` has them.
 
     Returns:
-        The batches to train on, and those to evaluate on; None if nothing is held out.
+      The batches to train on, and those to evaluate on; None if nothing is held out.
 
     Raises:
-        ValueError: a source does not exist, cannot be read or holds no document; the
-            message names the file and the line.
-        OSError: the cache cannot be written.
+      ValueError: a source does not exist, cannot be read or holds no document; the
+          message names the file and the line.
+      OSError: the cache cannot be written.
     """
     collections = collections or {}
     share = 0.0 if config.held_out_data else config.held_out_share
@@ -177,8 +177,8 @@ def lift_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a run, with what belongs to its data under `data`.
 
     Args:
-        record: fields of a config; older records have those of `DataConfig` beside the
-            others, and a name or path as `data`.
+      record: fields of a config; older records have those of `DataConfig` beside the
+          others, and a name or path as `data`.
     """
     if not isinstance(record.get("data"), str):
         return dict(record)
@@ -191,12 +191,12 @@ def check_unchanged(path: Path, data: Mixture) -> None:
     """Records digests of a new run's data; refuses to resume a run with other data.
 
     Args:
-        path: a file in the run's directory.
-        data: the batches to train on, from `open_data`.
+      path: a file in the run's directory.
+      data: the batches to train on, from `open_data`.
 
     Raises:
-        ValueError: the run began with other data; the message names what differs.
-        OSError: the record cannot be written.
+      ValueError: the run began with other data; the message names what differs.
+      OSError: the record cannot be written.
     """
     if not path.exists():
         with replace_file(path) as partial:

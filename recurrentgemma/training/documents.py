@@ -72,8 +72,8 @@ class Document:
         """The tokens, BOS first.
 
         Args:
-            tokenizer: encodes the text.
-            cuts: places at which the text is cut before; None cuts nothing.
+          tokenizer: encodes the text.
+          cuts: places at which the text is cut before; None cuts nothing.
         """
         ids = [tokenizer.bos_id]
         for part in [self.text] if cuts is None else cuts.parts(self):
@@ -114,7 +114,7 @@ class Conversation(Document):
         """The tokens, BOS first; nothing is cut.
 
         Raises:
-            ValueError: the tokenizer has no turn markers.
+          ValueError: the tokenizer has no turn markers.
         """
         end = tokenizer.special_id(END_OF_TURN)
         line_end = tokenizer.encode("\n", add_bos=False)
@@ -132,10 +132,10 @@ def encode_document(
     """The token ids of a document, such as BOS, the tokens of a text, EOS.
 
     Args:
-        tokenizer: encodes the texts.
-        document: the document.
-        cut_seed: cuts a text at random places first (see `CHARACTERS_PER_CUT`); the
-            places depend on the seed and the document's name alone. None cuts nothing.
+      tokenizer: encodes the texts.
+      document: the document.
+      cut_seed: cuts a text at random places first (see `CHARACTERS_PER_CUT`); the
+          places depend on the seed and the document's name alone. None cuts nothing.
     """
     cuts = None if cut_seed is None else Cuts(cut_seed)
     return [id for span in document.spans(tokenizer, cuts) for id in span.ids]

@@ -27,7 +27,7 @@ class GuardConfig:
     """What happens at a step that must not count.
 
     Raises:
-        ValueError: a value is outside its range.
+      ValueError: a value is outside its range.
     """
 
     on_bad_step: str = option(

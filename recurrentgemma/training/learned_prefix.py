@@ -43,7 +43,7 @@ class LearnedPrefixConfig:
     """How a prefix is learned: Adam with a cosine schedule.
 
     Raises:
-        ValueError: a value is outside its range.
+      ValueError: a value is outside its range.
     """
 
     steps: int = option("number of updates of the prefix", default=200)
@@ -79,9 +79,9 @@ def after_prefix(cache: Cache, last_token: jax.Array, batch: Batch) -> Batch:
     with nothing.
 
     Args:
-        cache: of the prefix, B rows.
-        last_token: int32 [B], the last token of the prefix, which the cache lacks.
-        batch: arrays [B, T] of rows that begin with nothing.
+      cache: of the prefix, B rows.
+      last_token: int32 [B], the last token of the prefix, which the cache lacks.
+      batch: arrays [B, T] of rows that begin with nothing.
     """
     is_first = (jnp.cumsum(batch.positions >= 0, axis=1) == 1) & (batch.positions == 0)
     is_later = in_later_document(batch.positions)
@@ -96,15 +96,15 @@ def one_document_rows(documents: Iterable[Sequence[int]], row_tokens: int) -> Ba
     """Rows that each hold one part of a document, as `after_prefix` wants them.
 
     Args:
-        documents: token ids of each, the begin token first.
-        row_tokens: T.
+      documents: token ids of each, the begin token first.
+      row_tokens: T.
 
     Returns:
-        Arrays [N, T]: the begin token and T tokens of a document after it, T as inputs
-        and T as targets; the end of a document is padded.
+      Arrays [N, T]: the begin token and T tokens of a document after it, T as inputs
+      and T as targets; the end of a document is padded.
 
     Raises:
-        ValueError: no document has a token after the begin token.
+      ValueError: no document has a token after the begin token.
     """
     check.positive_integer("row_tokens", row_tokens)
     parts = [
@@ -149,11 +149,11 @@ def prefix_sums(
     """`step.batch_sums` after a prefix, as a function of its values.
 
     Args:
-        model: the model of the prefix.
-        values: floating-point leaves of the prefix's cache, by name.
-        prefix: a prefix of one row.
-        batch: arrays [B, T]; see `after_prefix`.
-        chunk_tokens: tokens of a row that are read at once; 0 reads rows whole.
+      model: the model of the prefix.
+      values: floating-point leaves of the prefix's cache, by name.
+      prefix: a prefix of one row.
+      batch: arrays [B, T]; see `after_prefix`.
+      chunk_tokens: tokens of a row that are read at once; 0 reads rows whole.
     """
     batch_size, length = batch.tokens.shape
     cache = prefix.cache.with_floating(values)
@@ -196,19 +196,19 @@ def learn_prefix(
     """Learns the state of a prefix, by the gradient of the loss of what follows it.
 
     Args:
-        model: stays what it is.
-        prefix: one row of at least two tokens, what the learned prefix begins as. It
-            stays valid.
-        batches: at least `config.steps` of them; see `after_prefix`.
-        config: steps and learning rate.
-        progress: whether a progress bar is shown.
+      model: stays what it is.
+      prefix: one row of at least two tokens, what the learned prefix begins as. It
+          stays valid.
+      batches: at least `config.steps` of them; see `after_prefix`.
+      config: steps and learning rate.
+      progress: whether a progress bar is shown.
 
     Returns:
-        The learned prefix, and the loss of each step in nats a token.
+      The learned prefix, and the loss of each step in nats a token.
 
     Raises:
-        ValueError: the prefix has several rows or a single token, belongs to another
-            model, or there are too few batches.
+      ValueError: the prefix has several rows or a single token, belongs to another
+          model, or there are too few batches.
     """
     if prefix.batch_size != 1:
         check.refuse("prefix", "one row", prefix.batch_size, "use take")

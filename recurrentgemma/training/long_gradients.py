@@ -65,17 +65,17 @@ def long_gradients(
       ...                               found.parameters)
 
     Args:
-        model: float32 or in the dtypes of inference; gradients are float32.
-        batch: int32 and float32 [B, T], T of any size.
-        cache: what the B rows have read before; None is nothing.
-        chunk_tokens: tokens of a row that are read at once.
-        keep_every: k, a boundary cache is held for every k-th chunk; the others are
-            made again, which takes one more forward pass if k is not 1.
-        offload: whether boundary caches wait in the host's memory.
-        names: native names of the parameters whose gradients are wanted; None is all.
+      model: float32 or in the dtypes of inference; gradients are float32.
+      batch: int32 and float32 [B, T], T of any size.
+      cache: what the B rows have read before; None is nothing.
+      chunk_tokens: tokens of a row that are read at once.
+      keep_every: k, a boundary cache is held for every k-th chunk; the others are
+          made again, which takes one more forward pass if k is not 1.
+      offload: whether boundary caches wait in the host's memory.
+      names: native names of the parameters whose gradients are wanted; None is all.
 
     Raises:
-        ValueError: a number is less than 1, or a name is no parameter.
+      ValueError: a number is less than 1, or a name is no parameter.
     """
     check.positive_integer("chunk_tokens", chunk_tokens)
     check.positive_integer("keep_every", keep_every)

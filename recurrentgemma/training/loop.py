@@ -68,14 +68,14 @@ def train(config: TrainConfig) -> Path:
     """Trains, or goes on training, and saves the model.
 
     Returns:
-        The directory of the trained model, for `recurrentgemma.load`.
+      The directory of the trained model, for `recurrentgemma.load`.
 
     Raises:
-        ValueError: the config does not fit the data, the tokenizer or the run that the
-            output directory already holds; or a step must not count and `guard` says
-            stop.
-        OSError: something could not be written; what was saved before is as it was.
-        KeyboardInterrupt: interrupted (Ctrl-C, SIGTERM); the state has been saved.
+      ValueError: the config does not fit the data, the tokenizer or the run that the
+          output directory already holds; or a step must not count and `guard` says
+          stop.
+      OSError: something could not be written; what was saved before is as it was.
+      KeyboardInterrupt: interrupted (Ctrl-C, SIGTERM); the state has been saved.
     """
     config.devices.join()
     mesh = config.devices.make()
@@ -242,7 +242,7 @@ def _check_step(
     """The number of steps in a row that did not count, this one included.
 
     Raises:
-        ValueError: this one did not, and it is one too many.
+      ValueError: this one did not, and it is one too many.
     """
     finite = math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])
     if finite and not row.get("skipped"):
@@ -286,7 +286,7 @@ def _records(
     """The directory for the records of the run, claimed for it.
 
     Raises:
-        ValueError: it holds another run, or another process trains in it.
+      ValueError: it holds another run, or another process trains in it.
     """
     if not _is_first():
         with tempfile.TemporaryDirectory() as unread:

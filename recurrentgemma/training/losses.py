@@ -61,13 +61,13 @@ def token_losses(
     """-log softmax(model.logits(hidden))[target] of each token, and their sum.
 
     Args:
-        model: its embedding and soft cap are used.
-        hidden: [B, T, D] from a call of the model.
-        targets: int32 [B, T], the token after each one.
-        mask: float32 [B, T], 1 where the target counts, 0 where it does not.
-        z_weight: weight of the z-loss.
-        block_tokens: tokens whose logits are held at once; None is `BLOCK_TOKENS`, or
-            less if the logits are then below a tenth of all.
+      model: its embedding and soft cap are used.
+      hidden: [B, T, D] from a call of the model.
+      targets: int32 [B, T], the token after each one.
+      mask: float32 [B, T], 1 where the target counts, 0 where it does not.
+      z_weight: weight of the z-loss.
+      block_tokens: tokens whose logits are held at once; None is `BLOCK_TOKENS`, or
+          less if the logits are then below a tenth of all.
     """
     chex.assert_equal_shape([targets, mask])
     chex.assert_equal_shape_prefix([hidden, targets], 2)
@@ -94,10 +94,10 @@ def cross_entropy(
     """Sum over counted tokens of -log softmax(model.logits(hidden))[target].
 
     Args:
-        model, hidden, targets, mask, block_tokens: as for `token_losses`.
+      model, hidden, targets, mask, block_tokens: as for `token_losses`.
 
     Returns:
-        float32 scalar, in nats; divide by `mask.sum()` for the mean.
+      float32 scalar, in nats; divide by `mask.sum()` for the mean.
     """
     losses = token_losses(model, hidden, targets, mask, block_tokens=block_tokens)
     return losses.objective

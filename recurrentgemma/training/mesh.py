@@ -32,7 +32,7 @@ class MeshConfig:
     """The devices of a run: where it runs, not what it is.
 
     Raises:
-        ValueError: a value is none of those that its help names.
+      ValueError: a value is none of those that its help names.
     """
 
     mesh: str = option(
@@ -65,7 +65,7 @@ class MeshConfig:
         """Meets the other processes of the run; before anything else uses JAX.
 
         Raises:
-            ValueError: JAX finds no other processes.
+          ValueError: JAX finds no other processes.
         """
         if self.processes == ONE_PROCESS or jax.distributed.is_initialized():
             return
@@ -82,10 +82,10 @@ class MeshConfig:
         """The mesh; None for one device.
 
         Args:
-            devices: those to use; None is all.
+          devices: those to use; None is all.
 
         Raises:
-            ValueError: the axes do not multiply to the number of devices.
+          ValueError: the axes do not multiply to the number of devices.
         """
         if not self.mesh:
             return None
@@ -101,7 +101,7 @@ def axis_sizes(text: str) -> dict[str, int | None]:
     """Sizes by axis of a text such as "data=2,fsdp"; None is the remaining devices.
 
     Raises:
-        ValueError: an axis is unknown or comes twice, or a size is no positive number.
+      ValueError: an axis is unknown or comes twice, or a size is no positive number.
     """
     sizes: dict[str, int | None] = {}
     for part in text.split(",") if text else ():
@@ -123,7 +123,7 @@ def filled_axes(text: str, num_devices: int) -> dict[str, int]:
     """All sizes of `axis_sizes`, for a number of devices; in the order of `AXES`.
 
     Raises:
-        ValueError: they do not multiply to the number of devices.
+      ValueError: they do not multiply to the number of devices.
     """
     sizes = axis_sizes(text)
     known = math.prod(size for size in sizes.values() if size is not None)

@@ -44,17 +44,17 @@ class Mixture:
         >>> assert (mixture.batch(0).targets[:, 0] // 10).tolist() == [1, 1, 2, 1]
 
     Args:
-        sources: rows of one length.
-        weights: positive numbers, in proportion to which rows are taken; None takes
-            those of the whole sources.
-        batch_size: B.
-        seed: seed of the shuffled order.
-        order: "shuffled" or "continuous".
-        digests: digest of the tokens of each file of each source, by their names.
+      sources: rows of one length.
+      weights: positive numbers, in proportion to which rows are taken; None takes
+          those of the whole sources.
+      batch_size: B.
+      seed: seed of the shuffled order.
+      order: "shuffled" or "continuous".
+      digests: digest of the tokens of each file of each source, by their names.
 
     Raises:
-        ValueError: a weight is not positive, the rows have several lengths, or a batch
-            in continuous order has fewer rows than there are sources.
+      ValueError: a weight is not positive, the rows have several lengths, or a batch
+          in continuous order has fewer rows than there are sources.
     """
 
     digests: dict[str, dict[str, str]]
@@ -108,10 +108,10 @@ class Mixture:
         """The batch of a step.
 
         Args:
-            step: number of steps before this one.
+          step: number of steps before this one.
 
         Returns:
-            Arrays [B, T].
+          Arrays [B, T].
         """
         if self.order == CONTINUOUS:
             return self._gather(*self._continuous(step))
@@ -127,8 +127,8 @@ class Mixture:
         The order is the same at each call, so that evaluations compare.
 
         Args:
-            batch_size: number of rows of a batch; the last one is padded.
-            limit: most batches; None yields them all.
+          batch_size: number of rows of a batch; the last one is padded.
+          limit: most batches; None yields them all.
         """
         sizes = np.array([source.num_rows for source in self.sources])
         which = _by_time(self._shares, sizes)
@@ -155,10 +155,10 @@ class Mixture:
         """These rows, each of the source of that number.
 
         Args:
-            which: [B], the number of each row's source.
-            rows: [B], the row's index; if shuffled, the number of rows that came from
-                the source before.
-            shuffled: whether the rows have the shuffled order.
+          which: [B], the number of each row's source.
+          rows: [B], the row's index; if shuffled, the number of rows that came from
+              the source before.
+          shuffled: whether the rows have the shuffled order.
         """
         windows: tuple[np.ndarray, ...] = ()
         for number, source in enumerate(self.sources):
@@ -194,11 +194,11 @@ def apportion(weights: Sequence[float], total: int) -> np.ndarray:
     """Whole numbers in proportion to weights, at least 1 each, that sum to `total`.
 
     Args:
-        weights: positive numbers, at most `total` of them.
-        total: the sum.
+      weights: positive numbers, at most `total` of them.
+      total: the sum.
 
     Returns:
-        int64 [len(weights)].
+      int64 [len(weights)].
     """
     exact = np.asarray(weights, float) / sum(weights) * total
     counts = np.maximum(exact.astype(int), 1)

@@ -25,7 +25,7 @@ class OptimizerConfig:
     """AdamW and its schedule.
 
     Raises:
-        ValueError: a value is outside its range.
+      ValueError: a value is outside its range.
     """
 
     learning_rate: float = option(
@@ -88,8 +88,8 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     steps, down as 1 - sqrt (warm-up, stable, decay: arXiv 2405.18392, section 3.1).
 
     Args:
-        config: rates and lengths.
-        steps: number of steps of the run.
+      config: rates and lengths.
+      steps: number of steps of the run.
     """
     warmup_steps = min(config.warmup_steps, steps // 10)
     if config.schedule == COSINE:

@@ -15,9 +15,9 @@ def option(help: str, *, may_change: bool = False, **settings: Any) -> Any:
     """A dataclass field with a text for `--help`.
 
     Args:
-        help: what the field is, as one sentence without its full stop.
-        may_change: whether a run may be resumed with another value.
-        **settings: as for `dataclasses.field`, such as `default`.
+      help: what the field is, as one sentence without its full stop.
+      may_change: whether a run may be resumed with another value.
+      **settings: as for `dataclasses.field`, such as `default`.
     """
     metadata = {"help": help, "may_change": may_change}
     return dataclasses.field(metadata=metadata, **settings)
@@ -59,7 +59,7 @@ def parse(text: str, kind: type, optional: bool = False) -> Any:
     """The value of an option in a text, as a flag or `--set` writes it.
 
     Raises:
-        ValueError: it is not of that kind.
+      ValueError: it is not of that kind.
     """
     if optional and text.lower() == "none":
         return None
@@ -80,11 +80,11 @@ def with_overrides(config: Any, assignments: typing.Iterable[str]) -> Any:
     """The config with other values of some fields.
 
     Args:
-        config: a frozen dataclass.
-        assignments: such as "optimizer.learning_rate=1e-3", in this order.
+      config: a frozen dataclass.
+      assignments: such as "optimizer.learning_rate=1e-3", in this order.
 
     Raises:
-        ValueError: an assignment has no `=`, names no field or has a wrong value.
+      ValueError: an assignment has no `=`, names no field or has a wrong value.
     """
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
@@ -147,7 +147,7 @@ def from_dict(kind: type, stored: Mapping[str, Any]) -> Any:
     """The config that was recorded as `to_dict`; what it lacks has its default.
 
     Raises:
-        ValueError: it has a field that there is not, or a value that cannot be.
+      ValueError: it has a field that there is not, or a value that cannot be.
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}
     unknown = sorted(stored.keys() - fields.keys())

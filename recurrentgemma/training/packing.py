@@ -40,13 +40,13 @@ class PackedTokens:
     """A stream of documents, in rows.
 
     Args:
-        documents: a stream, or the token ids of each document, BOS first.
-        row_tokens: T, number of inputs of a row.
-        whole: packs whole documents, so that no row parts a prompt from its response.
+      documents: a stream, or the token ids of each document, BOS first.
+      row_tokens: T, number of inputs of a row.
+      whole: packs whole documents, so that no row parts a prompt from its response.
 
     Raises:
-        ValueError: row_tokens is less than 1, there are no two tokens, or whole
-            documents leave no target that counts.
+      ValueError: row_tokens is less than 1, there are no two tokens, or whole
+          documents leave no target that counts.
     """
 
     num_rows: int
@@ -121,7 +121,7 @@ class PackedTokens:
         """The T + 1 tokens of each row, for `as_batch`.
 
         Returns:
-            Tokens int32, positions int32 and whether each counts, [len(indices), T + 1].
+          Tokens int32, positions int32 and whether each counts, [len(indices), T + 1].
         """
         size = self.row_tokens + 1
         total = len(self._stream.tokens)

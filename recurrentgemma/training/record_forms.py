@@ -31,12 +31,12 @@ def document_of(record: Any, ignored: Collection[str] = ()) -> Document | None:
     """The document that a record describes; None if its text is empty.
 
     Args:
-        record: the object, as `json.loads` returns it.
-        ignored: names of fields that are not used; "*" stands for all unknown ones.
+      record: the object, as `json.loads` returns it.
+      ignored: names of fields that are not used; "*" stands for all unknown ones.
 
     Raises:
-        ValueError: the record has the fields of no form, or one that is unknown; there
-            is no response; a value is not what its field is for.
+      ValueError: the record has the fields of no form, or one that is unknown; there
+          is no response; a value is not what its field is for.
     """
     if not isinstance(record, Mapping):
         check.refuse("record", "a JSON object", record)
@@ -113,7 +113,7 @@ def _fields(
     """The fields of a record, in the order of the form that they have.
 
     Raises:
-        ValueError: they are those of no form.
+      ValueError: they are those of no form.
     """
     known = {field for form in forms for field in form}
     given = {

@@ -18,8 +18,8 @@ class JsonLines:
     """A JSON object a line, each with the `step` it is of.
 
     Args:
-        path: the file; its directory exists.
-        first_step: steps done so far; lines of later ones go.
+      path: the file; its directory exists.
+      first_step: steps done so far; lines of later ones go.
     """
 
     def __init__(self, path: Path, first_step: int):
@@ -38,7 +38,7 @@ class JsonLines:
         """Adds a row; a number that is not finite becomes null.
 
         Raises:
-            OSError: it could not be written.
+          OSError: it could not be written.
         """
         line = json.dumps(_finite(row), allow_nan=False) + "\n"
         try:
@@ -71,11 +71,11 @@ class TensorBoard:
     """The same rows for TensorBoard.
 
     Args:
-        folder: made if it does not exist.
-        first_step: steps done so far.
+      folder: made if it does not exist.
+      first_step: steps done so far.
 
     Raises:
-        ValueError: tensorboardX is not installed.
+      ValueError: tensorboardX is not installed.
     """
 
     def __init__(self, folder: Path, first_step: int):

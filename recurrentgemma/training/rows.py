@@ -38,7 +38,7 @@ class RowsConfig:
     """How the rows of a batch are read.
 
     Raises:
-        ValueError: a value is outside its range.
+      ValueError: a value is outside its range.
     """
 
     initial_state: str = option(
@@ -80,16 +80,16 @@ def init_rows(config: RowsConfig, model: Griffin, batch_size: int) -> Rows | Non
     """What `TrainState.rows` is before the first step.
 
     Args:
-        config: how rows are read.
-        model: a model with values for its parameters.
-        batch_size: B.
+      config: how rows are read.
+      model: a model with values for its parameters.
+      batch_size: B.
 
     Returns:
-        None if rows begin with nothing.
+      None if rows begin with nothing.
 
     Raises:
-        ValueError: the model's cache grows with the text, so that no state of one size
-            can be handed on.
+      ValueError: the model's cache grows with the text, so that no state of one size
+          can be handed on.
     """
     if config.initial_state == "zero":
         return None
@@ -106,13 +106,13 @@ def reading(config: RowsConfig, sums_of: SumsOf, seed: int = 0) -> SumsOf:
     """A function that reads rows as the config says.
 
     Args:
-        config: how rows are read.
-        sums_of: (model, batch, cache) -> (sums, cache), such as `step.batch_sums`.
-        seed: of the noise.
+      config: how rows are read.
+      sums_of: (model, batch, cache) -> (sums, cache), such as `step.batch_sums`.
+      seed: of the noise.
 
     Returns:
-        (model, batch, rows) -> (sums, rows after the step), where rows are what
-        `init_rows` or the step before has made. It is differentiable in the model.
+      (model, batch, rows) -> (sums, rows after the step), where rows are what
+      `init_rows` or the step before has made. It is differentiable in the model.
     """
     if config.chunk_tokens:
         sums_of = in_chunks(sums_of, config.chunk_tokens, config.state_every)
@@ -136,11 +136,11 @@ def continued_positions(positions: jax.Array, next_position: jax.Array) -> jax.A
     """Positions of rows whose first document goes on after a state.
 
     Args:
-        positions: int32 [B, T] of rows that begin with nothing.
-        next_position: int32 [B], the position of the first token.
+      positions: int32 [B, T] of rows that begin with nothing.
+      next_position: int32 [B], the position of the first token.
 
     Returns:
-        int32 [B, T]; padding and the row's further documents are as they were.
+      int32 [B, T]; padding and the row's further documents are as they were.
     """
     is_token = positions >= 0
     index = jnp.cumsum(is_token, axis=1, dtype=jnp.int32) - 1

@@ -12,12 +12,12 @@ def trained_names(
     """The parameters that are trained, in the order of `names`.
 
     Args:
-        names: all native names, such as `blocks.0.mixer.linear_x.kernel`.
-        train_only: patterns (`*`, `?`, `[...]`) of which one must match; none: all do.
-        freeze: patterns of which none may match.
+      names: all native names, such as `blocks.0.mixer.linear_x.kernel`.
+      train_only: patterns (`*`, `?`, `[...]`) of which one must match; none: all do.
+      freeze: patterns of which none may match.
 
     Raises:
-        ValueError: a pattern matches nothing, or nothing is left to train.
+      ValueError: a pattern matches nothing, or nothing is left to train.
     """
     names = list(names)
     for argument, patterns in (("train_only", train_only), ("freeze", freeze)):

@@ -74,8 +74,8 @@ def shardings_of(
     """Where parameters lie.
 
     Args:
-        shapes: shapes by native name.
-        mesh: of axes of `AXES`.
+      shapes: shapes by native name.
+      mesh: of axes of `AXES`.
     """
     return {
         name: NamedSharding(mesh, spec_of(name, shape, mesh))
@@ -126,8 +126,8 @@ def place(state: Any, mesh: Mesh | None) -> Any:
     """The same arrays laid out on a mesh; every process has all of each.
 
     Args:
-        state: a training state, parameters by native name, or any tree of such.
-        mesh: None leaves them where they are.
+      state: a training state, parameters by native name, or any tree of such.
+      mesh: None leaves them where they are.
     """
     if mesh is None:
         return state
@@ -149,9 +149,9 @@ def place_batch(batch: Any, beside: jax.Array) -> Any:
     """A batch of arrays [B, T] on the mesh, every process having made all of it.
 
     Args:
-        batch: a pytree of arrays on the host.
-        beside: an array of the training state; if it lies on no mesh, the batch comes
-            back as it is.
+      batch: a pytree of arrays on the host.
+      beside: an array of the training state; if it lies on no mesh, the batch comes
+          back as it is.
     """
     if not isinstance(beside.sharding, NamedSharding):
         return batch

@@ -37,8 +37,8 @@ class SourceFile(Protocol):
         """Reads the documents, in order.
 
         Raises:
-            ValueError: the file cannot be read, or a record is malformed; the message
-                names the file and the line.
+          ValueError: the file cannot be read, or a record is malformed; the message
+              names the file and the line.
         """
         ...
 
@@ -65,7 +65,7 @@ class TextFile:
         """The text; see `SourceFile.documents`.
 
         Raises:
-            NotTextError: the file is not UTF-8.
+          NotTextError: the file is not UTF-8.
         """
         try:
             # Bytes, so that line ends stay as they are.
@@ -193,7 +193,7 @@ def parse_record(item: Any) -> Any:
     """A record as an object: of JSON in bytes, of a text, of an object itself.
 
     Raises:
-        ValueError: the bytes are no JSON.
+      ValueError: the bytes are no JSON.
     """
     if isinstance(item, str):
         return {"text": item}

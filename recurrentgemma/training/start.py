@@ -38,7 +38,7 @@ def architecture_of(config: TrainConfig) -> GriffinConfig:
     """The architecture that a run trains; no parameter is read.
 
     Raises:
-        ValueError: there is no such preset, file or checkpoint.
+      ValueError: there is no such preset, file or checkpoint.
     """
     given = config.model
     if isinstance(given, GriffinConfig):
@@ -73,12 +73,12 @@ def with_overrides(config: TrainConfig, assignments: Sequence[str]) -> TrainConf
     """The config with other values of some fields.
 
     Args:
-        config: of a run.
-        assignments: such as "optimizer.learning_rate=1e-3", or "model.num_layers=3" for
-            a field of the architecture, whatever `model` names.
+      config: of a run.
+      assignments: such as "optimizer.learning_rate=1e-3", or "model.num_layers=3" for
+          a field of the architecture, whatever `model` names.
 
     Raises:
-        ValueError: an assignment names no field, or has a wrong value.
+      ValueError: an assignment names no field, or has a wrong value.
     """
     if any(assignment.startswith("model.") for assignment in assignments):
         config = dataclasses.replace(config, model=architecture_of(config))
@@ -89,7 +89,7 @@ def tokenizer_of(config: TrainConfig, architecture: GriffinConfig) -> Tokenizer:
     """The tokenizer that is given, else the checkpoint's, else the bundled one.
 
     Raises:
-        ValueError: it does not fit the vocabulary.
+      ValueError: it does not fit the vocabulary.
     """
     path: Any = config.tokenizer
     if path is None and config.init_from is not None:
@@ -136,7 +136,7 @@ def check(config: TrainConfig, architecture: GriffinConfig) -> None:
     """Refuses what a run could not begin with, before anything is written.
 
     Raises:
-        ValueError: a pattern matches no parameter, or there is no state to branch off.
+      ValueError: a pattern matches no parameter, or there is no state to branch off.
     """
     described = jax.eval_shape(partial(_prepared, config), describe(architecture))
     trained = config.adapters.trained(config.train_only)
@@ -155,11 +155,11 @@ def branch(run: str, like: TrainState) -> TrainState:
     """A training state of another run.
 
     Args:
-        run: the directory of the run, or DIRECTORY@STEP; without a step, its newest.
-        like: a state of the same shapes.
+      run: the directory of the run, or DIRECTORY@STEP; without a step, its newest.
+      like: a state of the same shapes.
 
     Raises:
-        ValueError: there is no such state, or it is of another model or optimizer.
+      ValueError: there is no such state, or it is of another model or optimizer.
     """
     states, step = _branch_point(run)
     with contextlib.closing(Checkpoints(states, read_only=True)) as checkpoints:

@@ -60,10 +60,10 @@ class Checkpoints:
     `*.orbax-checkpoint-tmp*`, which the next one removes.
 
     Args:
-        directory: created if it does not exist.
-        keep: number of newest states that are kept.
-        keep_every: states of these multiples of steps are kept for ever.
-        read_only: nothing is saved, made or removed.
+      directory: created if it does not exist.
+      keep: number of newest states that are kept.
+      keep_every: states of these multiples of steps are kept for ever.
+      read_only: nothing is saved, made or removed.
     """
 
     def __init__(
@@ -104,8 +104,8 @@ class Checkpoints:
         """Begins to save a state under its step, once the one before is saved.
 
         Raises:
-            OSError: this state, or the one before, could not be written; earlier states
-                are as they were.
+          OSError: this state, or the one before, could not be written; earlier states
+              are as they were.
         """
         self.finish()
         step = int(state.step)
@@ -123,7 +123,7 @@ class Checkpoints:
         """Waits until what was saved is on disk.
 
         Raises:
-            OSError: it could not be written; earlier states are as they were.
+          OSError: it could not be written; earlier states are as they were.
         """
         try:
             self._manager.wait_until_finished()
@@ -151,13 +151,13 @@ class Checkpoints:
         """A saved state, once one that is being saved is on disk.
 
         Args:
-            like: a state of the same shapes; its values do not matter.
-            step: which; None is the newest.
+          like: a state of the same shapes; its values do not matter.
+          step: which; None is the newest.
 
         Raises:
-            ValueError: there is none of this step, it cannot be read, or it has other
-                shapes.
-            OSError: the state that was being saved could not be written.
+          ValueError: there is none of this step, it cannot be read, or it has other
+              shapes.
+          OSError: the state that was being saved could not be written.
         """
         self.finish()
         steps = self.steps

@@ -45,7 +45,7 @@ def whole_rows(tokens: Any) -> Batch:
     """A batch whose rows are a document each; the loss is of every next token.
 
     Args:
-        tokens: int32 [B, T + 1].
+      tokens: int32 [B, T + 1].
     """
     batch_size, length = np.shape(tokens)
     positions = np.tile(np.arange(length - 1, dtype=np.int32), (batch_size, 1))
@@ -59,14 +59,14 @@ def batch_sums(
     """Sums over the counted targets of a batch.
 
     Args:
-        model: what predicts.
-        batch: its arrays are [B, T].
-        cache: what the B rows have read before; None is nothing.
-        z_weight: weight of the z-loss in the `objective`.
+      model: what predicts.
+      batch: its arrays are [B, T].
+      cache: what the B rows have read before; None is nothing.
+      z_weight: weight of the z-loss in the `objective`.
 
     Returns:
-        float32 sums: `loss` in nats, the number of counted `tokens`, `by_position`, and
-        with a z-loss the `objective`; and the cache of the rows after the batch.
+      float32 sums: `loss` in nats, the number of counted `tokens`, `by_position`, and
+      with a z-loss the `objective`; and the cache of the rows after the batch.
     """
     chex.assert_rank(batch.tokens, 2)
     chex.assert_equal_shape(batch)
@@ -99,8 +99,8 @@ def mean_metrics(sums: Metrics, tokens: jax.Array | None = None) -> Metrics:
     """Means over the counted targets, from their sums; 0 if none counts.
 
     Args:
-        sums: those of `batch_sums`, or their totals; what is no scalar is left out.
-        tokens: how many targets count, if other than those of the sums.
+      sums: those of `batch_sums`, or their totals; what is no scalar is left out.
+      tokens: how many targets count, if other than those of the sums.
     """
     count = jnp.maximum(sums[TOKENS] if tokens is None else tokens, 1)
     others = (TOKENS, BY_POSITION)
@@ -123,10 +123,10 @@ def loss_by_position(totals: Mapping[str, Any]) -> dict[str, float]:
     """Mean nats by position (see `BY_POSITION`).
 
     Args:
-        totals: as `add_up` returns them.
+      totals: as `add_up` returns them.
 
     Returns:
-        Means by the range's first position; ranges without a target are left out.
+      Means by the range's first position; ranges without a target are left out.
     """
     nats, counts = np.asarray(totals[BY_POSITION])
     return {
@@ -162,15 +162,15 @@ def make_train_step(
     optimizer that is `guarded`.
 
     Args:
-        model: the template.
-        optimizer: of the trained parameters; its state is the state's.
-        learning_rate: schedule, for the metrics alone.
-        rows: how rows are read. What they are handed from step to step is `state.rows`,
-            from `init_rows`.
-        seed: seed of the noise that rows may begin with.
-        accumulation: number of parts of a batch whose gradients are added up, one after
-            the other; each has as many rows. The mean is over the whole batch.
-        z_weight: weight of the z-loss.
+      model: the template.
+      optimizer: of the trained parameters; its state is the state's.
+      learning_rate: schedule, for the metrics alone.
+      rows: how rows are read. What they are handed from step to step is `state.rows`,
+          from `init_rows`.
+      seed: seed of the noise that rows may begin with.
+      accumulation: number of parts of a batch whose gradients are added up, one after
+          the other; each has as many rows. The mean is over the whole batch.
+      z_weight: weight of the z-loss.
     """
     optimizer = optax.with_extra_args_support(optimizer)
     options = {"z_weight": z_weight} if z_weight else {}

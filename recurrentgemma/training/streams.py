@@ -99,15 +99,15 @@ def tokenize(
     Where all documents would be held out, none is.
 
     Args:
-        source: the source's name, for messages.
-        files: what it consists of.
-        settings: how documents become tokens.
-        cache: the folder of mapped files; None keeps the streams in memory.
+      source: the source's name, for messages.
+      files: what it consists of.
+      settings: how documents become tokens.
+      cache: the folder of mapped files; None keeps the streams in memory.
 
     Raises:
-        ValueError: there is no document, one cannot be read, or the tokenizer cannot
-            encode it.
-        OSError: the cache cannot be written; nothing half-written is left.
+      ValueError: there is no document, one cannot be read, or the tokenizer cannot
+          encode it.
+      OSError: the cache cannot be written; nothing half-written is left.
     """
     if cache is None:
         parts = _MemoryParts()

@@ -38,12 +38,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> bytes:
     """Returns a serialised SentencePiece model of `vocab_size` pieces.
 
     Args:
-        texts: documents to learn from. Tabs are reserved by SentencePiece's trainer:
-            sentences that hold one are not learnt from, and bytes encode them.
-        vocab_size: pieces, with 4 special, 2 turn markers and 256 bytes among them.
+      texts: documents to learn from. Tabs are reserved by SentencePiece's trainer:
+          sentences that hold one are not learnt from, and bytes encode them.
+      vocab_size: pieces, with 4 special, 2 turn markers and 256 bytes among them.
 
     Raises:
-        RuntimeError: from SentencePiece, if the texts hold too few distinct pieces.
+      RuntimeError: from SentencePiece, if the texts hold too few distinct pieces.
     """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

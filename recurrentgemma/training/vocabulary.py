@@ -52,10 +52,10 @@ class Parts(NamedTuple):
         """A function on each device's part.
 
         Args:
-            function: of an embedding [V, D] and of arrays [B, T, ...].
-            results: what each of its results is: "s" a scalar, the same on all devices,
-                "t" an array [B, T, ...], "e" one like the embedding.
-            *arguments: its arguments.
+          function: of an embedding [V, D] and of arrays [B, T, ...].
+          results: what each of its results is: "s" a scalar, the same on all devices,
+              "t" an array [B, T, ...], "e" one like the embedding.
+          *arguments: its arguments.
         """
         if self.mesh is None:
             return function(*arguments)
@@ -126,8 +126,8 @@ def parts_of(embedding: jax.Array, hidden: jax.Array) -> Parts:
     """The parts of a loss under the current mesh.
 
     Args:
-        embedding: [V, D].
-        hidden: [B, T, D].
+      embedding: [V, D].
+      hidden: [B, T, D].
     """
     mesh = meshes.current_mesh([hidden, embedding])
     batch_size, length, _ = hidden.shape

@@ -44,7 +44,7 @@ class WatchConfig:
     """What is shown and recorded besides the metrics.
 
     Raises:
-        ValueError: a value is outside its range.
+      ValueError: a value is outside its range.
     """
 
     tensorboard: bool = option(
@@ -72,13 +72,13 @@ class Watch:
     """Everything that looks at a run.
 
     Args:
-        folder: of the run.
-        config: what is shown.
-        first_step: number of steps done so far.
-        steps: number of steps of the run.
-        tokens_per_step: tokens that a step reads.
-        flops_per_step: FLOPs of the model in a step.
-        peak_flops_per_s: rate that the devices reach; see `product_flops_per_s`.
+      folder: of the run.
+      config: what is shown.
+      first_step: number of steps done so far.
+      steps: number of steps of the run.
+      tokens_per_step: tokens that a step reads.
+      flops_per_step: FLOPs of the model in a step.
+      peak_flops_per_s: rate that the devices reach; see `product_flops_per_s`.
     """
 
     def __init__(
@@ -111,8 +111,8 @@ class Watch:
         """Records a step.
 
         Args:
-            row: `step` and its metrics.
-            seconds: that it took.
+          row: `step` and its metrics.
+          seconds: that it took.
         """
         speed, share = self._tokens / seconds, self._least_seconds / seconds
         row = {**row, "train_tokens_per_s": speed, "share_of_peak": share}
@@ -131,9 +131,9 @@ class Watch:
         """How long the channels of each RG-LRU layer remember, gate open.
 
         Returns:
-            Entries of the step's row: for each layer the number of channels by memory
-            length in tokens, in ranges [2^i, 2^(i + 1)) by their least; the first has
-            all shorter ones.
+          Entries of the step's row: for each layer the number of channels by memory
+          length in tokens, in ranges [2^i, 2^(i + 1)) by their least; the first has
+          all shorter ones.
         """
         decays = plots.slowest_decays(model)
         lengths = {
