@@ -12,6 +12,8 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#00
 """Colours that most colour-blind readers can tell apart (Okabe and Ito)."""
 RESOLUTION = 200
 """Dots an inch."""
+LEVEL = 2
+"""Values that differ by less than this factor are drawn as level as they are."""
 
 
 class Point(NamedTuple):
@@ -108,6 +110,9 @@ def draw(path: Path, title: str, panels: Sequence[Panel]) -> None:
             logarithmic.pop()
         else:
             axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            if high < LEVEL * low:
+                axes.set_ylim(low / LEVEL, high * LEVEL)
         for axis, steps in logarithmic:
             axis.set_major_locator(LogLocator(10, subs=steps))
             axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
