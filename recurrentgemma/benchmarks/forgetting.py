@@ -24,7 +24,13 @@ from absl import flags
 
 from recurrentgemma.benchmarks import picture
 from recurrentgemma.benchmarks.report import Column, Report, Row
-from recurrentgemma.benchmarks.sweep import counts, earlier, measure_points
+from recurrentgemma.benchmarks.sweep import (
+    MODELS_HELP,
+    counts,
+    earlier,
+    measure_points,
+    places,
+)
 from recurrentgemma.checkpoints import load
 from recurrentgemma.generation.programs import plan_chunks
 from recurrentgemma.griffin import Griffin
@@ -126,11 +132,11 @@ def effective_remembrance(
     return np.stack(distances, axis=1)
 
 
-def measure(name: str, length: int, most_files: int) -> Row:
-    """Both figures of a preset or checkpoint."""
-    model, tokenizer = load(name)
+def measure(place: str, name: str, length: int, most_files: int) -> Row:
+    """Both figures of a preset or checkpoint, under this name."""
+    model, tokenizer = load(place)
     if tokenizer is None:
-        raise ValueError(f"--models: {name} has no tokenizer")
+        raise ValueError(f"--models: {place} has no tokenizer")
     return remember(model, tokenizer, length, most_files, title=name)
 
 
@@ -193,8 +199,7 @@ def panels(rows: list[Row], line: Callable[[Row], str]) -> list[picture.Panel]:
 
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this benchmark."""
-    what = "presets or checkpoints"
-    flags.DEFINE_list("models", ["nano"], what, flag_values=values)
+    flags.DEFINE_list("models", ["nano"], MODELS_HELP, flag_values=values)
     flags.DEFINE_string("length", "8k", "tokens of each file", flag_values=values)
     flags.DEFINE_integer("files", 8, "most files", lower_bound=1, flag_values=values)
 
@@ -207,10 +212,14 @@ def run(values: dict[str, Any], folder: Path) -> None:
     path = folder / "forgetting.json"
     rows = earlier(path, benchmark="forgetting").get("rows", ())
     report = Report(path, COLUMNS, key=KEY, rows=rows, benchmark="forgetting")
+    known = places(values["models"])
     points: list[Row] = [
-        dict(zip(KEY, (name, length, values["files"]), strict=True))
-        for name in values["models"]
+        dict(zip(KEY, (name, length, values["files"]), strict=True)) for name in known
     ]
-    measure_points(report, points, lambda row: measure(*row.values()), title="models")
+
+    def measure_named(row: Row) -> Row:
+        return measure(known[row["name"]], *row.values())
+
+    measure_points(report, points, measure_named, title="models")
     title = "held-out files of nano's corpus"
     picture.draw(folder / "forgetting.png", title, panels(report.rows, _line))

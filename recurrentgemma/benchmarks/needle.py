@@ -15,7 +15,7 @@ from absl import flags
 
 from recurrentgemma.benchmarks import picture
 from recurrentgemma.benchmarks.report import Column, Report, Row
-from recurrentgemma.benchmarks.sweep import counts, earlier
+from recurrentgemma.benchmarks.sweep import MODELS_HELP, counts, earlier, places
 from recurrentgemma.checkpoints import load
 from recurrentgemma.evaluation import needle, retrieval_heads
 from recurrentgemma.evaluation.scorer import Scorer
@@ -35,7 +35,7 @@ def define_flags(values: flags.FlagValues) -> None:
     """The flags of this benchmark."""
     lengths = "512,1k,2k,4k,8k,16k,32k"
     for name, default, what in (
-        ("models", ["nano"], "presets or checkpoints; NAME=PATH names one"),
+        ("models", ["nano"], MODELS_HELP),
         ("kinds", ["code", "passkey"], "kinds of needles"),
         ("lengths", lengths.split(","), "tokens of the prompts"),
         ("distances", ["0.0625", "0.25", "1", "4", "16", "64"], "in windows"),
@@ -73,9 +73,8 @@ def run(values: dict[str, Any], folder: Path) -> None:
         note=values["note"],
     )
     text = retrieval_heads.bundled_text()
-    for name in values["models"]:
-        name, _, place = name.partition("=")
-        sampler = Sampler(*load(place or name), compile_ahead=False)
+    for name, place in places(values["models"]).items():
+        sampler = Sampler(*load(place), compile_ahead=False)
         scorer = Scorer(sampler, batch_size=values["batch"])
         for length in lengths:
             # Near needles at every length; all distances at the longest.

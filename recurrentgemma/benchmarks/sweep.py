@@ -38,6 +38,7 @@ from recurrentgemma.config import GriffinConfig, Runtime
 GIGABYTE = 1e9
 LONGEST = 10**8
 """Longest text in tokens: positions are exact up to there."""
+MODELS_HELP = "presets or checkpoints; NAME=PATH names one"
 KEY = ("preset", "dtype", "batch", "length")
 KEY_COLUMNS = tuple(map(Column, KEY, KEY, (20, 9, 6, 10)))
 RATE_COLUMNS = (
@@ -243,6 +244,12 @@ def measure_points(
                 raise
             row = {"out_of_memory": True, "remark": "out of memory while it ran"}
         report.add(point | row)
+
+
+def places(texts: Sequence[str]) -> dict[str, str]:
+    """Presets and paths by the names of their rows, from the texts of a flag."""
+    parts = [text.partition("=") for text in texts]
+    return {name: place or name for name, _, place in parts}
 
 
 def counts(flag: str, texts: Sequence[str]) -> list[int]:

@@ -40,8 +40,8 @@ def test_a_window_forgets_what_lies_beyond_it():
 def test_a_model_is_measured_once_for_each_length(tmp_path, monkeypatch):
     measured = []
 
-    def measure(name, length, most_files):
-        measured.append((name, length, most_files))
+    def measure(place, name, length, most_files):
+        measured.append((place, name, length, most_files))
         by_position = [{"length": 8, "nats": 2.0}, {"length": 16, "nats": 1.0}]
         effrem = [{"length": 4, "distance": 0.5}]
         row = {"files": 1, "by_position": by_position, "effrem": effrem}
@@ -49,9 +49,9 @@ def test_a_model_is_measured_once_for_each_length(tmp_path, monkeypatch):
 
     monkeypatch.setattr(forgetting, "measure", measure)
     for length in ("32", "64", "64"):
-        values = {"models": ["nano"], "length": length, "files": 2}
+        values = {"models": ["mine=a/b"], "length": length, "files": 2}
         forgetting.run(values, tmp_path)
-    assert measured == [("nano", 32, 2), ("nano", 64, 2)]
+    assert measured == [("a/b", "mine", 32, 2), ("a/b", "mine", 64, 2)]
     rows = json.loads((tmp_path / "forgetting.json").read_text())["rows"]
     assert [row["length"] for row in rows] == [32, 64]
     assert (tmp_path / "forgetting.png").stat().st_size > 1000
