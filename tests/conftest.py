@@ -71,7 +71,7 @@ SLOW_CASES = [
     r"test_adapters.py::test_gradients_of_the_adapters_alone",
     r"test_adapters.py::test_(sampling_and_scoring|inspection|rows_of_both_ways)",
     r"test_step.py::test_parts_of_a_batch_add_up_to_the_whole",
-    r"test_notebooks.py::test_short_form.*\[(?!sampling)",
+    r"test_notebooks.py::test_short_form",
     r"test_adapters.py::test_the_merged_model_is_saved.*\[official",
     r"test_scorer.py::.*\[global",
     r"test_evaluation_benchmarks.py::test_needle_rows_are_kept",
@@ -82,10 +82,12 @@ SLOW_CASES = [
     r"test_memory.py::test_a_checkpoint_of.*\[official_\w+-bfloat16",
     r"test_memory.py::test_saving.*\[(hugging_face|official_pytorch)",
     r"test_verify.py::test_bfloat16_and_again",
-    r"test_meshes.py::test_(sampler\[(auto|sequence)|model_and_gradient\[(auto|explicit ))",
+    r"test_meshes.py::test_sampler\[(auto|sequence)",
+    r"test_meshes.py::test_model_and_gradient\[(auto|explicit |sequence)",
 ]
 """Heavy cases that the default run leaves out, as patterns of their names: other cases
-of the same tests, of the same code, stay. `-m slow` runs them; `-m repeated` them alone."""
+of the same tests, of the same code, stay (of the notebooks, `.ci/run` executes the short
+forms). `-m slow` runs them; `-m repeated` them alone."""
 
 jax.config.update("jax_num_cpu_devices", VIRTUAL_DEVICES)
 jax.config.update("jax_numpy_rank_promotion", "raise")
